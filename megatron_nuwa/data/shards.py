@@ -1,0 +1,304 @@
+"""The corpus on disk: its files' fields, and how a shard is written.
+
+A corpus is a folder with `corpus.json`, and for each shard a plain webdataset tar of packed groups
+and a JSON sidecar that says where in the tar each array lies. The same items give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from pydantic import Field
+
+from megatron_nuwa.config import Settings, parse_settings
+from megatron_nuwa.data.text import TEXT_TOKENS
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import sha256_of, write_text_atomically
+
+FORMAT_VERSION = 1
+GROUP_ITEMS = 1024
+TOKEN_DTYPE = np.dtype("<u2")
+CORPUS_FILE = "corpus.json"
+VISUAL, TEXT, ITEMS = "visual.npy", "text.npy", "items.jsonl"
+
+
+class Fingerprints(Settings):
+    """sha256 of what the tokens depend on: VQ-GAN, BPE and decode settings."""
+
+    vqgan: str
+    bpe: str
+    decode: str
+
+
+class Counts(Settings):
+    """Items and captions in the corpus, and items of the manifest that failed."""
+
+    items: int = Field(ge=1)
+    captions: int = Field(ge=1)
+    failed: int = Field(ge=0)
+
+
+class ShardEntry(Settings):
+    """One shard in `corpus.json`; `bytes` and `sha256` are those of its tar."""
+
+    name: str = Field(pattern=r"^shard-\d{6}$")
+    items: int = Field(ge=1)
+    captions: int = Field(ge=1)
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class CorpusManifest(Settings):
+    """`corpus.json`, the last file of a corpus to appear and so its commit."""
+
+    format_version: int
+    grid: tuple[int, int, int]
+    frames_per_second: float | None
+    codebook_size: int = Field(ge=1, le=1 << 16)
+    text_vocabulary_size: int = Field(ge=1, le=1 << 16)
+    fingerprints: Fingerprints
+    counts: Counts
+    shards: tuple[ShardEntry, ...]
+
+
+class Member(Settings):
+    """Where in the tar a member's content lies; for an array, where its numbers lie."""
+
+    offset: int = Field(ge=0)
+    size: int = Field(ge=0)
+    dtype: str | None = None
+    shape: tuple[int, int] | None = None
+
+
+class Group(Settings):
+    """One webdataset sample: up to 1,024 packed items."""
+
+    key: str
+    items: int = Field(ge=1)
+    captions: int = Field(ge=1)
+    members: dict[str, Member]
+
+
+class Failure(Settings):
+    """An item of the manifest that is not in the corpus, and why."""
+
+    id: str
+    reason: str
+
+
+class Sidecar(Settings):
+    """`shard-NNNNNN.json`, which commits one shard; without items there is no tar."""
+
+    shard: str
+    items: int = Field(ge=0)
+    captions: int = Field(ge=0)
+    bytes: int = Field(ge=0)
+    sha256: str
+    groups: tuple[Group, ...]
+    failures: tuple[Failure, ...]
+
+    def entry(self) -> ShardEntry:
+        """This shard's line in `corpus.json`."""
+        return ShardEntry(
+            name=self.shard,
+            items=self.items,
+            captions=self.captions,
+            bytes=self.bytes,
+            sha256=self.sha256,
+        )
+
+
+@dataclass(frozen=True)
+class ShardItem:
+    """One tokenized item: `visual` (h·w·s,) in generation order, `text` (captions, 77), uint16.
+
+    `frames` counts the real ones, without padding; `start` and `end` are seconds of the media.
+    """
+
+    id: str
+    visual: np.ndarray
+    text: np.ndarray
+    captions: tuple[str, ...]
+    frames: int
+    media: str
+    start: float | None = None
+    end: float | None = None
+
+
+def shard_name(number: int) -> str:
+    """`shard-000007` for 7."""
+    return f"shard-{number:06d}"
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    items: Sequence[ShardItem],
+    failures: Sequence[Failure] = (),
+    group_items: int = GROUP_ITEMS,
+) -> Sidecar:
+    """Write one shard's tar and then its sidecar, each by write → fsync → rename.
+
+    Raises `ValueError` naming the item and field whose shape or type is wrong.
+    """
+    if group_items < 1:
+        raise ValueError(f"group_items must be at least 1, not {group_items}")
+    for item in items:
+        _check_item(item, items[0].visual.shape)
+    name = shard_name(number)
+    tar = folder / f"{name}.tar"
+    groups: list[Group] = []
+    size, digest = 0, hashlib.sha256().hexdigest()
+    if items:
+        with _written_atomically(tar) as stream:
+            groups = _write_tar(stream, items, group_items)
+        size, digest = tar.stat().st_size, sha256_of(tar)
+    else:
+        tar.unlink(missing_ok=True)
+    sidecar = Sidecar(
+        shard=name,
+        items=len(items),
+        captions=sum(len(item.captions) for item in items),
+        bytes=size,
+        sha256=digest,
+        groups=tuple(groups),
+        failures=tuple(failures),
+    )
+    write_settings(folder / f"{name}.json", sidecar)
+    return sidecar
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    """Write one of the corpus's JSON files atomically."""
+    tree = settings.model_dump(mode="json", exclude_none=not isinstance(settings, CorpusManifest))
+    write_text_atomically(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_manifest(folder: Path) -> CorpusManifest:
+    """Read `corpus.json`; `UserError` where it is missing or not one of ours."""
+    path = folder / CORPUS_FILE
+    if not path.is_file():
+        raise UserError(f"corpus {folder} is missing or unfinished: it has no {CORPUS_FILE}")
+    tree = read_json(path)
+    version = tree.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format_version {version!r}, and this program reads {FORMAT_VERSION}"
+        )
+    return parse_settings(CorpusManifest, tree, str(path))
+
+
+def read_sidecar(path: Path) -> Sidecar:
+    """Read a shard's sidecar; `UserError` where it is missing or not one of ours."""
+    return parse_settings(Sidecar, read_json(path), str(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; `UserError` naming the file where there is none."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return tree
+
+
+def _check_item(item: ShardItem, visual_shape: tuple[int, ...]) -> None:
+    if item.visual.dtype != np.uint16 or item.visual.ndim != 1 or item.visual.shape != visual_shape:
+        raise ValueError(
+            f"visual of item {item.id!r} must be uint16 {visual_shape}, "
+            f"not {item.visual.dtype} {item.visual.shape}"
+        )
+    text_shape = (len(item.captions), TEXT_TOKENS)
+    if not item.captions or item.text.dtype != np.uint16 or item.text.shape != text_shape:
+        raise ValueError(
+            f"text of item {item.id!r} must be uint16 {text_shape} with at least one caption, "
+            f"not {item.text.dtype} {item.text.shape}"
+        )
+
+
+def _write_tar(stream: IO[bytes], items: Sequence[ShardItem], group_items: int) -> list[Group]:
+    groups: list[Group] = []
+    # USTAR headers of fixed owner, time and mode: nothing in the file tells when or by whom.
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for start in range(0, len(items), group_items):
+            group = items[start : start + group_items]
+            key = f"{len(groups):06d}"
+            members = {
+                VISUAL: _add_array(tar, f"{key}.{VISUAL}", [item.visual[None] for item in group]),
+                TEXT: _add_array(tar, f"{key}.{TEXT}", [item.text for item in group]),
+                ITEMS: _add_member(tar, f"{key}.{ITEMS}", _item_lines(group)),
+            }
+            captions = sum(len(item.captions) for item in group)
+            groups.append(Group(key=key, items=len(group), captions=captions, members=members))
+    return groups
+
+
+def _add_array(tar: tarfile.TarFile, name: str, rows: list[np.ndarray]) -> Member:
+    array = np.ascontiguousarray(np.concatenate(rows), dtype=TOKEN_DTYPE)
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    member = _add_member(tar, name, buffer.getvalue())
+    header = member.size - array.nbytes
+    return Member(
+        offset=member.offset + header,
+        size=array.nbytes,
+        dtype=TOKEN_DTYPE.str,
+        shape=(array.shape[0], array.shape[1]),
+    )
+
+
+def _add_member(tar: tarfile.TarFile, name: str, content: bytes) -> Member:
+    header = tarfile.TarInfo(name)
+    header.size, header.mtime, header.mode = len(content), 0, 0o644
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(header, io.BytesIO(content))
+    return Member(offset=offset, size=len(content))
+
+
+def _item_lines(group: Sequence[ShardItem]) -> bytes:
+    lines = []
+    first_caption = 0
+    for item in group:
+        line = {
+            "id": item.id,
+            "captions": list(item.captions),
+            "first_caption": first_caption,
+            "frames": item.frames,
+            "media": item.media,
+            "start": item.start,
+            "end": item.end,
+        }
+        # ASCII only: some readers would split a line at Unicode's other line separators.
+        lines.append(json.dumps(line) + "\n")
+        first_caption += len(item.captions)
+    return "".join(lines).encode()
+
+
+@contextlib.contextmanager
+def _written_atomically(path: Path) -> Iterator[IO[bytes]]:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,32 @@
+"""The one exception that users see, and how commands show it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend; its text is one sentence naming the file, field or argument."""
+
+
+class ReportedElsewhereError(UserError):
+    """The same mistake on another process of a run; the first process shows it."""
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run a command's main function and return its exit code.
+
+    A `UserError` becomes one line on stderr and exit code 2; every other exception keeps its
+    traceback, because it is a defect of ours.
+    """
+    try:
+        return main() or 0
+    except ReportedElsewhereError:
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130

@@ -1,0 +1,79 @@
+"""Pictures and clips as files that carry how they were made."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import ffmpeg
+import imageio_ffmpeg
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from megatron_nuwa.errors import UserError
+
+_ENCODE_SECONDS = 120
+
+
+def write_png(path: Path, frame: np.ndarray, origin: Mapping[str, object]) -> None:
+    """Write uint8 (rows, columns, 3) with the origin (prompt, seed, …) as text chunks."""
+    info = PngInfo()
+    for key, value in origin.items():
+        info.add_itxt(key, str(value))
+    Image.fromarray(frame).save(path, pnginfo=info)
+
+
+def write_gif(
+    path: Path, frames: np.ndarray, frames_per_second: float, origin: Mapping[str, object]
+) -> None:
+    """Write uint8 (frames, rows, columns, 3) as an endless GIF; the origin is its comment."""
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    first.save(
+        path,
+        save_all=True,
+        append_images=rest,
+        duration=round(1000 / frames_per_second),
+        loop=0,
+        comment=json.dumps(dict(origin)).encode(),
+    )
+
+
+def write_mp4(
+    path: Path, frames: np.ndarray, frames_per_second: float, origin: Mapping[str, object]
+) -> None:
+    """Write uint8 (frames, rows, columns, 3) as H.264; the origin is its comment."""
+    _, rows, columns, _ = frames.shape
+    stream = ffmpeg.input(
+        "pipe:0",
+        format="rawvideo",
+        pix_fmt="rgb24",
+        s=f"{columns}x{rows}",
+        framerate=frames_per_second,
+    )
+    # Players want even sides in 4:2:0, whatever the model's resolution is.
+    stream = stream.filter("pad", "ceil(iw/2)*2", "ceil(ih/2)*2").output(
+        str(path),
+        vcodec="libx264",
+        pix_fmt="yuv420p",
+        crf=16,
+        movflags="+faststart",
+        metadata=f"comment={json.dumps(dict(origin))}",
+    )
+    command = stream.global_args("-nostdin", "-v", "error").compile(
+        cmd=imageio_ffmpeg.get_ffmpeg_exe(), overwrite_output=True
+    )
+    done = subprocess.run(
+        command, input=frames.tobytes(), capture_output=True, timeout=_ENCODE_SECONDS, check=False
+    )
+    if done.returncode:
+        path.unlink(missing_ok=True)
+        reason = done.stderr.decode(errors="replace").strip().splitlines()
+        raise UserError(f"ffmpeg could not write {path}: {reason[-1] if reason else 'no reason'}")
+
+
+def contact_sheet(clips: np.ndarray) -> np.ndarray:
+    """uint8 (clips, frames, rows, columns, 3) → one picture: a row a clip, a column a frame."""
+    return np.concatenate([np.concatenate(list(clip), axis=1) for clip in clips], axis=0)

@@ -1,0 +1,63 @@
+"""Samples of the model in training: TensorBoard and RUN/samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_nuwa.data.text import TextTokenizer
+from megatron_nuwa.generation.media import contact_sheet, write_gif, write_png
+from megatron_nuwa.generation.sampling import SamplingSettings
+from megatron_nuwa.generation.trained import make_generator
+from megatron_nuwa.grid import Grid
+from megatron_nuwa.models.nuwa import Nuwa
+from megatron_nuwa.models.vqgan import load_vqgan
+from megatron_nuwa.training.monitor import Monitor
+from megatron_nuwa.training.pretrain import BPE_FILE, VQGAN_FILE, ShowSamples
+from megatron_nuwa.training.recipe import Recipe
+
+
+def make_sample_shower(recipe: Recipe) -> ShowSamples | None:
+    """A function that draws the recipe's prompts; None when the recipe asks for no samples."""
+    settings, run = recipe.samples, recipe.run
+    if settings is None or run is None:
+        return None
+    sampling = SamplingSettings(
+        settings.temperature, settings.top_k, settings.top_p, settings.guidance
+    )
+
+    def show(
+        model: Nuwa,
+        step: int,
+        monitor: Monitor,
+        grids: Sequence[Grid],
+        frames_per_second: float | None,
+    ) -> None:
+        device = model.begin.device
+        generator = make_generator(
+            model,
+            load_vqgan(run / VQGAN_FILE).to(device),
+            TextTokenizer.load(run / BPE_FILE),
+            grids,
+            frames_per_second,
+        )
+        folder = run / "samples"
+        folder.mkdir(exist_ok=True)
+        seeds = [settings.seed + number for number in range(len(settings.prompts))]
+        was_training = model.training
+        model.eval()
+        for grid in sorted(set(grids), key=lambda grid: grid.s):
+            tokens = generator.generate(settings.prompts, grid, seeds, sampling)
+            clips = generator.pixels(tokens, grid)
+            origin = {"prompts": " | ".join(settings.prompts), "step": step, "seed": settings.seed}
+            name = "t2i" if grid.s == 1 else "t2v"
+            write_png(folder / f"step_{step:08d}_{name}.png", contact_sheet(clips), origin)
+            if grid.s == 1:
+                monitor.images(f"samples/{name}", step, clips[:, 0])
+            else:
+                monitor.video(f"samples/{name}", step, clips, generator.frames_per_second)
+                for number, clip in enumerate(clips):
+                    path = folder / f"step_{step:08d}_{name}_{number}.gif"
+                    write_gif(path, clip, generator.frames_per_second, origin)
+        model.train(was_training)
+
+    return show

@@ -1,0 +1,133 @@
+"""A trained run, opened for generation: model, tokenizers and grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_nuwa.data.batches import TEXT_GRID
+from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer, text_mask
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.sampling import SamplingSettings, generate_tokens
+from megatron_nuwa.grid import Grid
+from megatron_nuwa.models.nuwa import Context, Nuwa
+from megatron_nuwa.models.vqgan import Vqgan, load_vqgan
+from megatron_nuwa.training.checkpoint import MODEL_FILE, Checkpoints, read_state
+from megatron_nuwa.training.pretrain import BPE_FILE, VQGAN_FILE
+from megatron_nuwa.training.recipe import load_recipe
+
+_DEFAULT_FRAMES_PER_SECOND = 2.5
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Everything that turns a prompt into pixels."""
+
+    model: Nuwa
+    vqgan: Vqgan
+    bpe: TextTokenizer
+    image_grid: Grid
+    clip_grid: Grid
+    frames_per_second: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.begin.device
+
+    def text_context(self, prompts: Sequence[str]) -> Context:
+        """The encoder's input for prompts; `UserError` for one that is empty or too long."""
+        ids = np.stack([self.bpe.encode(prompt) for prompt in prompts]).astype(np.int64)
+        mask = torch.from_numpy(text_mask(ids))
+        tokens = torch.from_numpy(ids)
+        return Context("text", tokens.to(self.device), TEXT_GRID, mask.to(self.device))
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        grid: Grid,
+        seeds: Sequence[int],
+        settings: SamplingSettings,
+        *,
+        known: Tensor | None = None,
+        is_known: Tensor | None = None,
+        on_token: Callable[[], object] | None = None,
+    ) -> Tensor:
+        """Tokens int64 (batch, grid cells) for prompts; see `generate_tokens`."""
+        return generate_tokens(
+            self.model,
+            self.text_context(prompts),
+            self.text_context([NO_CAPTION] * len(prompts)),
+            grid,
+            seeds,
+            settings,
+            known=known,
+            is_known=is_known,
+            on_token=on_token,
+        )
+
+    def encode_frames(self, frames: np.ndarray) -> Tensor:
+        """uint8 (frames, rows, columns, 3) → tokens int64 (frames · h · w) in generation order."""
+        pixels = torch.from_numpy(frames).to(self.device).float() / 127.5 - 1
+        with torch.no_grad():
+            return self.vqgan.encode(pixels.permute(0, 3, 1, 2)).flatten()
+
+    def pixels(self, tokens: Tensor, grid: Grid) -> np.ndarray:
+        """Tokens (batch, grid cells) → uint8 (batch, frames, rows, columns, 3)."""
+        frames = tokens.view(-1, grid.h, grid.w)
+        with torch.no_grad():
+            images = self.vqgan.decode(frames)
+        bytes_ = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return bytes_.permute(0, 2, 3, 1).unflatten(0, (-1, grid.s)).cpu().numpy()
+
+
+def open_run(run: Path, device: torch.device | None = None) -> Generator:
+    """Open a pretraining run's newest whole checkpoint; `UserError` says what is missing."""
+    recipe_path = run / "recipe.yaml"
+    if not recipe_path.is_file():
+        raise UserError(f"{run} is not a pretraining run: it has no recipe.yaml")
+    recipe = load_recipe(recipe_path)
+    recipe.require("model")
+    assert recipe.model is not None
+    newest, complaints = Checkpoints(run / "checkpoints", keep=1).newest()
+    if newest is None:
+        reason = f" ({complaints[0]})" if complaints else ""
+        raise UserError(f"run {run} has no whole checkpoint yet{reason}; train it further first")
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = Nuwa(recipe.model)
+    model.load_state_dict(load_file(newest / MODEL_FILE))
+    data = read_state(newest)["data"]
+    return make_generator(
+        model.to(device).eval(),
+        load_vqgan(run / VQGAN_FILE).to(device),
+        TextTokenizer.load(run / BPE_FILE),
+        [Grid(*grid) for grid in data["grids"].values()],
+        next((rate for rate in data["frames_per_second"].values() if rate), None),
+    )
+
+
+def make_generator(
+    model: Nuwa,
+    vqgan: Vqgan,
+    bpe: TextTokenizer,
+    grids: Sequence[Grid],
+    frames_per_second: float | None,
+) -> Generator:
+    """A generator for the grids that a model was trained on."""
+    clips = [grid for grid in grids if grid.s > 1]
+    images = [grid for grid in grids if grid.s == 1] or [clips[0]._replace(s=1)]
+    largest = Grid(*model.config.position_grid)
+    return Generator(
+        model,
+        vqgan,
+        bpe,
+        image_grid=images[0],
+        clip_grid=clips[0] if clips else images[0]._replace(s=largest.s),
+        frames_per_second=frames_per_second or _DEFAULT_FRAMES_PER_SECOND,
+    )

@@ -1,0 +1,167 @@
+"""The convolutional halves of a VQ-GAN: residual blocks that narrow an image and widen it again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Encoder(nn.Module):
+    """Images (batch, 3, H, W) → vectors (batch, code_dim, H/f, W/f).
+
+    `channels` holds the width at each resolution; between two the resolution halves. With
+    `patch_size` > 1 patches of pixels become channels first, so that no convolution runs at full
+    resolution.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        residual_blocks: int,
+        code_dim: int,
+        attention: bool,
+        patch_size: int,
+    ) -> None:
+        super().__init__()
+        self.patch = nn.PixelUnshuffle(patch_size)
+        self.conv_in = nn.Conv2d(3 * patch_size**2, channels[0], 3, padding=1)
+        levels: list[nn.Module] = []
+        width = channels[0]
+        for level, out in enumerate(channels):
+            for _ in range(residual_blocks):
+                levels.append(ResidualBlock(width, out))
+                width = out
+            if level < len(channels) - 1:
+                levels.append(Downsample(width))
+        self.levels = nn.Sequential(*levels)
+        self.middle = _middle(width, attention)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, code_dim, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images (batch, 3, H, W)."""
+        hidden = self.middle(self.levels(self.conv_in(self.patch(images))))
+        encoded: Tensor = self.conv_out(F.silu(self.norm_out(hidden)))
+        return encoded
+
+
+class Decoder(nn.Module):
+    """Codes (batch, code_dim, h, w) → images (batch, 3, h·f, w·f), the encoder's mirror image.
+
+    Each resolution has one residual block more than in the encoder, since writing an image is
+    harder than reading it.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        residual_blocks: int,
+        code_dim: int,
+        attention: bool,
+        patch_size: int,
+    ) -> None:
+        super().__init__()
+        width = channels[-1]
+        self.conv_in = nn.Conv2d(code_dim, width, 3, padding=1)
+        self.middle = _middle(width, attention)
+        levels: list[nn.Module] = []
+        for level, out in enumerate(reversed(channels)):
+            if level > 0:
+                levels.append(Upsample(width))
+            for _ in range(residual_blocks + 1):
+                levels.append(ResidualBlock(width, out))
+                width = out
+        self.levels = nn.Sequential(*levels)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 3 * patch_size**2, 3, padding=1)
+        self.unpatch = nn.PixelShuffle(patch_size)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Decode codes (batch, code_dim, h, w)."""
+        hidden = self.levels(self.middle(self.conv_in(codes)))
+        images: Tensor = self.unpatch(self.conv_out(F.silu(self.norm_out(hidden))))
+        return images
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions, each after GroupNorm and SiLU, added to the input."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm_1 = group_norm(width)
+        self.conv_1 = nn.Conv2d(width, out, 3, padding=1)
+        self.norm_2 = group_norm(out)
+        self.conv_2 = nn.Conv2d(out, out, 3, padding=1)
+        self.skip = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (batch, width, H, W) to (batch, out, H, W)."""
+        change = self.conv_1(F.silu(self.norm_1(hidden)))
+        change = self.conv_2(F.silu(self.norm_2(change)))
+        summed: Tensor = self.skip(hidden) + change
+        return summed
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions of a feature map, added to it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = group_norm(width)
+        self.query_key_value = nn.Conv2d(width, 3 * width, 1)
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (batch, width, H, W) to the same shape."""
+        batch, width, h, w = hidden.shape
+        rows = self.query_key_value(self.norm(hidden)).flatten(2).transpose(1, 2)
+        query, key, value = rows.unsqueeze(1).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        mixed = mixed.squeeze(1).transpose(1, 2).reshape(batch, width, h, w)
+        summed: Tensor = hidden + self.out(mixed)
+        return summed
+
+
+class Downsample(nn.Module):
+    """Halve the resolution by a strided convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (batch, width, H, W) to (batch, width, H/2, W/2), H and W even."""
+        # Padded at the right and bottom only, so that the kernel's centre meets every second cell.
+        halved: Tensor = self.conv(F.pad(hidden, (0, 1, 0, 1)))
+        return halved
+
+
+class Upsample(nn.Module):
+    """Double the resolution by repeating pixels, then smooth by a convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (batch, width, H, W) to (batch, width, 2·H, 2·W)."""
+        doubled: Tensor = self.conv(F.interpolate(hidden, scale_factor=2.0, mode="nearest"))
+        return doubled
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or the largest power of two below that divides `width`."""
+    groups = 32
+    while width % groups:
+        groups //= 2
+    return nn.GroupNorm(groups, width, eps=1e-6)
+
+
+def _middle(width: int, attention: bool) -> nn.Sequential:
+    blocks: list[nn.Module] = [ResidualBlock(width, width)]
+    if attention:
+        blocks.append(SpatialAttention(width))
+    blocks.append(ResidualBlock(width, width))
+    return nn.Sequential(*blocks)

@@ -1,0 +1,154 @@
+"""The blocks of NÜWA's transformer: nearby attention, feed-forward, encoder and decoder layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_nuwa.ops import nearby_attention
+from megatron_nuwa.ops.tables import Geometry
+
+NormPosition = Literal["pre", "post"]
+CrossAttention = Literal["parallel", "sequential"]
+
+
+class NearbyAttention(nn.Module):
+    """Multi-head 3-D nearby attention with its four projections (paper Eqs. 5–9)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+
+    def forward(
+        self, x: Tensor, context: Tensor, geometry: Geometry, context_mask: Tensor | None = None
+    ) -> Tensor:
+        """`x` (batch, tokens, width), `context` (batch, context tokens, width) → like `x`."""
+        mixed = nearby_attention(
+            self.split_heads(self.query(x)),
+            self.split_heads(self.key(context)),
+            self.split_heads(self.value(context)),
+            grid=geometry.grid,
+            context_grid=geometry.context_grid,
+            extent=geometry.extent,
+            causal=geometry.causal,
+            context_mask=context_mask,
+        )
+        return self.output(mixed.flatten(2))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) → (batch, tokens, heads, head size)."""
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with GELU between them."""
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.expand = nn.Linear(width, inner_width)
+        self.contract = nn.Linear(inner_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) → the same."""
+        return self.contract(F.gelu(self.expand(x)))
+
+
+class EncoderLayer(nn.Module):
+    """`C ← C + 3DNA(C, C)`, then a feed-forward (paper Eq. 10)."""
+
+    def __init__(
+        self, width: int, heads: int, inner_width: int, dropout: float, norm: NormPosition
+    ) -> None:
+        super().__init__()
+        self.norm_position = norm
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = NearbyAttention(width, heads)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, inner_width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, geometry: Geometry, mask: Tensor | None) -> Tensor:
+        """(batch, tokens, width) → the same."""
+        if self.norm_position == "pre":
+            h = self.attention_norm(x)
+            x = x + self.dropout(self.attention(h, h, geometry, mask))
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, x, geometry, mask)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+
+
+class DecoderLayer(nn.Module):
+    """`Y ← Y + 3DNA(Y, Y)[causal] + 3DNA(Y, C)`, then a feed-forward (paper Eq. 11).
+
+    `cross="parallel"` adds both attentions at once, as the paper's formula reads;
+    `"sequential"` is the classic decoder, cross-attention after self-attention.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        inner_width: int,
+        dropout: float,
+        norm: NormPosition,
+        cross: CrossAttention,
+    ) -> None:
+        super().__init__()
+        self.norm_position = norm
+        self.attention_norm = nn.LayerNorm(width)
+        self.self_attention = NearbyAttention(width, heads)
+        self.cross_attention = NearbyAttention(width, heads)
+        self.cross_norm = nn.LayerNorm(width) if cross == "sequential" else None
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, inner_width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor,
+        geometry: Geometry,
+        cross_geometry: Geometry,
+        context_mask: Tensor | None,
+    ) -> Tensor:
+        """`x` (batch, tokens, width), `context` (batch, context tokens, width) → like `x`."""
+
+        def look_back(h: Tensor) -> Tensor:
+            return self.self_attention(h, h, geometry)
+
+        def look_across(h: Tensor) -> Tensor:
+            return self.cross_attention(h, context, cross_geometry, context_mask)
+
+        return self.combine(x, look_back, look_across)
+
+    def combine(
+        self,
+        x: Tensor,
+        look_back: Callable[[Tensor], Tensor],
+        look_across: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Norms and residuals around two attentions, each a function of a normalised input.
+
+        Training attends over the whole grid and decoding over a cache; both come through here.
+        """
+        if self.norm_position == "pre":
+            h = self.attention_norm(x)
+            if self.cross_norm is None:
+                x = x + self.dropout(look_back(h) + look_across(h))
+            else:
+                x = x + self.dropout(look_back(h))
+                x = x + self.dropout(look_across(self.cross_norm(x)))
+            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        if self.cross_norm is None:
+            x = self.attention_norm(x + self.dropout(look_back(x) + look_across(x)))
+        else:
+            x = self.attention_norm(x + self.dropout(look_back(x)))
+            x = self.cross_norm(x + self.dropout(look_across(x)))
+        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))

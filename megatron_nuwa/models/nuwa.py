@@ -1,0 +1,254 @@
+"""NÜWA's encoder–decoder over token grids (paper section 3.3), as a plain module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_nuwa.config import Settings
+from megatron_nuwa.grid import Extent, ExtentReading, Grid
+from megatron_nuwa.models.layers import CrossAttention, DecoderLayer, EncoderLayer, NormPosition
+from megatron_nuwa.ops.tables import Geometry
+
+Widths = tuple[int | None, int | None, int | None]
+
+
+class NuwaConfig(Settings):
+    """Shape of the transformer; the defaults are the paper's 870 M."""
+
+    width: int = Field(1280, ge=1)
+    heads: int = Field(20, ge=1)
+    encoder_layers: int = Field(12, ge=1)
+    decoder_layers: int = Field(24, ge=1)
+    feed_forward_ratio: float = Field(4.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    codebook_size: int = Field(12_288, ge=2, le=65_536)
+    code_dim: int = Field(256, ge=1)
+    # "codebook": codes of the VQ-GAN, projected to the width; "direct": a table of that width.
+    visual_embedding: Literal["codebook", "direct"] = "codebook"
+    train_codebook: bool = True
+    tie_head: bool = False
+    text_vocabulary: int = Field(49_408, ge=2, le=65_536)
+    text_tokens: int = Field(77, ge=1)
+    # The largest grid that has positions.
+    position_grid: tuple[int, int, int] = (21, 21, 10)
+
+    text_extent: Widths = (1, 1, None)
+    image_extent: Widths = (3, 3, 1)
+    video_extent: Widths = (3, 3, 3)
+    extent_reading: ExtentReading = "width"
+
+    norm: NormPosition = "pre"
+    cross_attention: CrossAttention = "parallel"
+
+    @field_validator("position_grid")
+    @classmethod
+    def _grid_is_valid(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        h, w, s = Grid.of(value, "position_grid")
+        return h, w, s
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> NuwaConfig:
+        if self.width % self.heads:
+            raise ValueError(
+                f"model.width {self.width} is not a multiple of model.heads {self.heads}"
+            )
+        for name in ("text_extent", "image_extent", "video_extent"):
+            Extent.from_reading(getattr(self, name), self.extent_reading)
+        return self
+
+    @property
+    def text_grid(self) -> Grid:
+        """The grid of a text: a line along the third axis."""
+        return Grid(1, 1, self.text_tokens)
+
+    def visual_extent(self, grid: Grid) -> Extent:
+        """Window of an image (one frame) or a clip."""
+        widths = self.image_extent if grid.s == 1 else self.video_extent
+        return Extent.from_reading(widths, self.extent_reading)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the encoder reads.
+
+    `tokens` int64 (batch, grid cells); `mask` bool of the same shape, False = padding.
+    """
+
+    kind: Literal["text", "visual"]
+    tokens: Tensor
+    grid: Grid
+    mask: Tensor | None = None
+
+
+class PositionEmbedding(nn.Module):
+    """Learned positions along each axis, added: `P_h[i] + P_w[j] + P_s[k]` (paper Eq. 9)."""
+
+    def __init__(self, largest: Grid, width: int) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(largest.h, width)
+        self.columns = nn.Embedding(largest.w, width)
+        self.frames = nn.Embedding(largest.s, width)
+
+    def forward(self, grid: Grid) -> Tensor:
+        """(grid cells, width) in generation order; `ValueError` for a grid without positions."""
+        tables = (self.rows, self.columns, self.frames)
+        largest = tuple(table.num_embeddings for table in tables)
+        if any(side > most for side, most in zip(grid, largest, strict=True)):
+            raise ValueError(f"grid {tuple(grid)} is larger than the model's positions {largest}")
+        rows, columns, frames = (
+            table.weight[:side] for table, side in zip(tables, grid, strict=True)
+        )
+        total = frames[:, None, None] + rows[None, :, None] + columns[None, None, :]
+        return total.flatten(0, 2)
+
+
+class VisualEmbedding(nn.Module):
+    """Vectors of visual tokens: the VQ-GAN's codebook and a projection, or a plain table."""
+
+    def __init__(self, config: NuwaConfig) -> None:
+        super().__init__()
+        projected = config.visual_embedding == "codebook"
+        self.codes = nn.Embedding(
+            config.codebook_size, config.code_dim if projected else config.width
+        )
+        self.projection = (
+            nn.Linear(config.code_dim, config.width, bias=False) if projected else nn.Identity()
+        )
+        self.codes.weight.requires_grad_(config.train_codebook)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 (batch, cells) → (batch, cells, width)."""
+        return self.projection(self.codes(tokens))
+
+    def table(self) -> Tensor:
+        """All vectors, (codebook size, width)."""
+        return self.projection(self.codes.weight)
+
+
+class Nuwa(nn.Module):
+    """Encoder over a text or a visual grid, causal decoder over a visual grid."""
+
+    def __init__(self, config: NuwaConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, inner = config.width, int(config.width * config.feed_forward_ratio)
+        largest = Grid(*config.position_grid)
+        self.text_embedding = nn.Embedding(config.text_vocabulary, width)
+        self.text_positions = PositionEmbedding(config.text_grid, width)
+        self.visual_embedding = VisualEmbedding(config)
+        self.context_positions = PositionEmbedding(largest, width)
+        self.target_positions = PositionEmbedding(largest, width)
+        self.begin = nn.Parameter(torch.empty(width))
+        self.encoder = nn.ModuleList(
+            EncoderLayer(width, config.heads, inner, config.dropout, config.norm)
+            for _ in range(config.encoder_layers)
+        )
+        self.decoder = nn.ModuleList(
+            DecoderLayer(
+                width, config.heads, inner, config.dropout, config.norm, config.cross_attention
+            )
+            for _ in range(config.decoder_layers)
+        )
+        self.encoder_norm = nn.LayerNorm(width)
+        self.decoder_norm = nn.LayerNorm(width)
+        self.head = None if config.tie_head else nn.Linear(width, config.codebook_size, bias=False)
+        self.checkpoint_activations = False
+        self._initialise()
+
+    def forward(self, context: Context, target: Tensor, grid: Grid) -> Tensor:
+        """Logits (batch, grid cells, codebook size) of every target token given those before it.
+
+        `target` is int64 (batch, grid cells) in generation order.
+        """
+        encoded = self.encode(context)
+        x = self.embed_target(target, grid)
+        geometry, cross_geometry = self.decoder_geometries(grid, context)
+        for layer in self.decoder:
+            x = self._run(layer, x, encoded, geometry, cross_geometry, context.mask)
+        return self.predict(x)
+
+    def loss(self, context: Context, target: Tensor, grid: Grid) -> Tensor:
+        """Mean cross-entropy of the target's tokens, in nats a token, fp32 (paper Eq. 12)."""
+        logits = self(context, target, grid)
+        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
+
+    def encode(self, context: Context) -> Tensor:
+        """The context's vectors `C^(L)`, (batch, context cells, width)."""
+        if context.kind == "text":
+            x = self.text_embedding(context.tokens) + self.text_positions(context.grid)
+        else:
+            x = self.visual_embedding(context.tokens) + self.context_positions(context.grid)
+        extent = self._context_extent(context)
+        geometry = Geometry(context.grid, context.grid, extent, False)
+        for layer in self.encoder:
+            x = self._run(layer, x, geometry, context.mask)
+        return self.encoder_norm(x)
+
+    def embed_target(self, target: Tensor, grid: Grid) -> Tensor:
+        """Decoder input (batch, cells, width): `<bos>` first, then each cell's previous token."""
+        previous = self.visual_embedding(target[:, :-1])
+        begin = self.begin.to(previous.dtype).expand(target.shape[0], 1, -1)
+        return torch.cat([begin, previous], dim=1) + self.target_positions(grid)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Decoder output (…, width) → logits (…, codebook size)."""
+        x = self.decoder_norm(x)
+        return F.linear(x, self.visual_embedding.table()) if self.head is None else self.head(x)
+
+    def decoder_geometries(self, grid: Grid, context: Context) -> tuple[Geometry, Geometry]:
+        """Who sees whom in the decoder's self-attention and in its cross-attention."""
+        own = Geometry(grid, grid, self.config.visual_extent(grid), True)
+        return own, Geometry(grid, context.grid, self._context_extent(context), False)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters of the transformer with its visual embedding, text table, head, and total."""
+        total = sum(p.numel() for p in self.parameters())
+        text = self.text_embedding.weight.numel()
+        head = 0 if self.head is None else self.head.weight.numel()
+        return {
+            "transformer": total - text - head,
+            "text_table": text,
+            "head": head,
+            "total": total,
+        }
+
+    @torch.no_grad()
+    def use_codebook(self, codebook: Tensor) -> None:
+        """Start the visual embedding from a VQ-GAN's codes, (codebook size, code dim)."""
+        codes = self.visual_embedding.codes.weight
+        if tuple(codebook.shape) != tuple(codes.shape):
+            raise ValueError(
+                f"codebook must be {tuple(codes.shape)} for this model, not {tuple(codebook.shape)}"
+            )
+        codes.copy_(codebook)
+
+    def _context_extent(self, context: Context) -> Extent:
+        if context.kind == "text":
+            return Extent.from_reading(self.config.text_extent, self.config.extent_reading)
+        return self.config.visual_extent(context.grid)
+
+    def _run(self, layer: nn.Module, *arguments: object) -> Tensor:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Normal of 0.02, smaller where a branch joins the residual stream (GPT-2's rule)."""
+        depth = 2 * max(len(self.encoder), len(self.decoder))
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                joins = name.endswith(("output.weight", "contract.weight"))
+                parameter.normal_(0.0, 0.02 / depth**0.5 if joins else 0.02)

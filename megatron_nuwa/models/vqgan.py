@@ -1,0 +1,226 @@
+"""The visual tokenizer: a convolutional autoencoder around a codebook (VQ-GAN)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from megatron_nuwa.config import Settings, parse_settings
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.models.autoencoder import Decoder, Encoder
+from megatron_nuwa.models.quantizer import GradientEstimator, VectorQuantizer
+
+_FORMAT = "megatron_nuwa.vqgan/1"
+_DEFAULT_MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}
+
+
+class VqganConfig(Settings):
+    """Sizes of a VQ-GAN; the defaults are the paper's 336² → 21×21 with 12,288 codes of 256.
+
+    The paper's literal codebook is `lookup_dim: null`, `normalise_codes: false` and
+    `gradient: straight_through`; the defaults here keep a large codebook in use.
+    """
+
+    image_size: int = Field(336, ge=4)
+    downsampling: Literal[4, 8, 16] = 16
+    base_channels: int = Field(128, ge=8)
+    channel_multipliers: tuple[int, ...] = ()
+    residual_blocks: int = Field(2, ge=1)
+    attention: bool = True
+    patch_size: Literal[1, 2, 4] = 1
+    codebook_size: int = Field(12288, ge=2, le=65536)
+    code_dim: int = Field(256, ge=1)
+    lookup_dim: int | None = Field(8, ge=1)
+    normalise_codes: bool = True
+    gradient: GradientEstimator = "rotation"
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> VqganConfig:
+        if self.image_size % self.downsampling:
+            raise ValueError(
+                f"image_size {self.image_size} must be a multiple of downsampling "
+                f"{self.downsampling}"
+            )
+        levels = (self.downsampling // self.patch_size).bit_length()
+        if self.channel_multipliers and len(self.channel_multipliers) != levels:
+            raise ValueError(
+                f"channel_multipliers must have {levels} numbers for downsampling "
+                f"{self.downsampling} and patch_size {self.patch_size}, not "
+                f"{len(self.channel_multipliers)}"
+            )
+        if any(multiplier < 1 for multiplier in self.channel_multipliers):
+            raise ValueError("channel_multipliers must be at least 1")
+        return self
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels at each resolution, the highest resolution first."""
+        levels = (self.downsampling // self.patch_size).bit_length()
+        multipliers = self.channel_multipliers or _DEFAULT_MULTIPLIERS[self.downsampling][-levels:]
+        return tuple(self.base_channels * multiplier for multiplier in multipliers)
+
+    @property
+    def grid_side(self) -> int:
+        """Rows and columns of the token grid."""
+        return self.image_size // self.downsampling
+
+
+class VqganOutput(NamedTuple):
+    """What a training pass yields."""
+
+    reconstruction: Tensor  # (batch, 3, H, W), not clamped
+    tokens: Tensor  # (batch, h, w) int64
+    codebook_loss: Tensor
+    commitment_loss: Tensor
+    vectors: Tensor  # (batch·h·w, lookup_dim), detached
+
+
+class Vqgan(nn.Module):
+    """Encoder, codebook and decoder: images (batch, 3, H, W) in [-1, 1] ↔ tokens (batch, h, w)."""
+
+    def __init__(self, config: VqganConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.level_channels
+        self.encoder = Encoder(
+            channels, config.residual_blocks, config.code_dim, config.attention, config.patch_size
+        )
+        self.quantizer = VectorQuantizer(
+            config.codebook_size,
+            config.code_dim,
+            lookup_dim=config.lookup_dim,
+            normalise_codes=config.normalise_codes,
+            gradient=config.gradient,
+        )
+        self.decoder = Decoder(
+            channels, config.residual_blocks, config.code_dim, config.attention, config.patch_size
+        )
+
+    @property
+    def grid_side(self) -> int:
+        """Rows and columns of the token grid of an image of the configured size."""
+        return self.config.grid_side
+
+    def codebook(self) -> Tensor:
+        """The vectors that the decoder receives: (codebook_size, code_dim)."""
+        return self.quantizer.codebook()
+
+    def forward(self, images: Tensor, quantise: bool = True) -> VqganOutput:
+        """Reconstruct images (batch, 3, H, W) in [-1, 1], with the codebook's losses."""
+        found = self.quantizer(self.encoder(self._checked(images)), quantise)
+        return VqganOutput(
+            self.decoder(found.codes),
+            found.tokens,
+            found.codebook_loss,
+            found.commitment_loss,
+            found.vectors,
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens (batch, h, w) int64 of images (batch, 3, H, W) in [-1, 1].
+
+        Raises `ValueError` when `images` has another shape or sides that `downsampling` does not
+        divide.
+        """
+        return self.quantizer.tokens_of(self.encoder(self._checked(images)))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images (batch, 3, H, W) in [-1, 1] of tokens (batch, h, w).
+
+        Raises `ValueError` when `tokens` has another shape or values outside the codebook.
+        """
+        if tokens.ndim != 3:
+            raise ValueError(f"tokens must have shape (batch, h, w), not {tuple(tokens.shape)}")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < (
+            self.config.codebook_size
+        ):
+            raise ValueError(
+                f"tokens must lie in 0 … {self.config.codebook_size - 1}, not "
+                f"{int(tokens.min())} … {int(tokens.max())}"
+            )
+        images: Tensor = self.decoder(self.quantizer.codes_of(tokens.long()))
+        return images.clamp(-1, 1)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        factor = self.config.downsampling
+        shape = tuple(images.shape)
+        if len(shape) != 4 or shape[1] != 3 or shape[2] % factor or shape[3] % factor:
+            raise ValueError(
+                f"images must have shape (batch, 3, H, W) with H and W multiples of {factor}, "
+                f"not {shape}"
+            )
+        return images
+
+
+def save_vqgan(model: Vqgan, path: Path) -> None:
+    """Write weights and settings to one safetensors file, which appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    metadata = {"format": _FORMAT, "config": model.config.model_dump_json()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model)}
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_vqgan(path: str | Path) -> Vqgan:
+    """The VQ-GAN of a safetensors file or of a VQ-GAN run folder, on the CPU, in eval mode.
+
+    Raises `UserError` when the file is missing or was not written by `save_vqgan`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "vqgan.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"VQ-GAN {path} does not exist; train one with launch/train_vqgan.py or name another"
+        )
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"VQ-GAN {path} is not a readable safetensors file") from error
+    if metadata.get("format") != _FORMAT:
+        raise UserError(
+            f"{path} was not written by launch/train_vqgan.py (its format is "
+            f"{metadata.get('format', 'unknown')!r}, not {_FORMAT!r})"
+        )
+    try:
+        tree = json.loads(metadata["config"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"VQ-GAN {path} carries no readable settings") from error
+    with torch.device("meta"):
+        model = Vqgan(parse_settings(VqganConfig, tree, f"VQ-GAN {path}"))
+    try:
+        model.load_state_dict(load_file(path), strict=True, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"VQ-GAN {path} holds other weights than its settings describe") from error
+    return model.eval()
+
+
+def fingerprint(model: Vqgan) -> str:
+    """SHA-256 (hex) over the settings and every tensor's name, dtype, shape and bytes."""
+    digest = hashlib.sha256(model.config.model_dump_json().encode())
+    for name, tensor in _tensors(model):
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tensors(model: Vqgan) -> list[tuple[str, Tensor]]:
+    return sorted(model.state_dict().items())

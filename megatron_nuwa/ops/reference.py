@@ -1,0 +1,57 @@
+"""The backend in plain PyTorch: right on every device, and what the fused ones are held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_nuwa.ops import dense, gather
+from megatron_nuwa.ops.tables import Geometry, key_table
+
+# One slot of the gather walk costs about as much as this many columns of the dense product.
+_DENSE_COLUMNS_A_SLOT = 32
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output in the query's dtype, and the log-sum-exp of the scores (batch, heads, tokens)."""
+    form = _cheaper_form(geometry, query.device)
+    output, log_sum = form.forward(*_promoted(query, key, value), mask, geometry, scale)
+    return output.to(query.dtype), log_sum
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value in their dtype."""
+    form = _cheaper_form(geometry, query.device)
+    gradients = form.backward(
+        *_promoted(grad, query, key, value),
+        mask,
+        *_promoted(output),
+        log_sum,
+        geometry,
+        scale,
+    )
+    grad_query, grad_key, grad_value = (gradient.to(query.dtype) for gradient in gradients)
+    return grad_query, grad_key, grad_value
+
+
+def _cheaper_form(geometry: Geometry, device: torch.device):  # type: ignore[no-untyped-def]
+    slots = key_table(geometry, device).width
+    is_dense = geometry.context_grid.cells <= _DENSE_COLUMNS_A_SLOT * slots
+    return dense if is_dense else gather
+
+
+def _promoted(*tensors: Tensor) -> list[Tensor]:
+    """Half precisions in fp32, because sums over a window in them lose digits."""
+    return [t if t.dtype == torch.float64 else t.float() for t in tensors]

@@ -1,0 +1,259 @@
+"""Frames for training a VQ-GAN: decoded once into a file, or while training; then batched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from megatron_nuwa.config import write_text_atomically
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.progress import track
+
+# Decoding moves on to the next item after a broken one, but not for ever.
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class MediaFrames:
+    """Media items that can be decoded: the bridge to whoever reads manifests and media.
+
+    `decode(item)` gives an item's real frames, uint8 (frames, size, size, 3), and raises
+    `UserError` for a broken one; `key` changes whenever any frame may; `name` is for messages.
+    """
+
+    items: Sequence[object]
+    decode: Callable[[object], np.ndarray]
+    size: int
+    key: str
+    name: str
+
+
+class Draw(NamedTuple):
+    """Which item of a dataset, and a number that decides what is random about it."""
+
+    place: int
+    number: int
+
+
+class Sample(NamedTuple):
+    """One frame uint8 (size, size, 3), and how many broken items were passed over to get it."""
+
+    frame: np.ndarray
+    broken: int
+
+
+class CachedFrames(Dataset[Sample]):
+    """Frames in a memory-mapped .npy file."""
+
+    def __init__(self, path: Path) -> None:
+        self._frames = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        return Sample(self._frames[draw.place], 0)
+
+
+class DecodedFrames(Dataset[Sample]):
+    """One frame of an item, decoded when asked for."""
+
+    def __init__(self, media: MediaFrames) -> None:
+        self._media = media
+
+    def __len__(self) -> int:
+        return len(self._media.items)
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        for broken in range(min(_ATTEMPTS, len(self))):
+            place = (draw.place + broken) % len(self)
+            try:
+                frames = self._media.decode(self._media.items[place])
+            except UserError as error:
+                reason = error
+                continue
+            choice = np.random.default_rng(draw.number).integers(len(frames))
+            return Sample(frames[choice], broken)
+        raise UserError(
+            f"{self._media.name}: {min(_ATTEMPTS, len(self))} items in a row cannot be decoded; "
+            f"the last one: {reason}"
+        )
+
+
+class CacheReport(NamedTuple):
+    """What a frame cache holds."""
+
+    frames: int
+    items: int
+    failures: list[str]
+    reused: bool
+
+
+def cache_frames(
+    media: MediaFrames, path: Path, description: str = "decoding frames"
+) -> CacheReport:
+    """Decode all items into `path` (.npy, uint8 (frames, size, size, 3)), or keep what is there.
+
+    A description beside it (`.json`) names the settings that it was made with, and appears last.
+    Broken items are left out and reported. Raises `UserError` when no item can be decoded.
+    """
+    record = path.with_suffix(".json")
+    key = hashlib.sha256(f"frames/1 {media.size} {media.key}".encode()).hexdigest()
+    if path.is_file() and record.is_file():
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known["key"] == key:
+            return CacheReport(known["frames"], known["items"], known["failures"], reused=True)
+    record.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    failures: list[str] = []
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        count = _write_frames(temporary, _decoded(media, description, failures), media.size)
+        if count == 0:
+            raise UserError(
+                f"{media.name}: none of the {len(media.items)} items can be decoded; the first: "
+                f"{failures[0]}"
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    report = CacheReport(count, len(media.items), failures, reused=False)
+    known = {"key": key, "frames": count, "items": report.items, "failures": failures}
+    write_text_atomically(record, json.dumps(known, indent=2))
+    return report
+
+
+def _decoded(media: MediaFrames, description: str, failures: list[str]) -> Iterator[np.ndarray]:
+    for item in track(media.items, description):
+        try:
+            yield media.decode(item)
+        except UserError as error:
+            failures.append(str(error))
+
+
+def _write_frames(path: Path, groups: Iterable[np.ndarray], size: int) -> int:
+    """Write an .npy file of frames whose number is known only at the end; returns the number."""
+    count = 0
+    with path.open("wb") as stream:
+        header_end = _write_header(stream, 0, size)
+        for frames in groups:
+            stream.write(np.ascontiguousarray(frames, np.uint8).tobytes())
+            count += len(frames)
+        stream.seek(0)
+        # NumPy leaves room in the header for the first axis to grow, so both have one length.
+        if _write_header(stream, count, size) != header_end:
+            raise AssertionError("the .npy header changed its length")
+        stream.flush()
+        os.fsync(stream.fileno())
+    return count
+
+
+def _write_header(stream: object, count: int, size: int) -> int:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+    np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
+    return int(stream.tell())  # type: ignore[attr-defined]
+
+
+class Batch(NamedTuple):
+    """Images (batch, 3, H, W) in [-1, 1], and how many broken items were passed over."""
+
+    images: Tensor
+    broken: int
+
+
+def batches(
+    dataset: Dataset[Sample],
+    *,
+    image_size: int,
+    flip: bool,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    first_step: int,
+    steps: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """This process's batches from step `first_step` to `steps`, each a function of (seed, step).
+
+    Over all processes a step takes `batch_size` frames, the next ones of an endless series of
+    shuffled passes over the dataset.
+    """
+    mine = batch_size // world_size
+    shuffled = _ShuffledPasses(seed, len(dataset))  # type: ignore[arg-type]
+    starts = (step * batch_size + rank * mine for step in range(first_step, steps))
+    draws = ([Draw(shuffled[start + n], start + n) for n in range(mine)] for start in starts)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=draws,
+        num_workers=workers,
+        collate_fn=_collate,
+        # Decoders start threads and processes, which a forked copy of this process could not.
+        multiprocessing_context="spawn" if workers else None,
+    )
+    for step, (frames, broken) in enumerate(loader, start=first_step):
+        generator = torch.Generator().manual_seed(_mixed(seed, step, rank))
+        yield Batch(to_images(_augment(frames, image_size, flip, generator)), broken)
+
+
+def to_images(frames: Tensor) -> Tensor:
+    """Bytes (batch, H, W, 3) as images (batch, 3, H, W) in [-1, 1]."""
+    return frames.movedim(-1, 1).float().div_(127.5).sub_(1)
+
+
+def to_bytes(images: Tensor) -> np.ndarray:
+    """Images (batch, 3, H, W) in [-1, 1] as bytes (batch, H, W, 3)."""
+    scaled = images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return scaled.movedim(1, -1).cpu().numpy()
+
+
+class _ShuffledPasses:
+    """An endless series of shuffled passes over `total` items, by position."""
+
+    def __init__(self, seed: int, total: int) -> None:
+        self._seed = seed
+        self._total = total
+        self._number = -1
+
+    def __getitem__(self, position: int) -> int:
+        number, offset = divmod(position, self._total)
+        if number != self._number:
+            self._number = number
+            self._order = np.random.default_rng((self._seed, number)).permutation(self._total)
+        return int(self._order[offset])
+
+
+def _mixed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _collate(samples: list[Sample]) -> tuple[Tensor, int]:
+    frames = np.stack([sample.frame for sample in samples])
+    return torch.from_numpy(frames), sum(sample.broken for sample in samples)
+
+
+def _augment(frames: Tensor, size: int, flip: bool, generator: torch.Generator) -> Tensor:
+    """Crop each frame at random to `size` pixels and mirror half of them."""
+    count, side = frames.shape[0], frames.shape[1]
+    corners = torch.randint(0, side - size + 1, (count, 2), generator=generator).tolist()
+    cropped = [
+        frame[top : top + size, left : left + size]
+        for frame, (top, left) in zip(frames, corners, strict=True)
+    ]
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    return torch.stack(
+        [
+            frame.flip(1) if flip and mirror else frame
+            for frame, mirror in zip(cropped, mirrored.tolist(), strict=True)
+        ]
+    )

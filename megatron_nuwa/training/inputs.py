@@ -1,0 +1,117 @@
+"""What a pretraining reads: corpora and tokenizers, checked against the model and each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_nuwa.data.batches import TaskName
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.text import TextTokenizer
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
+from megatron_nuwa.training.recipe import DataSettings, Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Open corpora of every task, held-out ones apart, and the tokenizers that wrote them."""
+
+    vqgan: Vqgan
+    bpe: TextTokenizer
+    train: dict[TaskName, list[Corpus]]
+    held_out: dict[TaskName, list[Corpus]]
+
+
+def open_inputs(recipe: Recipe, ranks: int) -> Inputs:
+    """Open everything that the recipe names; `UserError` for the first thing that does not fit."""
+    assert recipe.tokenizers is not None
+    assert recipe.data is not None
+    assert recipe.model is not None
+    _check_batches(recipe.data, ranks)
+    vqgan = load_vqgan(recipe.tokenizers.vqgan)
+    bpe = TextTokenizer.load(recipe.tokenizers.bpe)
+    if vqgan.config.codebook_size != recipe.model.codebook_size:
+        raise UserError(
+            f"model.codebook_size is {recipe.model.codebook_size}, but the VQ-GAN "
+            f"{recipe.tokenizers.vqgan} has {vqgan.config.codebook_size} codes"
+        )
+    if bpe.vocabulary_size > recipe.model.text_vocabulary:
+        raise UserError(
+            f"model.text_vocabulary is {recipe.model.text_vocabulary}, but the BPE "
+            f"{recipe.tokenizers.bpe} has {bpe.vocabulary_size} entries"
+        )
+    checker = _CorpusChecker(recipe, fingerprint(vqgan), bpe)
+    held_out = recipe.evaluation.corpora if recipe.evaluation else {}
+    return Inputs(
+        vqgan=vqgan,
+        bpe=bpe,
+        train={
+            task: checker.open_all(task, settings.corpora)
+            for task, settings in recipe.data.tasks.items()
+        },
+        held_out={task: checker.open_all(task, paths) for task, paths in held_out.items()},
+    )
+
+
+def _check_batches(data: DataSettings, ranks: int) -> None:
+    for task, settings in data.tasks.items():
+        parts = ranks * data.accumulation
+        if settings.batch_size % parts:
+            lower = settings.batch_size // parts * parts
+            nearest = [str(size) for size in (lower, lower + parts) if size]
+            raise UserError(
+                f"data.tasks.{task}.batch_size {settings.batch_size} does not divide by {ranks} "
+                f"processes × {data.accumulation} accumulation; use {' or '.join(nearest)}"
+            )
+
+
+class _CorpusChecker:
+    def __init__(self, recipe: Recipe, vqgan_fingerprint: str, bpe: TextTokenizer) -> None:
+        assert recipe.tokenizers is not None
+        assert recipe.model is not None
+        self._model: NuwaConfig = recipe.model
+        self._expected = {
+            "vqgan": (vqgan_fingerprint, "VQ-GAN", recipe.tokenizers.vqgan),
+            "bpe": (bpe.fingerprint, "BPE", recipe.tokenizers.bpe),
+        }
+
+    def open_all(self, task: TaskName, paths: Sequence[Path]) -> list[Corpus]:
+        corpora = [self._open(task, path) for path in paths]
+        for path, corpus in zip(paths, corpora, strict=True):
+            if corpus.grid != corpora[0].grid:
+                raise UserError(
+                    f"task {task}: corpus {path} has grid {tuple(corpus.grid)}, but {paths[0]} "
+                    f"has {tuple(corpora[0].grid)}; corpora of one task must share a grid"
+                )
+        return corpora
+
+    def _open(self, task: TaskName, path: Path) -> Corpus:
+        corpus = Corpus(path)
+        if corpus.manifest.codebook_size != self._model.codebook_size:
+            raise UserError(
+                f"corpus {path} was written with a codebook of {corpus.manifest.codebook_size}, "
+                f"but model.codebook_size is {self._model.codebook_size}"
+            )
+        for kind, (value, name, source) in self._expected.items():
+            if getattr(corpus.manifest.fingerprints, kind) != value:
+                raise UserError(
+                    f"corpus {path} was written with another {name} than {source}; tokenize it "
+                    f"again, or name the {name} that wrote it in tokenizers.{kind}"
+                )
+        grid, largest = corpus.grid, self._model.position_grid
+        if any(side > most for side, most in zip(grid, largest, strict=True)):
+            raise UserError(
+                f"corpus {path} has grid {tuple(grid)}, larger than model.position_grid "
+                f"{tuple(largest)}"
+            )
+        if (grid.s == 1) != (task == "t2i"):
+            raise UserError(
+                f"task {task} needs {'images' if task == 't2i' else 'clips'}, but corpus {path} "
+                f"holds grids of {grid.s} frame{'s' if grid.s > 1 else ''}"
+            )
+        if len(corpus) == 0:
+            raise UserError(f"corpus {path} holds no items; tokenize a source into it first")
+        return corpus

@@ -1,0 +1,124 @@
+"""The recipe: one YAML file that says everything about a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from megatron_nuwa.config import Settings, load_settings
+from megatron_nuwa.data.batches import TaskName
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.training.schedule import ScheduleSettings
+from megatron_nuwa.training.vqgan_recipe import VqganRecipe
+
+
+class TokenizerPaths(Settings):
+    """The tokenizers that wrote the corpora."""
+
+    vqgan: Path
+    bpe: Path
+
+
+class TaskSettings(Settings):
+    """One task of the sum `L = L_T2I + L_V2V + L_T2V`."""
+
+    corpora: list[Path] = Field(min_length=1)
+    # Samples a step over all processes.
+    batch_size: int = Field(ge=1)
+    weight: float = Field(1.0, gt=0)
+
+
+class DataSettings(Settings):
+    """Which corpora feed which task."""
+
+    tasks: dict[TaskName, TaskSettings] = Field(min_length=1)
+    # Every process cuts its share of each task's batch into this many micro-batches.
+    accumulation: int = Field(1, ge=1)
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+
+
+class OptimizerSettings(Settings):
+    """Adam, as the paper trains."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clipping: float = Field(1.0, ge=0)
+
+
+class TrainingSettings(Settings):
+    """How the run is carried out."""
+
+    deepspeed_config: Path = Path("ds_configs/zero1_bf16.json")
+    checkpoint_activations: bool = False
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(3, ge=1)
+    # Save and end after this step although the schedule is longer.
+    stop_at_step: int | None = Field(None, ge=1)
+
+
+class EvaluationSettings(Settings):
+    """Held-out cross-entropy, against the unigram entropy of the same tokens."""
+
+    every: int = Field(1000, ge=1)
+    corpora: dict[TaskName, list[Path]] = Field(min_length=1)
+    batch_size: int = Field(8, ge=1)
+    # Items a task; null for all.
+    items: int | None = Field(None, ge=1)
+
+
+class SampleSettings(Settings):
+    """Pictures and clips of the current model in TensorBoard and RUN/samples."""
+
+    every: int = Field(5000, ge=1)
+    prompts: list[str] = Field(min_length=1)
+    seed: int = 0
+    temperature: float = Field(1.0, gt=0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    guidance: float = Field(1.0, ge=0)
+
+
+class Recipe(Settings):
+    """Everything about a run; sections that a command does not need may be left out."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    # The folder of the pretraining run; the VQ-GAN's own is vqgan.run.
+    run: Path | None = None
+    vqgan: VqganRecipe | None = None
+    model: NuwaConfig | None = None
+    tokenizers: TokenizerPaths | None = None
+    data: DataSettings | None = None
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings | None = None
+    samples: SampleSettings | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_set(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must not be empty")
+        return value
+
+    def require(self, *sections: str) -> None:
+        """`UserError` that names the first of the sections that the recipe leaves out."""
+        for section in sections:
+            if getattr(self, section) is None:
+                raise UserError(
+                    f"recipe '{self.name}' has no '{section}', which this command needs"
+                )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with dotted overrides; `UserError` names the file and the field."""
+    return load_settings(Recipe, path, overrides)

@@ -1,0 +1,197 @@
+"""Commands that make and inspect a token corpus: `python -m preprocessing --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from megatron_nuwa.config import parse_settings
+from megatron_nuwa.data.text import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, train_bpe
+from megatron_nuwa.errors import UserError
+from preprocessing.communicator import Communicator, join_ranks, on_every_rank, run_ranks
+from preprocessing.farm import TokenizeOptions, tokenize
+from preprocessing.sources import read_manifest
+from preprocessing.stats import corpus_table
+from preprocessing.verify import find_damage
+
+MANIFEST_HELP = "manifest: .jsonl, .csv or .parquet with id, media, captions [start, end, sketch]"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one of the commands and return its exit code."""
+    communicator = join_ranks()
+    return run_ranks(communicator, lambda: _run(arguments, communicator))
+
+
+def _run(arguments: Sequence[str] | None, communicator: Communicator) -> int:
+    options = on_every_rank(communicator, lambda: _parser().parse_args(arguments))
+    if options.command == "tokenize":
+        _tokenize(options, communicator)
+        return 0
+    if communicator.rank:
+        return 0
+    if options.command == "verify":
+        return _verify(options)
+    if options.command == "stats":
+        Console().print(corpus_table(options.corpus))
+        return 0
+    _train_bpe(options)
+    return 0
+
+
+def _tokenize(options: argparse.Namespace, communicator: Communicator) -> None:
+    tree = {key: value for key, value in vars(options).items() if key != "command"}
+    tokenize(
+        on_every_rank(
+            communicator, lambda: parse_settings(TokenizeOptions, tree, "the arguments of tokenize")
+        ),
+        communicator,
+    )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    damage = find_damage(options.corpus, options.full)
+    for sentence in damage:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+    if damage:
+        return 1
+    depth = "every byte read" if options.full else "sizes and sums checked"
+    print(f"corpus {options.corpus} is good ({depth})", flush=True)
+    return 0
+
+
+def _train_bpe(options: argparse.Namespace) -> None:
+    size = options.vocabulary_size
+    if not SMALLEST_VOCABULARY <= size <= LARGEST_VOCABULARY:
+        raise UserError(
+            f"--vocabulary-size must lie between {SMALLEST_VOCABULARY} and {LARGEST_VOCABULARY}, "
+            f"not {size}"
+        )
+    if options.output.suffix != ".json":
+        raise UserError(f"--output {options.output} must end in .json")
+    bpe = train_bpe(_captions(options.source), size)
+    try:
+        bpe.save(options.output)
+    except OSError as error:
+        raise UserError(f"--output {options.output} cannot be written: {error.strerror}") from error
+    fewer = f"; the captions hold too few pairs for {size:,}" if bpe.vocabulary_size < size else ""
+    print(f"BPE {options.output}: {bpe.vocabulary_size:,} tokens{fewer}", flush=True)
+
+
+def _captions(manifests: Sequence[Path]) -> Iterator[str]:
+    for manifest in manifests:
+        for item in read_manifest(manifest):
+            yield from item.captions
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m preprocessing", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_tokenize(commands)
+    verify = _add(
+        commands,
+        "verify",
+        "check a corpus; exit code 1 where it is damaged",
+        "python -m preprocessing verify corpora/vatex --full",
+    )
+    verify.add_argument("corpus", type=Path, help="folder of the corpus")
+    verify.add_argument("--full", action="store_true", help="read every byte, not only the sizes")
+    stats = _add(
+        commands,
+        "stats",
+        "show what a corpus holds",
+        "python -m preprocessing stats corpora/vatex",
+    )
+    stats.add_argument("corpus", type=Path, help="folder of the corpus")
+    bpe = _add(
+        commands,
+        "train-bpe",
+        "learn a BPE vocabulary from the captions of manifests",
+        "python -m preprocessing train-bpe images.jsonl clips.jsonl --output bpe.json "
+        "--vocabulary-size 16384",
+    )
+    bpe.add_argument("source", type=Path, nargs="+", metavar="SOURCE", help=MANIFEST_HELP)
+    bpe.add_argument("--output", type=Path, required=True, help="file to write, .json")
+    bpe.add_argument("--vocabulary-size", type=int, required=True, metavar="N")
+    return parser
+
+
+def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(
+        commands,
+        "tokenize",
+        "turn media and captions into a token corpus; a repeated command completes what is missing",
+        "mpirun -n 8 python -m preprocessing tokenize vatex.jsonl --output corpora/vatex "
+        "--vqgan runs/vqgan --bpe bpe.json --frames 10 --fps 2.5",
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help=MANIFEST_HELP)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the corpus")
+    parser.add_argument(
+        "--vqgan", type=Path, required=True, help="run folder or .safetensors file of the VQ-GAN"
+    )
+    parser.add_argument(
+        "--bpe", type=Path, required=True, help="BPE .json, or CLIP's merges file (.txt, .txt.gz)"
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="frames of an item; 1 for images (default: 1 or 10, as the manifest's first item is)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        metavar="F",
+        dest="frames_per_second",
+        help="frames a second that are taken from clips (default: 2.5)",
+    )
+    parser.add_argument(
+        "--short-clips",
+        choices=("skip", "pad"),
+        default="skip",
+        help="what happens to a clip of too few frames; pad repeats its last (default: skip)",
+    )
+    parser.add_argument(
+        "--items-per-shard", type=int, default=4096, metavar="N", help="default: 4096"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="frames that the VQ-GAN encodes at once (default: 32)",
+    )
+    parser.add_argument(
+        "--long-captions",
+        choices=("refuse", "truncate"),
+        default="refuse",
+        help="what happens to captions of more than 77 tokens (default: refuse the item)",
+    )
+
+
+def _add(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, example: str
+) -> _Parser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

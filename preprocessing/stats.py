@@ -1,0 +1,76 @@
+"""What a corpus holds, in one table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.text import text_mask
+from preprocessing.ledger import FAILURES_FILE
+
+SHOWN_REASONS = 10
+
+
+def corpus_table(folder: Path) -> Table:
+    """A table of counts, sizes, caption lengths, codebook use and failures.
+
+    Raises `UserError` where there is no finished corpus.
+    """
+    corpus = Corpus(folder)
+    table = Table(title=f"corpus {folder}", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _rows(corpus):
+        table.add_row(name, value)
+    return table
+
+
+def codebook_use(counts: np.ndarray) -> tuple[float, float]:
+    """Perplexity of the codes' frequencies and the share of codes in use, from their counts."""
+    share = counts[counts > 0] / counts.sum()
+    return float(np.exp(-(share * np.log(share)).sum())), len(share) / len(counts)
+
+
+def _rows(corpus: Corpus) -> Iterator[tuple[str, str]]:
+    manifest, grid = corpus.manifest, corpus.grid
+    counts = manifest.counts
+    size = sum(entry.bytes for entry in manifest.shards)
+    rate = manifest.frames_per_second
+    yield "grid", f"{grid.h}×{grid.w}×{grid.s}" + (f" at {rate:g} frames/s" if rate else "")
+    yield "items", f"{counts.items:,} in {len(manifest.shards)} shards"
+    yield "captions", f"{counts.captions:,} ({counts.captions / counts.items:.2f} an item)"
+    lengths = np.concatenate([text_mask(text).sum(-1) for _, text in corpus.groups()])
+    yield "visual tokens", f"{counts.items * grid.cells:,} ({grid.cells:,} an item)"
+    yield "text tokens", f"{int(lengths.sum()):,} without padding"
+    yield "bytes", f"{size:,} ({size / counts.items:,.0f} an item)"
+    low, half, high, top = np.percentile(lengths, [0, 50, 95, 100])
+    yield (
+        "caption length",
+        f"{low:.0f} shortest, {half:.0f} median, {high:.0f} 95th percentile, {top:.0f} longest",
+    )
+    perplexity, share = codebook_use(corpus.visual_counts())
+    yield (
+        "codebook",
+        f"{manifest.codebook_size:,} codes, {share:.1%} in use, perplexity {perplexity:,.1f}",
+    )
+    yield "failed", f"{counts.failed:,}"
+    for reason, number in _failure_kinds(corpus.path).most_common(SHOWN_REASONS):
+        yield "", f"{number:,} × {reason}"
+
+
+def _failure_kinds(folder: Path) -> Counter[str]:
+    """Failures by reason, with names, quotations and numbers left out so that like meets like."""
+    kinds: Counter[str] = Counter()
+    path = folder / FAILURES_FILE
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            reason = re.sub(r"'[^']*'|\S*/\S+|\S+\.\w+|\b\d+\b", "…", json.loads(line)["reason"])
+            kinds[reason] += 1
+    return kinds

@@ -1,0 +1,122 @@
+"""Checking a corpus: sizes and sums at once, every byte and token on request."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nuwa.data.corpus import Corpus, check_shard
+from megatron_nuwa.data.shards import (
+    ITEMS,
+    TEXT,
+    VISUAL,
+    CorpusManifest,
+    ShardEntry,
+    Sidecar,
+    read_manifest,
+    read_sidecar,
+)
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import sha256_of
+from megatron_nuwa.grid import Grid
+from preprocessing.ledger import FAILURES_FILE
+
+ITEM_FIELDS = {"id", "captions", "first_caption", "frames", "media", "start", "end"}
+
+
+def find_damage(folder: Path, full: bool = False) -> list[str]:
+    """What is wrong with a corpus: sentences naming the file, none for a good corpus.
+
+    `full` reads every byte: sha256 sums, array headers, token ranges and counts. Raises
+    `UserError` where there is no corpus to check.
+    """
+    manifest = read_manifest(folder)
+    damage = list(_sums(folder, manifest))
+    for entry in manifest.shards:
+        try:
+            sidecar = read_sidecar(folder / f"{entry.name}.json")
+            check_shard(folder / f"{entry.name}.tar", entry, sidecar, Grid(*manifest.grid))
+            if full:
+                damage += _shard_damage(folder, entry, sidecar, manifest)
+        except UserError as error:
+            damage.append(str(error))
+    if full and not damage:
+        damage += _item_damage(folder)
+    return damage
+
+
+def _sums(folder: Path, manifest: CorpusManifest) -> Iterator[str]:
+    for field in ("items", "captions"):
+        total = sum(getattr(entry, field) for entry in manifest.shards)
+        if total != getattr(manifest.counts, field):
+            yield (
+                f"{folder / 'corpus.json'} counts {getattr(manifest.counts, field)} {field}, "
+                f"but its shards add up to {total}"
+            )
+    known = {f"{entry.name}.tar" for entry in manifest.shards}
+    for tar in sorted(folder.glob("*.tar")):
+        if tar.name not in known:
+            yield f"{tar} is not listed in corpus.json"
+    try:
+        failed = len((folder / FAILURES_FILE).read_bytes().splitlines())
+    except OSError as error:
+        yield f"{folder / FAILURES_FILE} cannot be read: {error.strerror}"
+    else:
+        if failed != manifest.counts.failed:
+            yield (
+                f"{folder / FAILURES_FILE} holds {failed} failures, and corpus.json counts "
+                f"{manifest.counts.failed}"
+            )
+
+
+def _shard_damage(
+    folder: Path, entry: ShardEntry, sidecar: Sidecar, manifest: CorpusManifest
+) -> Iterator[str]:
+    tar_path = folder / f"{entry.name}.tar"
+    if sha256_of(tar_path) != entry.sha256:
+        yield f"{tar_path} has other bytes than were written (its sha256 differs)"
+        return
+    limits = {VISUAL: manifest.codebook_size, TEXT: manifest.text_vocabulary_size}
+    expected = [f"{group.key}.{name}" for group in sidecar.groups for name in (VISUAL, TEXT, ITEMS)]
+    with tarfile.open(tar_path) as tar:
+        if tar.getnames() != expected:
+            yield f"{tar_path} holds other members than its sidecar lists"
+            return
+        for group in sidecar.groups:
+            for name, limit in limits.items():
+                content = tar.extractfile(f"{group.key}.{name}")
+                assert content is not None
+                array = np.load(io.BytesIO(content.read()), allow_pickle=False)
+                member = group.members[name]
+                start = tar.getmember(f"{group.key}.{name}").offset_data
+                header = tar.getmember(f"{group.key}.{name}").size - member.size
+                if array.shape != member.shape or start + header != member.offset:
+                    yield f"{tar_path}: member {group.key}.{name} does not match the sidecar"
+                elif array.max() >= limit:
+                    yield (
+                        f"{tar_path}: member {group.key}.{name} holds the token {array.max()}, "
+                        f"and there are only {limit}"
+                    )
+
+
+def _item_damage(folder: Path) -> Iterator[str]:
+    corpus = Corpus(folder)
+    seen: set[str] = set()
+    for index in range(len(corpus)):
+        try:
+            item = corpus.item(index)
+        except (UserError, json.JSONDecodeError) as error:
+            yield f"corpus {folder}, item {index}: {error}"
+            return
+        if set(item) != ITEM_FIELDS or len(item["captions"]) != len(corpus.texts(index)):
+            yield f"corpus {folder}, item {index} has other fields or captions than it should"
+        elif not 1 <= item["frames"] <= corpus.grid.s:
+            yield f"corpus {folder}, item {index} counts {item['frames']} of {corpus.grid.s} frames"
+        elif item["id"] in seen:
+            yield f"corpus {folder} holds the id {item['id']!r} twice"
+        seen.add(str(item.get("id")))

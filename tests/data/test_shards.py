@@ -1,0 +1,282 @@
+"""Shards and the corpus that reads them."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.shards import (
+    ITEMS,
+    TEXT,
+    VISUAL,
+    CorpusManifest,
+    Counts,
+    Failure,
+    Fingerprints,
+    ShardItem,
+    read_sidecar,
+    write_settings,
+    write_shard,
+)
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.grid import Grid
+
+CODES, WORDS = 50, 1000
+
+
+def random_items(seed: int, count: int, grid: Grid) -> list[ShardItem]:
+    generator = np.random.default_rng(seed)
+    items = []
+    for number in range(count):
+        captions = int(generator.integers(1, 6))
+        items.append(
+            ShardItem(
+                id=f"item-{seed}-{number}",
+                visual=generator.integers(0, CODES, grid.cells, np.uint16),
+                text=generator.integers(0, WORDS, (captions, 77), np.uint16),
+                captions=tuple(f'caption {n} é\u2028\n"{seed}"' for n in range(captions)),
+                frames=int(generator.integers(1, grid.s + 1)),
+                media=f"média/{number}.mp4",
+                start=None if number % 2 else float(generator.random()),
+                end=None,
+            )
+        )
+    return items
+
+
+def write_corpus(
+    folder: Path, grid: Grid, shards: list[list[ShardItem]], group_items: int = 1024
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    sidecars = [
+        write_shard(folder, number, items, group_items=group_items)
+        for number, items in enumerate(shards)
+    ]
+    manifest = CorpusManifest(
+        format_version=1,
+        grid=tuple(grid),
+        frames_per_second=None if grid.s == 1 else 2.5,
+        codebook_size=CODES,
+        text_vocabulary_size=WORDS,
+        fingerprints=Fingerprints(vqgan="v", bpe="b", decode="d"),
+        counts=Counts(
+            items=sum(sidecar.items for sidecar in sidecars),
+            captions=sum(sidecar.captions for sidecar in sidecars),
+            failed=0,
+        ),
+        shards=tuple(sidecar.entry() for sidecar in sidecars if sidecar.items),
+    )
+    write_settings(folder / "corpus.json", manifest)
+    return folder
+
+
+GRIDS = st.builds(Grid, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
+
+
+@settings(max_examples=25)
+@given(
+    grid=GRIDS,
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+    group_items=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_every_item_comes_back_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory,
+    grid: Grid,
+    sizes: list[int],
+    group_items: int,
+    seed: int,
+) -> None:
+    shards = [random_items(seed + n, size, grid) for n, size in enumerate(sizes)]
+    folder = write_corpus(tmp_path_factory.mktemp("corpus"), grid, shards, group_items)
+    corpus = Corpus(folder)
+    items = [item for shard in shards for item in shard]
+    assert len(corpus) == len(items)
+    assert corpus.grid == grid
+    for index in reversed(range(len(items))):
+        item, line = items[index], corpus.item(index)
+        np.testing.assert_array_equal(corpus.visual(index), item.visual)
+        np.testing.assert_array_equal(corpus.texts(index), item.text)
+        assert tuple(line["captions"]) == item.captions
+        assert (line["id"], line["frames"]) == (item.id, item.frames)
+        assert (line["media"], line["start"], line["end"]) == (item.media, item.start, item.end)
+    counts = np.bincount(np.concatenate([item.visual for item in items]), minlength=CODES)
+    np.testing.assert_array_equal(corpus.visual_counts(), counts)
+    for index in (-1, len(items)):
+        with pytest.raises(IndexError):
+            corpus.visual(index)
+
+
+@pytest.mark.parametrize(("count", "groups"), [(1023, 1), (1024, 1), (1025, 2), (2048, 2)])
+def test_groups_hold_at_most_1024_items(tmp_path: Path, count: int, groups: int) -> None:
+    grid = Grid(1, 2, 1)
+    items = random_items(0, count, grid)
+    corpus = Corpus(write_corpus(tmp_path, grid, [items]))
+    assert len(read_sidecar(tmp_path / "shard-000000.json").groups) == groups
+    for index in {0, 1022, min(1024, count - 1), count - 1}:
+        np.testing.assert_array_equal(corpus.visual(index), items[index].visual)
+        np.testing.assert_array_equal(corpus.texts(index), items[index].text)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    grid = Grid(2, 3, 2)
+    shards = [random_items(1, 5, grid), random_items(2, 4, grid)]
+    return write_corpus(tmp_path / "corpus", grid, shards, group_items=2)
+
+
+def test_stock_webdataset_reads_the_tars(folder: Path) -> None:
+    corpus = Corpus(folder)
+    urls = [f"file:{folder / name}.tar" for name in ("shard-000000", "shard-000001")]
+    dataset = webdataset.WebDataset(urls, shardshuffle=False).decode()
+    index = 0
+    for sample in dataset:
+        first = 0
+        for row, line in enumerate(sample[ITEMS].decode().splitlines()):
+            item = json.loads(line)
+            captions = len(item["captions"])
+            np.testing.assert_array_equal(sample[VISUAL][row], corpus.visual(index))
+            np.testing.assert_array_equal(
+                sample[TEXT][first : first + captions], corpus.texts(index)
+            )
+            assert item == corpus.item(index)
+            first += captions
+            index += 1
+    assert index == len(corpus) == 9
+
+
+def test_mapped_arrays_equal_the_members_that_tarfile_reads(folder: Path) -> None:
+    sidecar = read_sidecar(folder / "shard-000000.json")
+    raw = (folder / "shard-000000.tar").read_bytes()
+    with tarfile.open(folder / "shard-000000.tar") as tar:
+        names = [
+            f"{group.key}.{name}" for group in sidecar.groups for name in (VISUAL, TEXT, ITEMS)
+        ]
+        assert tar.getnames() == names
+        for header in tar.getmembers():
+            assert (header.mtime, header.uid, header.gid, header.uname) == (0, 0, 0, "")
+        for group in sidecar.groups:
+            for name, member in group.members.items():
+                stream = tar.extractfile(f"{group.key}.{name}")
+                assert stream is not None
+                content = stream.read()
+                mapped = raw[member.offset : member.offset + member.size]
+                if name == ITEMS:
+                    assert mapped == content
+                else:
+                    array = np.load(io.BytesIO(content))
+                    assert array.shape == member.shape
+                    assert array.dtype == np.uint16
+                    assert mapped == array.tobytes()
+
+
+def test_same_items_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    grid = Grid(2, 3, 2)
+    shards = [random_items(1, 5, grid), random_items(2, 4, grid)]
+    again = write_corpus(tmp_path / "again", grid, shards, group_items=2)
+    for path in folder.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_worker_process_gets_the_path_and_not_the_tokens(folder: Path) -> None:
+    corpus = Corpus(folder)
+    expected = corpus.visual(7).copy()
+    state = pickle.dumps(corpus)
+    assert expected.tobytes() not in state
+    np.testing.assert_array_equal(pickle.loads(state).visual(7), expected)
+
+
+def test_tokens_cannot_be_written_to(folder: Path) -> None:
+    for tokens in (Corpus(folder).visual(0), Corpus(folder).texts(0)):
+        with pytest.raises(ValueError, match="read-only"):
+            tokens[...] = 0
+
+
+def test_shard_without_items_is_a_sidecar_of_failures(tmp_path: Path) -> None:
+    (tmp_path / "shard-000003.tar").write_bytes(b"from an earlier run")
+    write_shard(tmp_path, 3, [], [Failure(id="a", reason="it is empty")])
+    assert [path.name for path in tmp_path.iterdir()] == ["shard-000003.json"]
+    assert read_sidecar(tmp_path / "shard-000003.json").failures[0].reason == "it is empty"
+
+
+@pytest.mark.parametrize("field", ["visual", "text", "captions"])
+def test_wrong_arrays_are_refused_by_name(tmp_path: Path, field: str) -> None:
+    good = random_items(0, 2, Grid(2, 2, 1))
+    wrong: dict[str, Any] = {
+        "visual": np.zeros(5, np.uint16),
+        "text": np.zeros((1, 76), np.uint16),
+        "captions": (),
+    }
+    bad = ShardItem(**{**good[1].__dict__, field: wrong[field]})
+    name = "text" if field == "captions" else field
+    with pytest.raises(ValueError, match=f"{name} of item 'item-0-1' must be uint16"):
+        write_shard(tmp_path, 0, [good[0], bad])
+    assert list(tmp_path.iterdir()) == []
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_missing_or_unfinished_corpus_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere is missing or unfinished"):
+        Corpus(tmp_path / "nowhere")
+    (folder / "corpus.json").unlink()
+    with pytest.raises(UserError, match=r"it has no corpus\.json"):
+        Corpus(folder)
+
+
+def test_foreign_corpus_is_named(folder: Path) -> None:
+    edit(folder / "corpus.json", format_version=9)
+    with pytest.raises(UserError, match=r"corpus\.json has format_version 9, and this program"):
+        Corpus(folder)
+    edit(folder / "corpus.json", format_version=1, gird=[1, 1, 1])
+    with pytest.raises(UserError, match=r"unknown key 'gird'; did you mean 'grid'"):
+        Corpus(folder)
+    (folder / "corpus.json").write_text("[]")
+    with pytest.raises(UserError, match=r"corpus\.json must hold a JSON object"):
+        Corpus(folder)
+
+
+def test_damaged_shard_is_named(folder: Path) -> None:
+    tar, sidecar = folder / "shard-000001.tar", folder / "shard-000001.json"
+    content = tar.read_bytes()
+    tar.write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"shard-000001\.tar has \d+ bytes, and \d+ were written"):
+        Corpus(folder)
+    tar.unlink()
+    with pytest.raises(UserError, match=r"shard-000001\.tar is missing"):
+        Corpus(folder)
+    tar.write_bytes(content)
+    edit(sidecar, captions=99)
+    with pytest.raises(UserError, match=r"shard-000001\.json does not match the entry"):
+        Corpus(folder)
+
+
+def test_offsets_outside_the_tar_are_refused(folder: Path) -> None:
+    sidecar = folder / "shard-000000.json"
+    tree = json.loads(sidecar.read_text())
+    tree["groups"][1]["members"][VISUAL]["offset"] += 1 << 20
+    sidecar.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=r"shard-000000\.json: member 000001\.visual\.npy is wrong"):
+        Corpus(folder)
+
+
+def test_wrong_grid_is_refused(folder: Path) -> None:
+    edit(folder / "corpus.json", grid=[2, 3, 3])
+    with pytest.raises(UserError, match=r"member 000000\.visual\.npy is wrong"):
+        Corpus(folder)
+    edit(folder / "corpus.json", grid=[0, 3, 3])
+    with pytest.raises(UserError, match="grid must have sides of at least 1"):
+        Corpus(folder)

@@ -1,0 +1,168 @@
+"""The demo's stages and their runner, with real processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from launch.demo.display import Display
+from launch.demo.runner import Runner, StageError, log_tail, read_record
+from launch.demo.stages import Stage, demo_stages, recipe_overrides
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("schedule: {steps: 40}\n")
+    return path
+
+
+def test_every_input_of_a_stage_is_written_by_an_earlier_one(recipe: Path) -> None:
+    written = {recipe, Path("launch/demo/catalogue.yaml"), Path("demo-media.txt")}
+    written |= {Path("launch/demo/report.html.j2")}
+    for stage in demo_stages(Path("runs/demo"), recipe=recipe):
+        assert set(stage.inputs) <= written
+        written |= set(stage.outputs)
+
+
+def test_another_output_folder_is_passed_on_to_every_command(recipe: Path) -> None:
+    assert recipe_overrides(Path("runs/demo")) == ()
+    for stage in demo_stages(Path("elsewhere"), recipe=recipe):
+        for command in stage.commands:
+            assert "elsewhere" in " ".join(command)
+            assert "runs/demo" not in " ".join(command)
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    monkeypatch.chdir(tmp_path)
+    return Runner(Path("out"), Display(Console(quiet=True), log_tail))
+
+
+def counting_stage(**changes: Any) -> Stage:
+    """A stage that adds a line to out/count.txt each time it really runs."""
+    code = "open('out/count.txt', 'a').write('run\\n'); print('counted')"
+    stage = Stage(
+        "count",
+        "Count its own runs",
+        (("python", "-c", code),),
+        inputs=(Path("input.txt"),),
+        outputs=(Path("out/count.txt"),),
+    )
+    return replace(stage, **changes)
+
+
+def runs() -> int:
+    return Path("out/count.txt").read_text().count("run")
+
+
+def test_a_stage_that_is_done_is_not_done_again(runner: Runner) -> None:
+    Path("input.txt").write_text("a")
+    runner.run([counting_stage()])
+    runner.run([counting_stage()])
+    assert runs() == 1
+    record = read_record(Path("out"), "count")
+    assert record is not None
+    assert record.state == "done"
+    assert record.seconds > 0
+    assert record.peak_memory_bytes > 0
+    assert Path(record.log).read_text().endswith("counted\n")
+
+
+@pytest.mark.parametrize("change", ["input", "command", "environment", "output"])
+def test_a_stage_whose_making_has_changed_is_done_again(runner: Runner, change: str) -> None:
+    Path("input.txt").write_text("a")
+    runner.run([counting_stage()])
+    stage = counting_stage()
+    if change == "input":
+        Path("input.txt").write_text("b")
+    elif change == "command":
+        stage = counting_stage(commands=(*stage.commands, ("python", "-c", "pass")))
+    elif change == "environment":
+        stage = counting_stage(environment={"SOME_VARIABLE": "1"})
+    else:
+        stage = counting_stage(outputs=(*stage.outputs, Path("out/count.txt").with_name("b.txt")))
+        stage = replace(
+            stage, commands=(*stage.commands, ("python", "-c", "open('out/b.txt', 'w')"))
+        )
+    runner.run([stage])
+    assert runs() == 2
+
+
+def test_a_stage_follows_a_new_run_of_the_one_before(runner: Runner) -> None:
+    Path("input.txt").write_text("a")
+    first = Stage("first", "Write", (("python", "-c", "open('out/first.txt', 'w')"),))
+    first = replace(first, outputs=(Path("out/first.txt"),))
+    second = counting_stage(after=("first",))
+    runner.run([first, second])
+    runner.run([first, second])
+    assert runs() == 1
+    Path("out/first.txt").unlink()
+    runner.run([first, second])
+    assert runs() == 2
+
+
+def test_a_changed_stage_starts_from_nothing_and_an_interrupted_one_goes_on(runner: Runner) -> None:
+    Path("input.txt").write_text("a")
+    failing = counting_stage(
+        commands=(*counting_stage().commands, ("python", "-c", "raise SystemExit(3)")),
+        clears=(Path("out/count.txt"),),
+    )
+    for _ in range(2):
+        with pytest.raises(StageError):
+            runner.run([failing])
+    assert runs() == 2
+    Path("input.txt").write_text("b")
+    with pytest.raises(StageError):
+        runner.run([failing])
+    assert runs() == 1
+
+
+def test_a_failing_command_shows_the_end_of_its_log(runner: Runner) -> None:
+    Path("input.txt").write_text("a")
+    code = "print('the reason is here'); raise SystemExit(7)"
+    with pytest.raises(StageError) as caught:
+        runner.run([counting_stage(commands=(("python", "-c", code),))])
+    message = str(caught.value)
+    assert "exit code 7" in message
+    assert "the reason is here" in message
+    assert str(Path("out/logs/count.log")) in message
+    record = read_record(Path("out"), "count")
+    assert record is not None
+    assert record.state == "failed"
+
+
+def test_an_interrupted_stage_leaves_no_process_behind(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("out").mkdir()
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time, os; "
+    child += 'open(\\"out/pid\\", \\"w\\").write(str(os.getpid())); time.sleep(600)\'])'
+    stage = Stage("sleep", "Sleep", (("python", "-c", child),))
+
+    def interrupt() -> None:
+        if Path("out/pid").exists() and Path("out/pid").read_text():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner._display, "refresh", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([stage])
+    state = Path(f"/proc/{Path('out/pid').read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_the_command_line_names_an_unknown_stage() -> None:
+    command = [sys.executable, "-m", "launch.demo", "--until", "teatime"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "teatime" in done.stderr
+    assert "tokenize" in done.stderr

@@ -1,0 +1,155 @@
+"""The encoder–decoder: causality, size, the settled points, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_nuwa.grid import Extent, Grid, nearby_indices
+from megatron_nuwa.models.flops import forward_flops
+from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
+
+SMALL = {
+    "width": 32,
+    "heads": 4,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "codebook_size": 50,
+    "code_dim": 8,
+    "text_vocabulary": 40,
+    "position_grid": (5, 4, 3),
+}
+
+
+def small(**changes: object) -> NuwaConfig:
+    return NuwaConfig(**{**SMALL, **changes})
+
+
+def text_context(batch: int = 2, words: int = 5) -> Context:
+    mask = torch.arange(77).expand(batch, 77) < words
+    return Context("text", torch.randint(0, 40, (batch, 77)), Grid(1, 1, 77), mask)
+
+
+def test_paper_recipe_counts_870_million() -> None:
+    with torch.device("meta"):
+        counts = Nuwa(NuwaConfig()).parameter_counts()
+    assert counts["transformer"] == pytest.approx(870e6, rel=0.01)
+    assert counts["text_table"] == 49_408 * 1_280
+    assert counts["head"] == 12_288 * 1_280
+    assert counts["total"] == sum(counts[part] for part in ("transformer", "text_table", "head"))
+
+
+def test_the_other_reading_of_870_million_is_expressible() -> None:
+    """24 + 24 layers, 2× feed-forwards, embedding tied to the head: 866 M with the text table."""
+    config = NuwaConfig(
+        encoder_layers=24, feed_forward_ratio=2, visual_embedding="direct", tie_head=True
+    )
+    with torch.device("meta"):
+        counts = Nuwa(config).parameter_counts()
+    assert counts["head"] == 0
+    assert counts["total"] == pytest.approx(866e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "post"},
+        {"cross_attention": "sequential"},
+        {"norm": "post", "cross_attention": "sequential"},
+        {"visual_embedding": "direct", "tie_head": True},
+        {"tie_head": True},
+        {"extent_reading": "radius"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("grid", [Grid(5, 4, 1), Grid(4, 4, 3)])
+def test_a_cell_sees_only_tokens_before_it(changes: dict[str, object], grid: Grid) -> None:
+    torch.manual_seed(0)
+    model = Nuwa(small(**changes)).double().eval()
+    context = text_context()
+    target = torch.randint(0, 50, (2, grid.cells))
+    logits = model(context, target, grid)
+    assert logits.shape == (2, grid.cells, 50)
+    for n in range(grid.cells):
+        changed = target.clone()
+        changed[:, n] = (changed[:, n] + 1) % 50
+        moved = (model(context, changed, grid) - logits).abs().amax((0, 2)) > 1e-12
+        assert not moved[: n + 1].any()
+        if n + 1 < grid.cells:
+            assert moved[n + 1]
+
+
+def test_padding_of_the_context_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = Nuwa(small()).eval()
+    context = text_context(words=5)
+    tokens = context.tokens.clone()
+    tokens[:, 5:] = 7
+    target = torch.randint(0, 50, (2, 20))
+    other = Context("text", tokens, context.grid, context.mask)
+    assert torch.equal(model(context, target, Grid(5, 4, 1)), model(other, target, Grid(5, 4, 1)))
+
+
+def test_visual_context_and_its_words_matter() -> None:
+    torch.manual_seed(0)
+    model = Nuwa(small()).eval()
+    target = torch.randint(0, 50, (1, 48))
+    sketch = torch.randint(0, 50, (1, 16))
+    logits = [
+        model(Context("visual", tokens, Grid(4, 4, 1)), target, Grid(4, 4, 3))
+        for tokens in (sketch, (sketch + 1) % 50)
+    ]
+    assert not torch.allclose(*logits)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    torch.manual_seed(0)
+    model = Nuwa(small())
+    context, target = text_context(), torch.randint(0, 50, (2, 20))
+    gradients = []
+    for switch in (False, True):
+        model.checkpoint_activations = switch
+        model.zero_grad()
+        model.loss(context, target, Grid(5, 4, 1)).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_codebook_of_the_tokenizer_becomes_the_embedding() -> None:
+    model = Nuwa(small())
+    codebook = torch.randn(50, 8)
+    model.use_codebook(codebook)
+    assert torch.equal(model.visual_embedding.codes.weight, codebook)
+    with pytest.raises(ValueError, match="codebook must be"):
+        model.use_codebook(torch.randn(49, 8))
+
+
+def test_counted_flops_are_the_linear_layers_and_the_visible_pairs() -> None:
+    """Against PyTorch's own counter, which sees every matrix product but no window."""
+    config = small()
+    model, grid, text = Nuwa(config).eval(), Grid(5, 4, 3), Grid(1, 1, 77)
+    text_extent = Extent.of(config.text_extent)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(text_context(batch=1), torch.randint(0, 50, (1, grid.cells)), grid)
+    operators = counter.get_flop_counts()["Global"].items()
+    linear = sum(flops for name, flops in operators if str(name) in ("aten.addmm", "aten.mm"))
+    nearby = sum(
+        len(nearby_indices(n, grid, grid, Extent(3, 3, 3), True)) for n in range(grid.cells)
+    )
+    pairs = config.encoder_layers * 77 * 77 + config.decoder_layers * (nearby + grid.cells * 77)
+    # The first cell's input is `<bos>`, so one token fewer passes the codebook's projection.
+    linear += 2 * config.code_dim * config.width
+    assert forward_flops(config, text, text_extent, grid) == linear + 4 * config.width * pairs
+
+
+def test_errors_name_the_field() -> None:
+    with pytest.raises(ValidationError, match=r"model\.width"):
+        small(heads=5)
+    with pytest.raises(ValidationError, match="odd"):
+        small(video_extent=(2, 3, 3))
+    with pytest.raises(ValueError, match="larger than the model's positions"):
+        Nuwa(small())(text_context(), torch.zeros(2, 48, dtype=torch.long), Grid(6, 4, 2))

@@ -1,0 +1,162 @@
+"""The VQ-GAN: shapes, files, fingerprints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_nuwa.config import parse_settings
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, fingerprint, load_vqgan, save_vqgan
+
+
+def small(**changes: object) -> Vqgan:
+    torch.manual_seed(0)
+    settings = {"image_size": 32, "downsampling": 8, "base_channels": 8, "codebook_size": 24}
+    settings |= {"code_dim": 12, "lookup_dim": 4, "residual_blocks": 1}
+    return Vqgan(VqganConfig(**(settings | changes))).eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+@pytest.mark.parametrize("downsampling", [4, 8, 16])
+@torch.no_grad()
+def test_images_become_tokens_and_images_again(downsampling: int, patch_size: int) -> None:
+    model = small(downsampling=downsampling, patch_size=patch_size)
+    images = torch.rand(2, 3, 32, 32) * 2 - 1
+    tokens = model.encode(images)
+    assert tokens.shape == (2, 32 // downsampling, 32 // downsampling)
+    assert model.grid_side == 32 // downsampling
+    assert tokens.dtype == torch.int64
+    decoded = model.decode(tokens)
+    assert decoded.shape == images.shape
+    assert decoded.abs().max() <= 1
+    torch.testing.assert_close(decoded, model(images).reconstruction.clamp(-1, 1))
+
+
+@torch.no_grad()
+def test_decoding_starts_from_the_codebook() -> None:
+    model = small()
+    tokens = torch.arange(16).view(1, 4, 4)
+    codes = model.codebook()[tokens].movedim(-1, 1)
+    assert model.codebook().shape == (24, 12)
+    torch.testing.assert_close(model.decode(tokens), model.decoder(codes).clamp(-1, 1))
+
+
+@torch.no_grad()
+def test_other_image_sizes_keep_the_factor() -> None:
+    assert small().encode(torch.zeros(1, 3, 64, 40)).shape == (1, 8, 5)
+
+
+def test_paper_size_has_12288_codes_of_256_and_a_grid_of_21() -> None:
+    with torch.device("meta"):
+        model = Vqgan(VqganConfig(lookup_dim=None, normalise_codes=False))
+    assert model.quantizer.table.shape == (12288, 256)
+    assert model.grid_side == 21
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(1, 3, 30, 32), torch.zeros(1, 1, 32, 32), torch.zeros(3, 32, 32)]
+)
+def test_wrong_images_are_refused(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="images must have shape"):
+        small().encode(images)
+
+
+def test_wrong_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokens must lie in 0 … 23, not 0 … 24"):
+        small().decode(torch.tensor([[[0, 24]]]))
+    with pytest.raises(ValueError, match="tokens must have shape"):
+        small().decode(torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"image_size": 337}, "image_size 337 must be a multiple of downsampling 16"),
+        ({"channel_multipliers": [1, 2]}, "channel_multipliers must have 5 numbers"),
+        ({"code_dimm": 8}, "unknown key 'code_dimm'; did you mean 'code_dim'?"),
+        ({"gradient": "none"}, "gradient: "),
+    ],
+)
+def test_wrong_settings_are_named(change: dict[str, object], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_settings(VqganConfig, change, "recipe r.yaml")
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith("recipe r.yaml: ")
+
+
+@torch.no_grad()
+def test_saved_model_loads_equal_from_file_and_from_run_folder(tmp_path: Path) -> None:
+    model = small()
+    save_vqgan(model, tmp_path / "run" / "vqgan.safetensors")
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["vqgan.safetensors"]
+    for path in (tmp_path / "run", tmp_path / "run" / "vqgan.safetensors"):
+        loaded = load_vqgan(path)
+        assert not loaded.training
+        assert loaded.config == model.config
+        assert fingerprint(loaded) == fingerprint(model)
+        images = torch.rand(1, 3, 32, 32) * 2 - 1
+        assert torch.equal(loaded.decode(loaded.encode(images)), model.decode(model.encode(images)))
+
+
+def test_fingerprint_sees_one_weight_and_the_settings_but_not_the_layout_in_memory() -> None:
+    model = small()
+    before = fingerprint(model)
+    assert fingerprint(small()) == before
+    assert fingerprint(small().to(memory_format=torch.channels_last)) == before
+    with torch.no_grad():
+        model.decoder.conv_out.bias[1] += 1e-6
+    assert fingerprint(model) != before
+    assert fingerprint(small(gradient="straight_through")) != before
+
+
+def _not_there(path: Path) -> None:
+    pass
+
+
+def _noise(path: Path) -> None:
+    path.write_bytes(b"\x00" * 100)
+
+
+def _foreign(path: Path) -> None:
+    save_file({"weight": torch.zeros(2)}, path)
+
+
+def _truncated(path: Path) -> None:
+    save_vqgan(small(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _other_weights(path: Path) -> None:
+    config = small(base_channels=16).config.model_dump_json()
+    metadata = {"format": "megatron_nuwa.vqgan/1", "config": config}
+    save_file(small().state_dict(), path, metadata=metadata)
+
+
+def _other_settings(path: Path) -> None:
+    config = json.dumps({**small().config.model_dump(), "depth": 3})
+    metadata = {"format": "megatron_nuwa.vqgan/1", "config": config}
+    save_file(small().state_dict(), path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (_not_there, "does not exist"),
+        (_noise, "is not a readable safetensors file"),
+        (_foreign, "was not written by launch/train_vqgan.py"),
+        (_truncated, "is not a readable safetensors file"),
+        (_other_weights, "holds other weights than its settings describe"),
+        (_other_settings, "unknown key 'depth'"),
+    ],
+)
+def test_files_that_are_no_vqgan_are_refused_by_name(make, sentence: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    make(path)
+    with pytest.raises(UserError, match=sentence) as caught:
+        load_vqgan(path)
+    assert str(path) in str(caught.value)

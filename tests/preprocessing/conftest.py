@@ -1,0 +1,78 @@
+"""Small real media, a small VQ-GAN and a small BPE."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+from farm_media import CAPTIONS, WriteClip
+from PIL import Image
+
+from megatron_nuwa.data.text import TextTokenizer, train_bpe
+from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
+
+
+@pytest.fixture(scope="session")
+def write_clip() -> WriteClip:
+    """Write a clip whose frame k is grey with level `levels[k]`, `rate` frames a second."""
+
+    def write(
+        path: Path,
+        levels: list[int],
+        rate: float = 10,
+        size: tuple[int, int] = (64, 48),
+        *codec: str,
+    ) -> Path:
+        width, height = size
+        raw = b"".join(bytes([level]) * (width * height * 3) for level in levels)
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-nostdin"]
+        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
+        command += ["-r", str(rate), "-i", "pipe:", *(codec or ("-c:v", "libx264")), str(path)]
+        # The pipe is the input here, so -nostdin only keeps ffmpeg from reading commands in it.
+        subprocess.run(command, input=raw, check=True)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `vqgan.safetensors` (32² → 4×4, 64 codes) and `bpe.json`."""
+    folder = tmp_path_factory.mktemp("tools")
+    torch.manual_seed(0)
+    config = VqganConfig(
+        image_size=32,
+        downsampling=8,
+        base_channels=8,
+        residual_blocks=1,
+        attention=False,
+        codebook_size=64,
+        code_dim=8,
+        lookup_dim=None,
+    )
+    save_vqgan(Vqgan(config), folder / "vqgan.safetensors")
+    train_bpe(CAPTIONS, 600).save(folder / "bpe.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bpe(tools: Path) -> TextTokenizer:
+    return TextTokenizer.load(tools / "bpe.json")
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> Path:
+    """Seven good clips of 8 frames at 10 frames a second, one corrupt, and six images."""
+    folder = tmp_path_factory.mktemp("media")
+    for number in range(7):
+        write_clip(folder / f"clip{number}.mp4", [30 * number + 5 * k for k in range(8)])
+    whole = (folder / "clip3.mp4").read_bytes()
+    (folder / "corrupt.mp4").write_bytes(whole[: len(whole) // 2])
+    for number in range(6):
+        noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"image{number}.png")
+    return folder

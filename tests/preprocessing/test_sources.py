@@ -1,0 +1,98 @@
+"""Manifests in three formats, and sentences for wrong ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from megatron_nuwa.errors import UserError
+from preprocessing.sources import SourceItem, read_manifest
+
+
+def test_three_formats_give_the_same_items(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(
+        '{"id": "a", "media": "x/a.mp4", "captions": ["one, two", "three"], '
+        '"start": 1, "end": 2.5}\n'
+        "\n"
+        '{"id": 7, "media": "/abs/b.png", "captions": "vier", "sketch": "b.npy", "label": 3}\n',
+        encoding="utf-8",
+    )
+    (tmp_path / "m.csv").write_text(
+        "id,media,captions,start,end,sketch,label\r\n"
+        'a,x/a.mp4,"[""one, two"", ""three""]",1,2.5,,\r\n'
+        "7,/abs/b.png,vier,,,b.npy,3\r\n",
+        encoding="utf-8-sig",
+    )
+    table = {
+        "id": ["a", "7"],
+        "media": ["x/a.mp4", "/abs/b.png"],
+        "captions": [["one, two", "three"], ["vier"]],
+        "start": [1.0, None],
+        "end": [2.5, None],
+        "sketch": [None, "b.npy"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "m.parquet")
+    expected = [
+        SourceItem("a", tmp_path / "x/a.mp4", ("one, two", "three"), 1.0, 2.5),
+        SourceItem("7", Path("/abs/b.png"), ("vier",), sketch=tmp_path / "b.npy"),
+    ]
+    for name in ("m.jsonl", "m.csv", "m.parquet"):
+        assert read_manifest(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[1]", "line 2: must be a JSON object"),
+        ('{"id": "b", "media": "b.png"}', "line 2: the field 'captions' is missing"),
+        ('{"id": "b", "media": "b.png", "caption": "x"}', r"\(is 'caption' meant\?\)"),
+        ('{"id": "b", "media": 3, "captions": "x"}', "line 2: the field 'media' must be"),
+        ('{"id": "\\ud800", "media": "b", "captions": "x"}', "'id' is not valid Unicode"),
+        ('{"id": true, "media": "b.png", "captions": "x"}', "line 2: the field 'id' must be"),
+        ('{"id": "b", "media": "b.png", "captions": [1]}', "line 2: the field 'captions' must be"),
+        ('{"id": "b", "media": "b", "captions": "x", "start": -1}', "the field 'start' must be"),
+        ('{"id": "b", "media": "b", "captions": "x", "end": "soon"}', "the field 'end' must be"),
+        ('{"id": "b", "media": "b", "captions": "x", "start": NaN}', "the field 'start' must be"),
+        ('{"id": "b", "media": "b", "captions": "x", "start": 2, "end": 2}', "later than 'start'"),
+    ],
+)
+def test_wrong_line_is_named(tmp_path: Path, line: str, sentence: str) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"id": "a", "media": "a.png", "captions": ["x"]}\n' + line + "\n")
+    with pytest.raises(UserError, match=sentence) as caught:
+        read_manifest(manifest)
+    assert f"manifest {manifest}, line 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("m.txt", b"", "must end in .jsonl, .csv or .parquet"),
+        ("m.jsonl", b"", "holds no items"),
+        ("m.jsonl", b"\xff\xfe", "is not UTF-8 text"),
+        ("m.csv", b"id,media,captions\na,b.png,x,y\n", "line 2: has more values"),
+        ("m.csv", b"id,media\na,b.png\n", "line 2: the field 'captions' is missing"),
+        ("m.csv", b'id,media,captions\na,b.png,"[1"\n', "starts like a JSON list"),
+        ("m.csv", b'id,media,captions\na,"b.png,x\n', "unexpected end of data"),
+        ("m.parquet", b"PAR1 no", "is not a readable parquet file"),
+    ],
+)
+def test_wrong_file_is_named(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=sentence) as caught:
+        read_manifest(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_missing_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
+        read_manifest(tmp_path / "nowhere.jsonl")
+
+
+def test_bad_captions_are_left_to_the_farm(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"id": "a", "media": "a.png", "captions": ["", "x"]}\n' * 2)
+    assert [item.captions for item in read_manifest(tmp_path / "m.jsonl")] == [("", "x")] * 2

@@ -1,0 +1,200 @@
+"""Pretraining with real processes under the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SmallWorld, deepspeed_command, lone_process, run_command_line
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.pretrain import pretrain
+from megatron_nuwa.training.recipe import load_recipe
+
+SCRIPT = "launch/pretrain.py"
+LOSS_TAGS = ("train/loss", "train/loss/t2i", "train/loss/v2v", "train/loss/t2v", "train/grad_norm")
+
+
+def train(world: SmallWorld, run: Path, processes: int, *extra: str) -> str:
+    command = deepspeed_command(processes, SCRIPT, world.recipe, f"run={run}", *extra)
+    done = run_command_line(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def train_here(world: SmallWorld, run: Path, *overrides: str, layout: Path | None = None) -> None:
+    """One process, this one."""
+    recipe = load_recipe(world.recipe, [f"run={run}", *overrides])
+    pretrain(recipe, layout or recipe.training.deepspeed_config, lone_process())
+
+
+def losses(run: Path) -> list[list[float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [[line[tag] for tag in LOSS_TAGS] for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps on two processes."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(small_world, run, 2)
+    return run
+
+
+def test_stop_after_ten_steps_and_resume_equals_twenty_bit_for_bit(
+    small_world: SmallWorld, undisturbed: Path, tmp_path: Path
+) -> None:
+    train(small_world, tmp_path / "run", 2, "training.stop_at_step=10")
+    assert len(losses(tmp_path / "run")) == 10
+    output = train(small_world, tmp_path / "run", 2)
+    assert "continuing after step 10" in output
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    weights, expected = (
+        load_file(run / "checkpoints/step_00000020/model.safetensors")
+        for run in (tmp_path / "run", undisturbed)
+    )
+    assert weights.keys() == expected.keys()
+    assert all(weights[name].equal(expected[name]) for name in weights)
+
+
+def test_two_processes_train_like_one(
+    small_world: SmallWorld, undisturbed: Path, tmp_path: Path
+) -> None:
+    train_here(small_world, tmp_path / "run")
+    for one, two in zip(losses(tmp_path / "run"), losses(undisturbed), strict=True):
+        assert two == pytest.approx(one, rel=1e-5)
+    assert losses(undisturbed)[-1][0] < losses(undisturbed)[0][0] - 0.5
+
+
+def test_bf16_stays_near_fp32_and_accumulation_changes_nothing(
+    small_world: SmallWorld, undisturbed: Path, tmp_path: Path
+) -> None:
+    train_here(small_world, tmp_path / "half", layout=ROOT / "ds_configs/zero1_bf16.json")
+    for half, full in zip(losses(tmp_path / "half"), losses(undisturbed), strict=True):
+        assert half[0] == pytest.approx(full[0], rel=2e-3)
+    train_here(small_world, tmp_path / "parts", "data.accumulation=2")
+    for parts, whole in zip(losses(tmp_path / "parts"), losses(undisturbed), strict=True):
+        assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_run_folder_holds_what_the_design_says(undisturbed: Path) -> None:
+    for name in (
+        "recipe.yaml",
+        "ds_config.json",
+        "environment.json",
+        "log.jsonl",
+        "checkpoints/latest",
+        "checkpoints/step_00000020/manifest.json",
+        "tokenizers/vqgan.safetensors",
+        "tokenizers/bpe.json",
+        "evaluation.json",
+    ):
+        assert (undisturbed / name).is_file(), name
+    assert (undisturbed / "checkpoints/latest").read_text().strip() == "step_00000020"
+    events = EventAccumulator(str(undisturbed / "tensorboard"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {
+        *LOSS_TAGS,
+        "train/lr",
+        "train/perplexity/t2v",
+        "speed/tokens_per_second",
+        "speed/mfu",
+        "speed/data_wait_fraction",
+        "memory/allocated_gib",
+        "eval/below_unigram/v2v",
+    } <= tags
+    by_samples = EventAccumulator(str(undisturbed / "tensorboard/by_samples"))
+    by_samples.Reload()
+    assert [event.step for event in by_samples.Scalars("train/loss")][:2] == [8, 16]
+
+
+def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(
+    small_world: SmallWorld,
+    undisturbed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train_here(small_world, tmp_path / "run", "training.stop_at_step=2")
+    whole = tmp_path / "run/checkpoints/step_00000002"
+    damaged = tmp_path / "run/checkpoints/step_00000003"
+    shutil.copytree(whole, damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    train_here(small_world, tmp_path / "run", "training.stop_at_step=2")
+    output = capsys.readouterr().out
+    assert f"checkpoint {damaged} is damaged (model.safetensors was changed or cut short)" in output
+    assert "step 2 of 2 is reached already" in output
+
+
+def test_another_number_of_processes_is_refused_once_and_nothing_changes(
+    small_world: SmallWorld, undisturbed: Path, tmp_path: Path
+) -> None:
+    """On two processes: the message comes once, and neither process hangs."""
+    train_here(small_world, tmp_path / "run", "training.stop_at_step=1")
+    before = (tmp_path / "run/recipe.yaml").read_bytes()
+    command = deepspeed_command(2, SCRIPT, small_world.recipe, f"run={tmp_path / 'run'}")
+    done = run_command_line(*command)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1
+    assert "processes = 1, but now it is 2" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run/recipe.yaml").read_bytes() == before
+
+
+def change_corpus(world: SmallWorld, folder: Path, **changes: object) -> Path:
+    """A copy of the clip corpus whose manifest says something else."""
+    shutil.copytree(world.clips, folder)
+    manifest = json.loads((folder / "corpus.json").read_text())
+    manifest.update(changes)
+    (folder / "corpus.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.wdith=64",), "unknown key 'model.wdith'; did you mean 'width'?"),
+        (("model.codebook_size=31",), "model.codebook_size is 31, but the VQ-GAN"),
+        (("model.text_vocabulary=300",), "model.text_vocabulary is 300, but the BPE"),
+        (("model.position_grid=[4, 4, 2]",), "larger than model.position_grid (4, 4, 2)"),
+        (("data.tasks.t2i.corpora=[CLIPS]",), "task t2i needs images, but corpus"),
+        (("data.tasks.t2v.corpora=[OTHER_VQGAN]",), "was written with another VQ-GAN"),
+        (("data.tasks.t2v.corpora=[nowhere]",), "nowhere"),
+        (("data.tasks.t2v.batch_size=3", "data.accumulation=2"), "use 2 or 4"),
+        (("tokenizers.bpe=nothing.json",), "nothing.json"),
+        (("model.heads=5",), "model.width 32 is not a multiple of model.heads 5"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_does_not_fit_is_one_sentence_and_nothing_is_written(
+    small_world: SmallWorld, tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    other = change_corpus(
+        small_world,
+        tmp_path / "other_vqgan",
+        fingerprints={"vqgan": "1" * 64, "bpe": "1" * 64, "decode": "1" * 64},
+    )
+    named = [
+        override.replace("CLIPS", str(small_world.clips)).replace("OTHER_VQGAN", str(other))
+        for override in overrides
+    ]
+    with pytest.raises(UserError) as caught:
+        train_here(small_world, tmp_path / "run", *named)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["optimizer", "train_batch_size"])
+def test_layout_that_repeats_the_recipe_is_refused(
+    small_world: SmallWorld, tmp_path: Path, key: str
+) -> None:
+    layout = tmp_path / "layout.json"
+    layout.write_text(json.dumps({key: 1}))
+    with pytest.raises(UserError, match=f"'{key}' is set by the recipe"):
+        train_here(small_world, tmp_path / "run", layout=layout)
