@@ -27,6 +27,8 @@ from launch.demo.catalogue import Catalogue, Cut, Video, clip_cuts, image_cuts, 
 from megatron_nuwa.errors import UserError, run_command
 
 TRUNCATED_ID = "deliberately-truncated"
+# Ends the name of an image that is the first frame of a clip.
+STILL_SUFFIX = "-still"
 PROVENANCE = "provenance.jsonl"
 FFMPEG_TIMEOUT_SECONDS = 300
 
@@ -36,6 +38,7 @@ _ENCODER = (
     *("-an", "-c:v", "libx264", "-preset", "veryfast", "-crf", "12", "-pix_fmt", "yuv420p"),
     *("-threads", "1", "-map_metadata", "-1", "-fflags", "+bitexact", "-flags:v", "+bitexact"),
 )
+_STILL_ENCODER = ("-frames:v", "1", "-update", "1", "-q:v", "2", "-threads", "1", "-bitexact")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,7 +119,8 @@ def _cut_everything(
         jobs = {}
         for video in catalogue.videos:
             cuts = list(clip_cuts(catalogue, video))
-            made += [(cut, f"clips/{cut.id}.mp4") for cut in cuts]
+            for cut in cuts:
+                made += [(cut, f"clips/{cut.id}.mp4"), (cut, f"images/{cut.id}{STILL_SUFFIX}.jpg")]
             source = files[video.package, video.path]
             jobs[pool.submit(_cut_video, source, video, cuts, folder, catalogue.side)] = video
         for photograph in catalogue.photographs:
@@ -130,11 +134,16 @@ def _cut_everything(
 
 
 def _cut_video(source: Path, video: Video, cuts: Sequence[Cut], folder: Path, side: int) -> int:
-    """Cut all clips of one video with one ffmpeg, which decodes it once; returns their number."""
+    """Cut all clips of one video, and each clip's first frame as an image; returns their number.
+
+    One ffmpeg does it all, so that the video is decoded once.
+    """
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-xerror", "-y"]
     command += ["-threads", "1", "-i", str(source), "-filter_complex", _filter_graph(cuts, side)]
     for number, cut in enumerate(cuts):
         command += ["-map", f"[clip{number}]", *_ENCODER, str(folder / f"clips/{cut.id}.mp4")]
+        still = str(folder / f"images/{cut.id}{STILL_SUFFIX}.jpg")
+        command += ["-map", f"[still{number}]", *_STILL_ENCODER, still]
     done = subprocess.run(
         command,
         stdin=subprocess.DEVNULL,
@@ -163,7 +172,7 @@ def _filter_graph(cuts: Sequence[Cut], side: int) -> str:
         )
         parts += [
             f"[cut{n}]trim=start={cuts[n].start}:duration={cuts[n].seconds},"
-            f"setpts=PTS-STARTPTS[clip{n}]"
+            f"setpts=PTS-STARTPTS,split=2[clip{n}][still{n}]"
             for n in numbers
         ]
     return ";".join(parts)
@@ -186,12 +195,14 @@ def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[s
     manifests: dict[str, list[dict[str, object]]] = defaultdict(list)
     provenance: list[dict[str, object]] = []
     for cut, media in made:
-        kind = "images" if cut.start is None else "clips"
+        kind = Path(media).parent.name
         name = f"{'heldout' if cut.heldout else 'train'}-{kind}"
-        manifests[name].append({"id": cut.id, "media": media, "captions": list(cut.captions)})
+        manifests[name].append(
+            {"id": Path(media).stem, "media": media, "captions": list(cut.captions)}
+        )
         provenance.append(
             {
-                "id": cut.id,
+                "id": Path(media).stem,
                 "manifest": name,
                 "source": cut.source,
                 "package": cut.package,
@@ -200,6 +211,7 @@ def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[s
                 "view": list(cut.view),
                 "start": cut.start,
                 "end": None if cut.start is None else round(cut.start + (cut.seconds or 0.0), 3),
+                "media": media,
                 "sha256": hashlib.sha256((folder / media).read_bytes()).hexdigest(),
             }
         )
@@ -212,7 +224,7 @@ def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[s
 
 def _truncated_clip(folder: Path, made: Sequence[tuple[Cut, str]]) -> dict[str, object]:
     """A clip cut short in the middle, as an interrupted copy leaves it: the farm must skip it."""
-    cut, media = next((cut, media) for cut, media in made if cut.start is not None)
+    cut, media = next((cut, media) for cut, media in made if media.endswith(".mp4"))
     whole = (folder / media).read_bytes()
     broken = f"clips/{TRUNCATED_ID}.mp4"
     (folder / broken).write_bytes(whole[: len(whole) // 2])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from launch.demo.media import STILL_SUFFIX
 from launch.demo.pictures import animation, read_frames, still
 from launch.demo.results import read_json, read_json_lines
 from launch.demo.stages import CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
@@ -96,14 +97,18 @@ def peak_signal_to_noise(original: np.ndarray, copy: np.ndarray) -> float:
 def _heldout_frames(
     media: Path, model: Vqgan, count: int
 ) -> Iterable[tuple[dict[str, Any], np.ndarray]]:
-    """The first frame of held-out items, clips and images in turn, as many views as possible."""
+    """First frames of held-out clips, and held-out photographs; as many views as possible."""
     size = model.config.image_size
     clip = DecodeSettings(
         image_size=size, frames=CLIP_FRAMES, frames_per_second=CLIP_FRAMES_PER_SECOND
     )
     image = DecodeSettings(image_size=size)
     clips = _one_a_view(read_json_lines(media / "heldout-clips.jsonl"))
-    images = read_json_lines(media / "heldout-images.jsonl")
+    images = [
+        item
+        for item in read_json_lines(media / "heldout-images.jsonl")
+        if not item["id"].endswith(STILL_SUFFIX)
+    ]
     chosen = [(item, clip) for item in _spread(clips, count - count // 3)]
     chosen += [(item, image) for item in _spread(images, count // 3)]
     for item, settings in chosen:

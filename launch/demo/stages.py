@@ -19,9 +19,10 @@ CLIP_FRAMES = 8
 CLIP_FRAMES_PER_SECOND = 8
 
 # Items per shard, small enough that both MPI ranks get work from every corpus.
-CORPORA = {"train-clips": 32, "train-images": 12, "heldout-clips": 12, "heldout-images": 6}
+CORPORA = {"train-clips": 32, "train-images": 64, "heldout-clips": 12, "heldout-images": 32}
 
-SAMPLING = ("--temperature", "0.9", "--top-k", "128", "--seed", "1")
+SAMPLING = ("--temperature", "0.8", "--top-k", "32", "--seed", "1")
+GUIDANCE = ("--guidance", "3")
 IMAGE_PROMPTS = (
     "a ginger cat looks to the right",
     "an orange dahlia in front of dark green leaves",
@@ -144,8 +145,8 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
             "generate",
             "Generate images, clips and continuations",
             (
-                generate("t2i", *_repeat("--prompt", IMAGE_PROMPTS)),
-                generate("t2v", *_repeat("--prompt", CLIP_PROMPTS)),
+                generate("t2i", *_repeat("--prompt", IMAGE_PROMPTS), *GUIDANCE),
+                generate("t2v", *_repeat("--prompt", CLIP_PROMPTS), *GUIDANCE),
                 generate(
                     "v2v",
                     *_repeat(
