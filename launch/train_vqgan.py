@@ -10,16 +10,15 @@ continues from its newest checkpoint when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.errors import run_command
 from megatron_nuwa.training.frames import MediaFrames
 from megatron_nuwa.training.processes import join_processes
-from megatron_nuwa.training.recipe import load_recipe
+from megatron_nuwa.training.recipe import Recipe, load_recipe
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 from megatron_nuwa.training.vqgan_trainer import train_vqgan
 from preprocessing.decoders import DecodeSettings, decode_clip, decode_image, media_kind
@@ -29,6 +28,14 @@ from preprocessing.sources import SourceItem, read_manifest
 def main() -> None:
     """Read the arguments, join the other processes and train."""
     arguments = _arguments()
+    with join_processes() as processes:
+        recipe, train, held_out = processes.first_then_all(lambda: read_inputs(arguments))
+        assert recipe.vqgan is not None
+        train_vqgan(recipe.vqgan, recipe, recipe.seed, processes, train, held_out)
+
+
+def read_inputs(arguments: argparse.Namespace) -> tuple[Recipe, MediaFrames, MediaFrames | None]:
+    """The recipe and the media of its manifests; `UserError` for what is missing or misspelt."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe.require("vqgan")
     assert recipe.vqgan is not None
@@ -36,8 +43,7 @@ def main() -> None:
     held_out = None
     if recipe.vqgan.data.held_out:
         held_out = media_frames(recipe.vqgan, recipe.vqgan.data.held_out, "held-out frames")
-    with join_processes() as processes:
-        train_vqgan(recipe.vqgan, recipe, recipe.seed, processes, train, held_out)
+    return recipe, train, held_out
 
 
 class Decoder:
@@ -96,11 +102,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    if os.environ.get("RANK", "0") != "0":
-        # Every process meets the same mistake; one of them tells.
-        try:
-            main()
-        except UserError:
-            sys.exit(2)
-    else:
-        sys.exit(run_command(main))
+    sys.exit(run_command(main))

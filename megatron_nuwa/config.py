@@ -11,7 +11,6 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import write_text_atomically  # noqa: F401
 
 
 class Settings(BaseModel):

@@ -5,25 +5,36 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _CHUNK = 1 << 20
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old text or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextmanager
+def written_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose bytes become the file when the block ends, and vanish when it fails."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
+        # mkstemp makes a private file; this one is to be as readable as its neighbours.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a small file, and its folder, so that readers see the old text or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as stream:
+        stream.write(text.encode())
 
 
 def sync(path: Path) -> None:

@@ -6,14 +6,11 @@ and a JSON sidecar that says where in the tar each array lies. The same items gi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import tarfile
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +21,7 @@ from pydantic import Field
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.text import TEXT_TOKENS
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import sha256_of, write_text_atomically
+from megatron_nuwa.files import sha256_of, write_text_atomically, written_atomically
 
 FORMAT_VERSION = 1
 GROUP_ITEMS = 1024
@@ -161,7 +158,7 @@ def write_shard(
     groups: list[Group] = []
     size, digest = 0, hashlib.sha256().hexdigest()
     if items:
-        with _written_atomically(tar) as stream:
+        with written_atomically(tar) as stream:
             groups = _write_tar(stream, items, group_items)
         size, digest = tar.stat().st_size, sha256_of(tar)
     else:
@@ -287,18 +284,3 @@ def _item_lines(group: Sequence[ShardItem]) -> bytes:
         lines.append(json.dumps(line) + "\n")
         first_caption += len(item.captions)
     return "".join(lines).encode()
-
-
-@contextlib.contextmanager
-def _written_atomically(path: Path) -> Iterator[IO[bytes]]:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

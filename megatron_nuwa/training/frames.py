@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_nuwa.config import write_text_atomically
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.training.progress import track
 
 # Decoding moves on to the next item after a broken one, but not for ever.

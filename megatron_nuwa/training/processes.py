@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,7 @@ class Processes:
         if outcome[0] is not None:
             kind = UserError if self.is_first else ReportedElsewhereError
             raise kind(outcome[0])
-        return work() if result is None else result
+        return cast(T, result) if self.is_first else work()
 
     def barrier(self) -> None:
         """Wait until every process is here."""

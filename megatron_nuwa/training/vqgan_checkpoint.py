@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_nuwa.config import write_text_atomically
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.vqgan import load_vqgan, save_vqgan
 from megatron_nuwa.training.vqgan_step import VqganStep
 

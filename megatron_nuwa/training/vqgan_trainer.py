@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_nuwa.config import Settings, write_text_atomically
+from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.vqgan import save_vqgan
 from megatron_nuwa.training.codebook_upkeep import perplexity
 from megatron_nuwa.training.frames import (
@@ -188,17 +189,14 @@ def _dataset(
 ) -> Dataset[Sample]:
     if not recipe.data.cache_frames:
         return DecodedFrames(media)
-    outcome: list[str | None] = [None]
+
+    def decode() -> CacheReport:
+        return cache_frames(media, cache, f"decoding {media.name}")
+
+    # The others find the first one's frames, or decode their own where no disk is shared.
+    report = processes.first_then_all(decode)
     if processes.is_first:
-        try:
-            report = cache_frames(media, cache, f"decoding {media.name}")
-            _tell_cache(report, media, cache)
-        except UserError as error:
-            outcome = [str(error)]
-    # The others must learn of a failure, or they would wait for frames that never come.
-    dist.broadcast_object_list(outcome, 0)
-    if outcome[0] is not None:
-        raise UserError(outcome[0])
+        _tell_cache(report, media, cache)
     return CachedFrames(cache)
 
 
