@@ -11,7 +11,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from conftest import SmallWorld, lone_process, run_command_line
+from helpers import SmallWorld, lone_process, run_command_line
 from PIL import Image
 
 from megatron_nuwa.errors import UserError

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SmallWorld, deepspeed_command, lone_process, run_command_line
+from helpers import ROOT, SmallWorld, deepspeed_command, lone_process, run_command_line
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

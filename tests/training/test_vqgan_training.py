@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, deepspeed_command, run_command_line
+from helpers import ROOT, deepspeed_command, run_command_line
 from PIL import Image
 
 from megatron_nuwa.errors import UserError
