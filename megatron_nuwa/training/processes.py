@@ -61,7 +61,8 @@ def join_processes() -> Iterator[Processes]:
     """Join the process group that a launcher described in the environment; alone without one.
 
     Uses NCCL with one GPU a process, gloo on CPUs. The group is destroyed at the end, because a
-    process that exits with a live group can end with a non-zero code.
+    process that exits with a live group can end with a non-zero code. A group that exists already
+    is used and left alone.
     """
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
@@ -77,7 +78,10 @@ def join_processes() -> Iterator[Processes]:
         device = torch.device("cpu")
         backend = "gloo"
     world_size = int(os.environ["WORLD_SIZE"])
-    if world_size == 1:
+    is_ours = not dist.is_initialized()
+    if not is_ours:
+        pass
+    elif world_size == 1:
         # A lone process needs no agreed port: a file store cannot collide with another run.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
@@ -85,4 +89,5 @@ def join_processes() -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
     finally:
-        dist.destroy_process_group()
+        if is_ours:
+            dist.destroy_process_group()
