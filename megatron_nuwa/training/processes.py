@@ -77,15 +77,12 @@ def join_processes() -> Iterator[Processes]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
-    world_size = int(os.environ["WORLD_SIZE"])
     is_ours = not dist.is_initialized()
-    if not is_ours:
-        pass
-    elif world_size == 1:
-        # A lone process needs no agreed port: a file store cannot collide with another run.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
+    if is_ours and int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group(backend)
+    elif is_ours:
+        # A lone process needs no agreed port, which could collide with another run's.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
     finally:
