@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_nuwa.grid import Grid
-from megatron_nuwa.models.layers import DecoderLayer, NearbyAttention
+from megatron_nuwa.models.attention import Attention
+from megatron_nuwa.models.layers import DecoderLayer
 from megatron_nuwa.models.nuwa import Context, Nuwa
-from megatron_nuwa.ops.tables import Geometry, key_table
 
 
 class CachedDecoder:
@@ -22,8 +22,9 @@ class CachedDecoder:
         encoded = model.encode(context)
         self._positions = model.target_positions(grid)
         self._layers = [_LayerCache(layer, encoded, grid) for layer in model.decoder]  # type: ignore[arg-type]
-        self._own = _neighbours(own, encoded.device)
-        self._across = _neighbours(across, encoded.device)
+        first: DecoderLayer = model.decoder[0]  # type: ignore[assignment]
+        self._own = first.self_attention.pattern.keys_seen(own, encoded.device)
+        self._across = first.cross_attention.pattern.keys_seen(across, encoded.device)
         self._next = 0
 
     @torch.no_grad()
@@ -84,7 +85,7 @@ class _LayerCache:
 
 
 def _attend(
-    attention: NearbyAttention, x: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None
+    attention: Attention, x: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None
 ) -> Tensor:
     """One query over the gathered keys; zeros where none is visible."""
     query = attention.split_heads(attention.query(x)).transpose(1, 2)
@@ -98,11 +99,3 @@ def _attend(
     if has_keys is not None:
         mixed = mixed.masked_fill(~has_keys, 0)
     return attention.output(mixed.transpose(1, 2).flatten(2))
-
-
-def _neighbours(geometry: Geometry, device: torch.device) -> list[Tensor] | list[slice]:
-    """For every cell what to take from a cache; a slice where it is everything, to copy nothing."""
-    if geometry.sees_everything and not geometry.causal:
-        return [slice(None)] * geometry.grid.cells
-    table = key_table(geometry, device)
-    return [index[valid] for index, valid in zip(table.index, table.valid, strict=True)]

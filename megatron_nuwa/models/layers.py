@@ -1,4 +1,4 @@
-"""The blocks of NÜWA's transformer: nearby attention, feed-forward, encoder and decoder layers."""
+"""The blocks of NÜWA's transformer: feed-forward, encoder and decoder layers."""
 
 from __future__ import annotations
 
@@ -8,43 +8,16 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_nuwa.ops import nearby_attention
+from megatron_nuwa.models.attention import Attention, Full, Nearby, Pattern
 from megatron_nuwa.ops.tables import Geometry
 
 NormPosition = Literal["pre", "post"]
 CrossAttention = Literal["parallel", "sequential"]
 
 
-class NearbyAttention(nn.Module):
-    """Multi-head 3-D nearby attention with its four projections (paper Eqs. 5–9)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(width, width)
-        self.value = nn.Linear(width, width)
-        self.output = nn.Linear(width, width)
-
-    def forward(
-        self, x: Tensor, context: Tensor, geometry: Geometry, context_mask: Tensor | None = None
-    ) -> Tensor:
-        """`x` (batch, tokens, width), `context` (batch, context tokens, width) → like `x`."""
-        mixed = nearby_attention(
-            self.split_heads(self.query(x)),
-            self.split_heads(self.key(context)),
-            self.split_heads(self.value(context)),
-            grid=geometry.grid,
-            context_grid=geometry.context_grid,
-            extent=geometry.extent,
-            causal=geometry.causal,
-            context_mask=context_mask,
-        )
-        return self.output(mixed.flatten(2))
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(batch, tokens, width) → (batch, tokens, heads, head size)."""
-        return x.unflatten(-1, (self.heads, -1))
+def cross_pattern(pattern: Pattern) -> Pattern:
+    """The pattern of cross-attention in a decoder whose self-attention has this one."""
+    return pattern if isinstance(pattern, Full) else Nearby()
 
 
 class FeedForward(nn.Module):
@@ -61,15 +34,21 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """`C ← C + 3DNA(C, C)`, then a feed-forward (paper Eq. 10)."""
+    """`C ← C + 3DNA(C, C)`, then a feed-forward (paper Eq. 10); `pattern` may replace 3DNA."""
 
     def __init__(
-        self, width: int, heads: int, inner_width: int, dropout: float, norm: NormPosition
+        self,
+        width: int,
+        heads: int,
+        inner_width: int,
+        dropout: float,
+        norm: NormPosition,
+        pattern: Pattern,
     ) -> None:
         super().__init__()
         self.norm_position = norm
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = NearbyAttention(width, heads)
+        self.attention = Attention(width, heads, pattern)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, inner_width)
         self.dropout = nn.Dropout(dropout)
@@ -89,6 +68,9 @@ class DecoderLayer(nn.Module):
 
     `cross="parallel"` adds both attentions at once, as the paper's formula reads;
     `"sequential"` is the classic decoder, cross-attention after self-attention.
+
+    `pattern` is self-attention's. Cross-attention is full where self-attention is, and nearby
+    otherwise: blocks and lines are defined inside one grid, and the context has another.
     """
 
     def __init__(
@@ -99,12 +81,13 @@ class DecoderLayer(nn.Module):
         dropout: float,
         norm: NormPosition,
         cross: CrossAttention,
+        pattern: Pattern,
     ) -> None:
         super().__init__()
         self.norm_position = norm
         self.attention_norm = nn.LayerNorm(width)
-        self.self_attention = NearbyAttention(width, heads)
-        self.cross_attention = NearbyAttention(width, heads)
+        self.self_attention = Attention(width, heads, pattern)
+        self.cross_attention = Attention(width, heads, cross_pattern(pattern))
         self.cross_norm = nn.LayerNorm(width) if cross == "sequential" else None
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, inner_width)

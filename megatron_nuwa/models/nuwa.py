@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_nuwa.config import Settings
 from megatron_nuwa.grid import Extent, ExtentReading, Grid
+from megatron_nuwa.models.attention import AttentionKind, Pattern, pattern_of
 from megatron_nuwa.models.layers import CrossAttention, DecoderLayer, EncoderLayer, NormPosition
 from megatron_nuwa.ops.tables import Geometry
 
@@ -47,6 +48,11 @@ class NuwaConfig(Settings):
 
     norm: NormPosition = "pre"
     cross_attention: CrossAttention = "parallel"
+    # The paper's ablation; the decoder's is its self-attention's.
+    encoder_attention: AttentionKind = "nearby"
+    decoder_attention: AttentionKind = "nearby"
+    # Blocks of block-sparse attention; null for the square root of the number of tokens.
+    sparse_blocks: int | None = Field(None, ge=1)
 
     @field_validator("position_grid")
     @classmethod
@@ -63,6 +69,16 @@ class NuwaConfig(Settings):
         for name in ("text_extent", "image_extent", "video_extent"):
             Extent.from_reading(getattr(self, name), self.extent_reading)
         return self
+
+    @property
+    def encoder_pattern(self) -> Pattern:
+        """Who sees whom in the encoder."""
+        return pattern_of(self.encoder_attention, self.sparse_blocks)
+
+    @property
+    def decoder_pattern(self) -> Pattern:
+        """Who sees whom in the decoder's self-attention."""
+        return pattern_of(self.decoder_attention, self.sparse_blocks)
 
     @property
     def text_grid(self) -> Grid:
@@ -148,12 +164,20 @@ class Nuwa(nn.Module):
         self.target_positions = PositionEmbedding(largest, width)
         self.begin = nn.Parameter(torch.empty(width))
         self.encoder = nn.ModuleList(
-            EncoderLayer(width, config.heads, inner, config.dropout, config.norm)
+            EncoderLayer(
+                width, config.heads, inner, config.dropout, config.norm, config.encoder_pattern
+            )
             for _ in range(config.encoder_layers)
         )
         self.decoder = nn.ModuleList(
             DecoderLayer(
-                width, config.heads, inner, config.dropout, config.norm, config.cross_attention
+                width,
+                config.heads,
+                inner,
+                config.dropout,
+                config.norm,
+                config.cross_attention,
+                config.decoder_pattern,
             )
             for _ in range(config.decoder_layers)
         )

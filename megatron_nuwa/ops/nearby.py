@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -11,13 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_nuwa.grid import Extent, Grid
-from megatron_nuwa.ops import reference
+from megatron_nuwa.ops.backends import BACKEND_NAMES, backend_for
 from megatron_nuwa.ops.tables import Geometry
 
 Backend = Literal["auto", "reference", "cpu", "cuda"]
 
-_BACKENDS: dict[str, ModuleType] = {"reference": reference}
-_BACKEND_NAMES = ("auto", "reference", "cpu", "cuda")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -46,7 +43,7 @@ def nearby_attention(
         causal: a query sees no cell that comes after it; only where both grids are equal.
         context_mask: bool (batch, h'·w'·s'), False = padding.
         scale: of the scores; 1/√head_dim when left out.
-        backend: "auto" takes the fastest that can run these tensors.
+        backend: "auto" takes the fastest that can run these tensors; a name insists on one.
 
     Returns:
         (batch, h·w·s, heads, head_dim) in the query's dtype; zeros for a query that sees no key.
@@ -69,7 +66,7 @@ def nearby_attention(
         [width or 0 for width in geometry.extent],
         causal,
         scale,
-        "reference" if backend == "auto" else backend,
+        backend,
     )
     return output
 
@@ -109,12 +106,8 @@ def _check(
         _check_tensor(name, tensor, query, cells)
     if context_mask is not None:
         _check_mask(context_mask, query, context.cells)
-    if backend not in _BACKEND_NAMES:
-        raise ValueError(f"backend must be one of {', '.join(_BACKEND_NAMES)}, not {backend!r}")
-    if backend != "auto" and backend not in _BACKENDS:
-        raise ValueError(
-            f"backend {backend!r} is not built in this installation; use 'auto' or 'reference'"
-        )
+    if backend not in BACKEND_NAMES:
+        raise ValueError(f"backend must be one of {', '.join(BACKEND_NAMES)}, not {backend!r}")
     return geometry
 
 
@@ -190,7 +183,8 @@ def _forward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     geometry = _geometry(grid, context_grid, extent, causal)
-    output, log_sum = _BACKENDS[backend].forward(query, key, value, context_mask, geometry, scale)
+    chosen = backend_for(query, backend)
+    output, log_sum = chosen.forward(query, key, value, context_mask, geometry, scale)
     return output.contiguous(), log_sum.contiguous()
 
 
@@ -218,7 +212,7 @@ def _backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     geometry = _geometry(grid, context_grid, extent, causal)
-    gradients = _BACKENDS[backend].backward(
+    gradients = backend_for(query, backend).backward(
         grad, query, key, value, context_mask, output, log_sum, geometry, scale
     )
     grad_query, grad_key, grad_value = (gradient.contiguous() for gradient in gradients)

@@ -94,6 +94,11 @@ def dense_mask(geometry: Geometry, device: torch.device) -> Tensor:
 
 
 def _build_key_table(geometry: Geometry) -> NeighbourTable:
+    return _from_pairs(*build_pairs(geometry), geometry.grid.cells)
+
+
+def build_pairs(geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """All (query, key) pairs, int64, sorted by query and then by key."""
     grid, context_grid, extent, causal = geometry
     rows, columns, frames = (
         _axis_window(side, context_side, width)
@@ -110,7 +115,7 @@ def _build_key_table(geometry: Geometry) -> NeighbourTable:
     if causal:
         valid = valid & (key <= torch.arange(grid.cells).unsqueeze(1))
     query = torch.arange(grid.cells).unsqueeze(1).expand_as(key)
-    return _from_pairs(query[valid], key[valid], grid.cells)
+    return query[valid], key[valid]
 
 
 def _axis_window(side: int, context_side: int, width: int | None) -> Tensor:

@@ -58,7 +58,16 @@ def sketch(batch: int) -> Context:
 @pytest.mark.parametrize("context", [text(2), sketch(2)], ids=["text", "sketch"])
 @pytest.mark.parametrize("grid", [Grid(5, 4, 1), Grid(5, 4, 3)], ids=str)
 @pytest.mark.parametrize(
-    "changes", [{}, {"norm": "post", "cross_attention": "sequential", "tie_head": True}], ids=str
+    "changes",
+    [
+        {},
+        {"norm": "post", "cross_attention": "sequential", "tie_head": True},
+        {"encoder_attention": "axial", "decoder_attention": "full"},
+        {"encoder_attention": "full", "decoder_attention": "axial"},
+        {"encoder_attention": "block_sparse", "decoder_attention": "block_sparse"},
+        {"decoder_attention": "block_sparse", "sparse_blocks": 3},
+    ],
+    ids=str,
 )
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward_pass(

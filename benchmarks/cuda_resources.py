@@ -1,0 +1,220 @@
+"""What the CUDA kernels will use, without a GPU: registers, shared memory, occupancy, tables.
+
+python -m benchmarks.cuda_resources            # needs nvcc
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.harness.cases import Case, cases
+from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.ops import build, warp_tables
+from megatron_nuwa.ops.tilings import TILE_ROWS, WARPS
+
+OUTPUT = Path(__file__).parent / "results" / "cuda_resources.json"
+HEAD_SIZES = (32, 64, 128)
+# Shared memory of a multiprocessor in KiB, and warps; both have 65,536 registers and 32 blocks.
+_PROCESSORS = {"sm_80": (164, 64), "sm_90a": (228, 64)}
+_REGISTERS, _BLOCKS = 65_536, 32
+# The driver keeps a KiB of every block's shared memory.
+_RESERVED_BYTES = 1024
+
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_REGISTER_COUNT = re.compile(r"Used (\d+) registers")
+_SHARED_PROGRAM = """
+#include <cstdio>
+#include "backward.cuh"
+#include "forward.cuh"
+using namespace megatron_nuwa;
+template <int size> void print() {
+  std::printf("%d %d %d %d\\n", size, Memory<Forward<bf16, size>>::kBytes,
+              Memory<Backward<bf16, size, false>>::kBytes,
+              Memory<Backward<bf16, size, true>>::kBytes);
+}
+int main() { print<32>(); print<64>(); print<128>(); }
+"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel for one architecture, as the assembler reports it."""
+
+    symbol: str
+    architecture: str
+    registers: int
+    stack_bytes: int
+    spilled_bytes: int
+
+    @property
+    def title(self) -> str:
+        """Pass, type and head size."""
+        name = re.search(r"Forward|Backward|direct_\w+?(?=I)|query_statistics", self.symbol)
+        kind = "" if name is None else name[0].lower()
+        dtype = "bf16" if "bfloat16" in self.symbol else "fp16" if "half" in self.symbol else "fp32"
+        size = re.search(r"Li(\d+)E", self.symbol)
+        if "backward" in kind:
+            kind += " dK dV" if "Lb1E" in self.symbol else " dQ"
+        return f"{kind} {dtype} {size[1] if size else ''}".strip()
+
+    @property
+    def is_tensor_core(self) -> bool:
+        """Whether it is one of the kernels that walk warp tables."""
+        return "4walkI" in self.symbol
+
+
+def kernels_of(report: str) -> Iterator[Kernel]:
+    """Every kernel in what `nvcc -Xptxas -v` printed."""
+    for entry in re.split(r"(?=Compiling entry function)", report)[1:]:
+        name, spills, registers = (p.search(entry) for p in (_ENTRY, _SPILLS, _REGISTER_COUNT))
+        if name is None or spills is None or registers is None:
+            raise ValueError(f"unknown form of assembler report: {entry[:200]!r}")
+        stack, stored, loaded = map(int, spills.groups())
+        yield Kernel(name[1], name[2], int(registers[1]), stack, stored + loaded)
+
+
+def compiled_kernels(folder: Path) -> list[Kernel]:
+    """Compile every source for every architecture; object files go to `folder`."""
+
+    def compile_one(command: Sequence[str]) -> str:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        return done.stdout + done.stderr
+
+    commands = build.cuda_compile_commands(folder)
+    with ThreadPoolExecutor(2) as pool:
+        return [k for report in pool.map(compile_one, commands) for k in kernels_of(report)]
+
+
+def shared_bytes(folder: Path) -> dict[str, int]:
+    """Dynamic shared memory of every tensor-core kernel by the start of its title and its size."""
+    source, program = folder / "shared.cu", folder / "shared"
+    source.write_text(_SHARED_PROGRAM)
+    nvcc = build.cuda_compile_commands(folder)[0][0]
+    include = f"-I{build.SOURCES / 'cuda'}"
+    subprocess.run(
+        [nvcc, "-std=c++20", include, "-arch=sm_80", str(source), "-o", str(program)], check=True
+    )
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for line in printed.splitlines():
+        size, *values = map(int, line.split())
+        for kind, value in zip(("forward", "backward dQ", "backward dK dV"), values, strict=True):
+            for dtype in ("bf16", "fp16"):
+                found[f"{kind} {dtype} {size}"] = value
+    return found
+
+
+def blocks_a_processor(kernel: Kernel, shared: int) -> tuple[int, str]:
+    """Blocks of eight warps that fit one multiprocessor, and what runs out first."""
+    kib, warps = _PROCESSORS[kernel.architecture]
+    # Registers are given out 256 at a time to a warp.
+    registers_a_warp = -(-kernel.registers * 32 // 256) * 256
+    limits = {
+        "registers": _REGISTERS // (registers_a_warp * WARPS),
+        "shared memory": kib * 1024 // (shared + _RESERVED_BYTES),
+        "warps": min(warps // WARPS, _BLOCKS),
+    }
+    scarce = min(limits, key=lambda name: limits[name])
+    return limits[scarce], scarce
+
+
+def table_figures(case: Case, mirrored: bool, chunk: int) -> dict[str, float]:
+    """How well the tables of one case fill the matrix instructions, and what they re-read."""
+    device, grids = torch.device("cpu"), (case.geometry.grid, case.geometry.context_grid)
+    warp_tables.warp_tables.cache_clear()
+    start = time.perf_counter()
+    tables = warp_tables.warp_tables(case.geometry, mirrored, chunk, device)
+    seconds = time.perf_counter() - start
+    block_chunks, columns, rows, starts, ends, entries = (t.numpy() for t in tables)
+    groups = len(entries) - 1
+    # The warps of a block meet after every step, so the slowest one counts.
+    longest = 0
+    for block in range(len(block_chunks) - 1):
+        steps = ends.reshape(-1, WARPS)[block_chunks[block] : block_chunks[block + 1]]
+        first = starts.reshape(-1, WARPS)[block]
+        longest += int((steps - [first, *steps[:-1]]).max(1).sum())
+    # Rows that `ldmatrix` fetches at once from one group of banks wait for one another.
+    octets = (entries[:-1, :16].astype("uint16") & 0xFF).reshape(-1, 8)
+    waits = sum(max(len({*o[o % 8 == bank]}) for bank in range(8)) for o in octets)
+    return {
+        "blocks": len(block_chunks) - 1,
+        "groups": groups,
+        "efficiency": case.pairs / (groups * TILE_ROWS * warp_tables.GROUP),
+        "filled_rows": float((rows >= 0).sum() / ((rows.reshape(-1, 16) >= 0).any(1).sum() * 16)),
+        "rereads": float((columns >= 0).sum() / grids[not mirrored].cells),
+        "balance": groups / (longest * WARPS),
+        "bank_conflicts": waits / len(octets),
+        "table_bytes": sum(t.numel() * t.element_size() for t in tables),
+        "build_seconds": seconds,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write")
+    options = parser.parse_args(arguments)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    with TemporaryDirectory() as folder:
+        try:
+            kernels = compiled_kernels(Path(folder))
+        except build.CannotBuild as error:
+            raise UserError(f"the CUDA kernels cannot be compiled here: {error}") from error
+        shared = shared_bytes(Path(folder))
+    resources = []
+    for kernel in sorted(kernels, key=lambda k: (k.architecture, k.title)):
+        blocks, scarce = blocks_a_processor(kernel, shared.get(kernel.title, 0))
+        resources.append(
+            asdict(kernel)
+            | {"title": kernel.title, "shared_bytes": shared.get(kernel.title, 0)}
+            | {"blocks_a_processor": blocks, "limited_by": scarce}
+        )
+    figures = {
+        f"{case.name}{' mirrored' if mirrored else ''}": table_figures(case, mirrored, 64)
+        for case in cases(False)
+        for mirrored in (False, True)
+    }
+    _show(console, resources, figures)
+    report = {"kernels": resources, "tables_with_chunks_of_64": figures}
+    write_text_atomically(options.output, json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def _show(
+    console: Console,
+    resources: Sequence[dict[str, object]],
+    figures: dict[str, dict[str, float]],
+) -> None:
+    headings = ("registers", "spilled_bytes", "shared_bytes", "blocks_a_processor", "limited_by")
+    table = Table("kernel", "architecture", *(h.replace("_", " ") for h in headings))
+    for row in resources:
+        table.add_row(*(str(row[h]) for h in ("title", "architecture", *headings)))
+    console.print(table)
+    table = Table("tables", *next(iter(figures.values())))
+    for name, row in figures.items():
+        table.add_row(name, *(f"{v:,}" if isinstance(v, int) else f"{v:.3f}" for v in row.values()))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

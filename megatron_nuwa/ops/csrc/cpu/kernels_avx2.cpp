@@ -1,0 +1,7 @@
+#include "block_kernels.h"
+
+namespace megatron_nuwa {
+
+Kernels avx2_kernels(ElementType type) { return kernels_of(type); }
+
+}  // namespace megatron_nuwa

@@ -1,0 +1,7 @@
+#include "launch_walk.cuh"
+
+namespace megatron_nuwa {
+MEGATRON_NUWA_INSTANTIATE(Forward<bf16, 32>);
+MEGATRON_NUWA_INSTANTIATE(Forward<bf16, 64>);
+MEGATRON_NUWA_INSTANTIATE(Forward<bf16, 128>);
+}  // namespace megatron_nuwa

@@ -1,0 +1,29 @@
+// How the library starts kernels; each is instantiated in a source file of its own kind, so that
+// they compile side by side.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "backward.cuh"
+#include "direct.cuh"
+#include "forward.cuh"
+
+namespace megatron_nuwa {
+
+// One block of threads for each of the tables' blocks and each of `images` = batch · heads.
+template <class Pass>
+cudaError_t launch(const typename Pass::Arguments& arguments, const Tables& tables, int64_t images,
+                   cudaStream_t stream);
+
+template <int size>
+cudaError_t launch_direct_forward(const DirectForward& arguments, const RowTables& tables,
+                                  cudaStream_t stream);
+
+template <int size, bool mirrored>
+cudaError_t launch_direct_backward(const DirectBackward& arguments, const RowTables& tables,
+                                   cudaStream_t stream);
+
+template <class T, int size>
+cudaError_t launch_statistics(const StatisticsArguments<T>& arguments, cudaStream_t stream);
+
+}  // namespace megatron_nuwa

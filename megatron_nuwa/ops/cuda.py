@@ -1,0 +1,109 @@
+"""The backend for NVIDIA GPUs: checks, memory and tables for the kernels in `csrc/cuda`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_nuwa.ops.native import operators, why_missing
+from megatron_nuwa.ops.tables import Geometry
+from megatron_nuwa.ops.warp_tables import chunk_columns, row_tables, warp_tables
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_DIMS = (32, 64, 128)
+# Asynchronous copies and bf16 matrix instructions came with it.
+COMPUTE_CAPABILITY = (8, 0)
+
+
+def why_not(query: Tensor) -> str | None:
+    """Why the backend cannot take this query, or None when it can."""
+    if query.device.type != "cuda":
+        return f"it takes tensors on a CUDA device, and query is on {query.device}"
+    if query.dtype not in DTYPES:
+        return f"it takes float32, bfloat16 and float16, and query is {query.dtype}"
+    if query.shape[-1] > HEAD_DIMS[-1]:
+        return f"it takes head sizes up to {HEAD_DIMS[-1]}, and query has {query.shape[-1]}"
+    capability = torch.cuda.get_device_capability(query.device)
+    if capability < COMPUTE_CAPABILITY:
+        return (
+            f"it needs compute capability 8.0, and {query.device} has "
+            f"{capability[0]}.{capability[1]}"
+        )
+    return why_missing("cuda")
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output in the query's dtype, and the log-sum-exp of the scores, float (batch, heads, tokens).
+
+    Raises `ValueError` where tensors have other numbers of tokens than the geometry.
+    """
+    _check_tokens(query, key, geometry)
+    size = query.shape[-1]
+    query, key, value = _prepared(query, key, value)
+    output, log_sum = operators("cuda").cuda_forward(
+        query, key, value, _contiguous(mask), _tables(query, geometry, False), scale
+    )
+    return output[..., :size], log_sum
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    output: Tensor,
+    log_sum: Tensor,
+    geometry: Geometry,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value in their dtype; the same bits on every run."""
+    _check_tokens(query, key, geometry)
+    size = query.shape[-1]
+    grad, query, key, value, output = _prepared(grad, query, key, value, output)
+    gradients = operators("cuda").cuda_backward(
+        grad,
+        query,
+        key,
+        value,
+        _contiguous(mask),
+        output,
+        log_sum,
+        _tables(query, geometry, False),
+        _tables(query, geometry, True),
+        scale,
+    )
+    grad_query, grad_key, grad_value = (gradient[..., :size] for gradient in gradients)
+    return grad_query, grad_key, grad_value
+
+
+def _tables(query: Tensor, geometry: Geometry, mirrored: bool) -> list[Tensor]:
+    if query.dtype == torch.float32:
+        return list(row_tables(geometry, mirrored, query.device))
+    return list(warp_tables(geometry, mirrored, chunk_columns(query.shape[-1]), query.device))
+
+
+def _check_tokens(query: Tensor, key: Tensor, geometry: Geometry) -> None:
+    """The kernels trust their tables, so a table of another grid must never reach them."""
+    for name, tensor, grid in (
+        ("query", query, geometry.grid),
+        ("key", key, geometry.context_grid),
+    ):
+        if tensor.shape[1] != grid.cells:
+            raise ValueError(f"{name} must have {grid.cells} tokens, not {tensor.shape[1]}")
+
+
+def _prepared(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous, aligned for 16-byte reads, and with zeros up to a head size that is built."""
+    size = tensors[0].shape[-1]
+    missing = next(built for built in HEAD_DIMS if built >= size) - size
+    if missing:
+        return [F.pad(t, (0, missing)) for t in tensors]
+    return [t if t.data_ptr() % 16 == 0 else t.clone() for t in (t.contiguous() for t in tensors)]
+
+
+def _contiguous(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.contiguous()

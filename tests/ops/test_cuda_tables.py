@@ -1,0 +1,150 @@
+"""The CUDA kernels' tables and the walk over them, on any machine, against the definition."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+import torch
+import warp_emulator
+from geometries import attention, definition, geometries
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_nuwa.grid import Extent, Grid, nearby_indices
+from megatron_nuwa.ops import warp_tables
+from megatron_nuwa.ops.tables import Geometry
+from megatron_nuwa.ops.tilings import TILE_ROWS, WARPS
+
+CPU = torch.device("cpu")
+VIDEO = Grid(21, 21, 10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(geometry=geometries())
+def test_the_mask_of_these_tests_equals_the_definition(geometry: Geometry) -> None:
+    if geometry.grid.cells * geometry.context_grid.cells > 10_000:
+        geometry = geometry._replace(grid=Grid(3, 2, 2), context_grid=Grid(3, 2, 2))
+    seen = definition(geometry)
+    for n in range(geometry.grid.cells):
+        assert seen[n].nonzero().flatten().tolist() == nearby_indices(n, *geometry)
+
+
+@settings(max_examples=300, deadline=None)
+@given(geometry=geometries(), mirrored=st.booleans(), chunk=st.sampled_from([32, 64]))
+def test_tables_hold_every_visible_pair_once_and_read_only_what_is_there(
+    geometry: Geometry, mirrored: bool, chunk: int
+) -> None:
+    tables = warp_tables.warp_tables(geometry, mirrored, chunk, CPU)
+    assert all(table.is_contiguous() for table in tables)
+    seen = definition(geometry)
+    seen = seen.T if mirrored else seen
+    counted = torch.zeros(seen.shape, dtype=torch.int64)
+    block_chunks, columns, rows, starts, ends, entries = (t.numpy() for t in tables)
+    assert np.array_equal(np.sort(rows[rows >= 0]), np.arange(seen.shape[0]))
+    assert columns.max(initial=-1) < seen.shape[1]
+    # Groups of a tile follow one another, tile by tile, and each belongs to exactly one step.
+    assert starts[0] == 0
+    assert entries.shape == (ends.max() + 1, 32)
+    following = np.append(starts[1:], len(entries) - 1).reshape(-1, WARPS)
+    for block in range(len(block_chunks) - 1):
+        first, last = block_chunks[block], block_chunks[block + 1]
+        assert last > first
+        of_block = columns[first * chunk : last * chunk]
+        steps = np.vstack([starts.reshape(-1, WARPS)[block], ends.reshape(-1, WARPS)[first:last]])
+        assert (np.diff(steps, axis=0) >= 0).all()
+        assert np.array_equal(steps[-1], following[block])
+        for warp in range(WARPS):
+            tile = rows.reshape(-1, WARPS, TILE_ROWS)[block, warp]
+            for step in range(last - first):
+                for entry in entries[steps[step, warp] : steps[step + 1, warp]]:
+                    slots, visible = warp_emulator.decode(entry)
+                    # The newest chunk that has passed through the slot by this step.
+                    newest = step - (step - slots // chunk) % warp_tables.STAGES
+                    assert ((newest == step) | (newest == step - 1)).all()
+                    place = newest * chunk + slots % chunk
+                    there = of_block[place]
+                    assert (there >= 0).all()
+                    row, column = np.nonzero(visible)
+                    assert (tile[row] >= 0).all()
+                    np.add.at(counted.numpy(), (tile[row], there[column]), 1)
+    assert torch.equal(counted, seen.long())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    geometry=geometries(),
+    seed=st.integers(0, 2**31),
+    masked=st.booleans(),
+    chunk=st.sampled_from([32, 64]),
+    strength=st.sampled_from([0.3, 30.0]),
+)
+def test_the_walk_equals_the_definition(
+    geometry: Geometry, seed: int, masked: bool, chunk: int, strength: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    images, size, scale = 2, 4, strength
+
+    def random(cells: int) -> torch.Tensor:
+        return torch.randn(images, cells, size, generator=generator, dtype=torch.float64)
+
+    queries, keys = geometry.grid.cells, geometry.context_grid.cells
+    query, key, value = (random(n).requires_grad_() for n in (queries, keys, keys))
+    shown = torch.rand(images, keys, generator=generator) < 0.5
+    shown = shown if masked else torch.ones_like(shown)
+    seen = definition(geometry) & shown.unsqueeze(1)
+    expected, expected_log_sum = attention(query, key, value, seen, scale)
+    grad = random(queries)
+    expected_gradients = torch.autograd.grad(expected, (query, key, value), grad)
+
+    with torch.no_grad():
+        tables = warp_tables.warp_tables(geometry, False, chunk, CPU)
+        mirrored = warp_tables.warp_tables(geometry, True, chunk, CPU)
+        output, log_sum = warp_emulator.forward(
+            query, key, value, shown.double(), tables, chunk, scale
+        )
+        torch.testing.assert_close(output, expected.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(log_sum, expected_log_sum.detach(), rtol=1e-9, atol=1e-9)
+        statistics = (log_sum, (grad * output).sum(-1))
+        of_query, of_key = (query, grad), (key, value)
+        arguments = (statistics, shown.double())
+        grad_query, _ = warp_emulator.backward(
+            of_query, of_key, *arguments, tables, chunk, scale, mirrored=False
+        )
+        grad_key, grad_value = warp_emulator.backward(
+            of_key, of_query, *arguments, mirrored, chunk, scale, mirrored=True
+        )
+    torch.testing.assert_close(
+        (grad_query, grad_key, grad_value), expected_gradients, rtol=1e-8, atol=1e-8
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(geometry=geometries(), mirrored=st.booleans())
+def test_row_tables_equal_the_definition(geometry: Geometry, mirrored: bool) -> None:
+    tables = warp_tables.row_tables(geometry, mirrored, CPU)
+    seen = definition(geometry)
+    seen = seen.T if mirrored else seen
+    assert tables.starts.tolist() == [0, *seen.sum(1).cumsum(0).tolist()]
+    assert torch.equal(tables.columns.long(), seen.nonzero()[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("width", "efficiency", "rereads"), [(7, 0.44, 5.5), (3, 0.17, 2.2)], ids=["7³", "3³"]
+)
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_tables_of_a_video_are_made_fast_and_waste_little(
+    width: int, efficiency: float, rereads: float, mirrored: bool
+) -> None:
+    geometry = Geometry(VIDEO, VIDEO, Extent(width, width, width), True)
+    warp_tables.warp_tables.cache_clear()
+    start = time.perf_counter()
+    tables = warp_tables.warp_tables(geometry, mirrored, 64, CPU)
+    seconds = time.perf_counter() - start
+    pairs = len(warp_tables.row_tables(geometry, mirrored, CPU).columns)
+    groups = len(tables.entries) - 1
+    assert pairs / (groups * TILE_ROWS * warp_tables.GROUP) > efficiency
+    assert int((tables.columns >= 0).sum()) / VIDEO.cells < rereads
+    assert seconds < 1
+    assert warp_tables.warp_tables(geometry, mirrored, 64, CPU) is tables
