@@ -7,17 +7,22 @@ STAMP := $(VENV)/.installed
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow lint format clean
+.PHONY: help install demo test test-slow bench lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: $(STAMP) ## create .venv and install everything that the demo and the tests need
 
-$(STAMP): pyproject.toml constraints.txt demo-media.txt
+# Everything that decides what is installed, the kernels' sources included.
+NATIVE := setup.py megatron_nuwa/ops/build.py $(wildcard megatron_nuwa/ops/csrc/*/*)
+
+$(STAMP): pyproject.toml constraints.txt demo-media.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt setuptools wheel
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[mpi,parquet,demo,dev]'
+	# torch first: the kernels are compiled against the torch that is installed.
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt setuptools wheel torch
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation \
+		-e '.[mpi,parquet,demo,dev]'
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r demo-media.txt
 	touch $@
 
@@ -31,6 +36,10 @@ test: install ## the tests that CI runs
 test-slow: install ## tests of minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
+bench: install ## nearby attention against its peers, and a training step with and without it
+	OMP_NUM_THREADS=2 $(BIN)/python -W ignore -m benchmarks.nearby_attention
+	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.model_step
+
 lint: install ## style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,4 +51,5 @@ format: install ## let ruff rewrite the files
 	$(BIN)/ruff format .
 
 clean: ## remove what the commands above made
+	rm -f megatron_nuwa/ops/_native_*
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

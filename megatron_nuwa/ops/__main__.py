@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 
 import torch
 from rich.console import Console
@@ -141,7 +141,7 @@ def _error(backend: str, dtype: torch.dtype, device: str) -> float:
     return worst
 
 
-@lru_cache(maxsize=None)
+@cache
 def _seen(n: int, geometry: Geometry) -> list[int]:
     return nearby_indices(n, *geometry)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from megatron_nuwa.ops.tables import Geometry, key_table
 
 # One slot of the gather walk costs about as much as this many columns of the dense product.
 _DENSE_COLUMNS_A_SLOT = 32
+# Above this many (query, key) cells a head, dense scores take more memory than they save time.
+_DENSE_CELLS = 1 << 20
 
 
 def why_not(query: Tensor) -> str | None:
@@ -51,9 +55,10 @@ def backward(
     return grad_query, grad_key, grad_value
 
 
-def _cheaper_form(geometry: Geometry, device: torch.device):  # type: ignore[no-untyped-def]
+def _cheaper_form(geometry: Geometry, device: torch.device) -> ModuleType:
     slots = key_table(geometry, device).width
-    is_dense = geometry.context_grid.cells <= _DENSE_COLUMNS_A_SLOT * slots
+    queries, keys = geometry.grid.cells, geometry.context_grid.cells
+    is_dense = keys <= _DENSE_COLUMNS_A_SLOT * slots and queries * keys <= _DENSE_CELLS
     return dense if is_dense else gather
 
 
