@@ -10,7 +10,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/megatron_nuwa
-COPY pyproject.toml constraints.txt demo-media.txt Makefile README.md ./
+COPY pyproject.toml setup.py constraints.txt demo-media.txt Makefile README.md ./
 COPY megatron_nuwa megatron_nuwa
 COPY preprocessing preprocessing
 RUN make install

@@ -14,10 +14,13 @@ help: ## show this list
 
 install: $(STAMP) ## create .venv and install everything that the demo and the tests need
 
-$(STAMP): pyproject.toml constraints.txt demo-media.txt
+# The kernels are compiled against the torch that is there, so torch comes first.
+KERNELS := setup.py megatron_nuwa/ops/build.py $(wildcard megatron_nuwa/ops/csrc/*/*)
+
+$(STAMP): pyproject.toml constraints.txt demo-media.txt $(KERNELS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt setuptools wheel
-	$(BIN)/pip install --disable-pip-version-check -c constraints.txt -e '.[mpi,parquet,demo,dev]'
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt 'setuptools>=77' wheel torch
+	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[mpi,parquet,demo,dev]'
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r demo-media.txt
 	touch $@
 

@@ -160,7 +160,12 @@ class _Neighbours(NamedTuple):
 
 
 def _check(
-    query: Tensor, keys: Tensor, values: Tensor, position: int, geometry: Geometry, mask: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: int,
+    geometry: Geometry,
+    mask: Tensor | None,
 ) -> None:
     for name, tensor in (("query", query), ("key_cache", keys), ("value_cache", values)):
         if tensor.dim() != 4:
