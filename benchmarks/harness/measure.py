@@ -29,13 +29,20 @@ class Result:
     note: str
     forward_ms: float | None = None
     forward_repeats: int | None = None
+    forward_foreign_share: float | None = None
     backward_ms: float | None = None
     forward_backward_ms: float | None = None
     training_repeats: int | None = None
+    training_foreign_share: float | None = None
     peak_forward_bytes: int | None = None
     peak_forward_backward_bytes: int | None = None
     largest_error: float | None = None
     reason: str | None = None
+
+    @property
+    def foreign_share(self) -> float:
+        """Largest share of the processor that other programs took while this was timed."""
+        return max(self.forward_foreign_share or 0.0, self.training_foreign_share or 0.0)
 
     def as_json(self) -> dict[str, object]:
         """The fields that have a value."""

@@ -19,6 +19,7 @@ from benchmarks.harness.measure import Result
 from megatron_nuwa.files import write_text_atomically
 
 OURS = "auto"
+_NOTABLE_SHARE = 0.05
 _NUMBERS = {"everywhere": "", "inside": "inside", "nowhere": "another function"}
 
 
@@ -86,12 +87,16 @@ def show_case(
         table.add_row(result.peer, *cells, _mib(peak), error, style=style)
     console.print(table)
     for result in results:
-        if result.reason is not None:
+        says = f"not timed: {result.reason}" if result.reason is not None else result.note
+        if says:
+            console.print(f"  {result.peer}: {says}", highlight=False, markup=False)
+        if result.foreign_share > _NOTABLE_SHARE:
             console.print(
-                f"  {result.peer} not timed: {result.reason}", highlight=False, markup=False
+                f"  {result.peer}: other programs took {result.foreign_share:.0%} of the "
+                "processor; time it again on a quiet machine",
+                style="yellow",
+                highlight=False,
             )
-        elif result.note:
-            console.print(f"  {result.peer}: {result.note}", highlight=False, markup=False)
     console.print()
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# A call that takes long is repeated less often: its spread is small beside its length.
-_SECONDS_A_MEASUREMENT = 4.0
+# A call that takes long is repeated less often: its spread is small beside its length. One that
+# is over at once is repeated more often: a single interruption would move its median.
+_MOST_SECONDS = 2.0
+_LEAST_SECONDS = 0.3
+_MOST_REPEATS_OF_SHORT_CALLS = 500
 
 
 class Clock(ABC):
@@ -32,6 +37,10 @@ class Clock(ABC):
     def milliseconds(self, start: Any, end: Any) -> float:
         """Between two marks."""
 
+    def foreign_seconds(self) -> float:
+        """Processor time that others have taken so far, where that disturbs the clock."""
+        return 0.0
+
     @abstractmethod
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
         """Most memory that the call holds at once beyond what was held before it."""
@@ -48,6 +57,16 @@ class CpuClock(Clock):
 
     def milliseconds(self, start: float, end: float) -> float:
         return (end - start) * 1e3
+
+    def foreign_seconds(self) -> float:
+        try:
+            fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+        except (OSError, IndexError):
+            return 0.0
+        user, nice, system, _idle, _waiting, irq, soft_irq, stolen = map(int, fields)
+        busy = (user + nice + system + irq + soft_irq + stolen) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return busy - own.user - own.system
 
     def peak_bytes(self, call: Callable[[], object]) -> int | None:
         """From the kernel's high-water mark of resident memory, so native buffers count too."""
@@ -106,8 +125,12 @@ def time_forward(clock: Clock, call: Callable[[], Tensor], repeats: int) -> dict
             call()
             return [clock.milliseconds(start, clock.mark())]
 
-    times = _repeat(clock, once, repeats)
-    return {"forward_ms": _median(times, 0), "forward_repeats": len(times)}
+    times, foreign = _repeat(clock, once, repeats)
+    return {
+        "forward_ms": _median(times, 0),
+        "forward_repeats": len(times),
+        "forward_foreign_share": foreign,
+    }
 
 
 def time_training(
@@ -125,11 +148,12 @@ def time_training(
         end = clock.mark()
         return [clock.milliseconds(middle, end), clock.milliseconds(start, end)]
 
-    times = _repeat(clock, once, repeats)
+    times, foreign = _repeat(clock, once, repeats)
     return {
         "backward_ms": _median(times, 0),
         "forward_backward_ms": _median(times, 1),
         "training_repeats": len(times),
+        "training_foreign_share": foreign,
     }
 
 
@@ -144,21 +168,40 @@ def copy_bandwidth(clock: Clock, device: torch.device, quick: bool) -> float:
         target.copy_(source)
         return [clock.milliseconds(start, clock.mark())]
 
-    milliseconds = min(row[0] for row in _repeat(clock, once, 15))
+    times, _ = _repeat(clock, once, 15)
+    milliseconds = min(row[0] for row in times)
     return 2 * size / milliseconds * 1e3
 
 
-def _repeat(clock: Clock, once: Callable[[], list[float]], repeats: int) -> list[list[float]]:
-    started = time.perf_counter()
-    clock.before_repeat()
-    once()
-    warm_up = max(time.perf_counter() - started, 1e-6)
-    affordable = max(int(_SECONDS_A_MEASUREMENT / warm_up), 1)
-    times = []
-    for _ in range(min(repeats, affordable)):
+def _repeat(
+    clock: Clock, once: Callable[[], list[float]], repeats: int
+) -> tuple[list[list[float]], float]:
+    """What `once` gave each time, and the share of the processor that others took meanwhile."""
+    # The first call warms up; where it alone fills the time, it is also the measurement.
+    times, seconds, foreign = _run(clock, once, lambda done, seconds: done == 1)
+    if seconds < _MOST_SECONDS:
+        is_enough = partial(_is_enough, repeats)
+        times, seconds, foreign = _run(clock, once, is_enough)
+    return times, foreign / (seconds * (os.cpu_count() or 1))
+
+
+def _run(
+    clock: Clock, once: Callable[[], list[float]], is_enough: Callable[[int, float], bool]
+) -> tuple[list[list[float]], float, float]:
+    """Results, wall seconds, and processor seconds of others, until there are enough."""
+    times: list[list[float]] = []
+    foreign, started, seconds = clock.foreign_seconds(), time.perf_counter(), 0.0
+    while not times or not is_enough(len(times), seconds):
         clock.before_repeat()
         times.append(once())
-    return times
+        seconds = time.perf_counter() - started
+    return times, seconds, max(clock.foreign_seconds() - foreign, 0.0)
+
+
+def _is_enough(repeats: int, done: int, seconds: float) -> bool:
+    if done >= repeats:
+        return seconds >= _LEAST_SECONDS or done >= _MOST_REPEATS_OF_SHORT_CALLS
+    return seconds * (done + 1) / done > _MOST_SECONDS
 
 
 def _median(times: list[list[float]], column: int) -> float:

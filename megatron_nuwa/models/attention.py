@@ -49,6 +49,10 @@ class Pattern(ABC):
 class Nearby(Pattern):
     """The window of the geometry's extent (paper Eq. 7): O(hws · e_h·e_w·e_s)."""
 
+    def window(self, geometry: Geometry) -> Geometry:
+        """The geometry with this pattern's own extent."""
+        return geometry
+
     def attend(
         self,
         query: Tensor,
@@ -63,13 +67,13 @@ class Nearby(Pattern):
             value,
             grid=geometry.grid,
             context_grid=geometry.context_grid,
-            extent=geometry.extent,
+            extent=self.window(geometry).extent,
             causal=geometry.causal,
             context_mask=context_mask,
         )
 
     def keys_seen(self, geometry: Geometry, device: torch.device) -> list[Tensor] | list[slice]:
-        cells = geometry.grid.cells
+        cells, geometry = geometry.grid.cells, self.window(geometry)
         if geometry.sees_everything:
             # Slices copy nothing.
             return [slice(0, n + 1) if geometry.causal else slice(None) for n in range(cells)]
@@ -77,7 +81,7 @@ class Nearby(Pattern):
         return [index[valid] for index, valid in zip(table.index, table.valid, strict=True)]
 
     def pairs(self, geometry: Geometry) -> int:
-        cells = geometry.grid.cells
+        cells, geometry = geometry.grid.cells, self.window(geometry)
         if geometry.sees_everything:
             if geometry.causal:
                 return cells * (cells + 1) // 2
@@ -89,21 +93,8 @@ class Nearby(Pattern):
 class Full(Nearby):
     """Everything, or everything not later than the query: O((hws)²), by PyTorch's own kernels."""
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        geometry: Geometry,
-        context_mask: Tensor | None,
-    ) -> Tensor:
-        return super().attend(query, key, value, _unbounded(geometry), context_mask)
-
-    def keys_seen(self, geometry: Geometry, device: torch.device) -> list[Tensor] | list[slice]:
-        return super().keys_seen(_unbounded(geometry), device)
-
-    def pairs(self, geometry: Geometry) -> int:
-        return super().pairs(_unbounded(geometry))
+    def window(self, geometry: Geometry) -> Geometry:
+        return geometry._replace(extent=Extent(None, None, None))
 
 
 class _Lines(Pattern):
@@ -216,7 +207,3 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) → (batch, tokens, heads, head size)."""
         return x.unflatten(-1, (self.heads, -1))
-
-
-def _unbounded(geometry: Geometry) -> Geometry:
-    return geometry._replace(extent=Extent(None, None, None))

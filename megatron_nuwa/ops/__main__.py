@@ -1,4 +1,4 @@
-"""`python -m megatron_nuwa.ops`: which backends are here, why others are not, and are they right."""
+"""`python -m megatron_nuwa.ops`: the backends that are here, and whether they are right."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def main() -> int:
     parser.parse_args()
     try:
         _ = why_missing("cpu") or cpu.instruction_set()
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except ValueError as problem:
+        raise UserError(str(problem)) from None
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_overview())
     results = Table("self-check", "dtype", "largest relative error", "allowed", "")
@@ -127,7 +127,7 @@ def _error(backend: str, dtype: torch.dtype, device: str) -> float:
             backend=backend,  # type: ignore[arg-type]
         )
         wide = [t.double().requires_grad_() for t in stored]
-        expected = _brute_force(*wide, geometry)
+        expected = _brute_force(wide, geometry)
         pairs = zip(
             (output, *torch.autograd.grad(output, ours, grad.to(device))),
             (expected, *torch.autograd.grad(expected, wide, grad.double())),
@@ -146,7 +146,8 @@ def _seen(n: int, geometry: Geometry) -> list[int]:
     return nearby_indices(n, *geometry)
 
 
-def _brute_force(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> Tensor:
+def _brute_force(tensors: list[Tensor], geometry: Geometry) -> Tensor:
+    query, key, value = tensors
     rows = []
     for n in range(geometry.grid.cells):
         seen = _seen(n, geometry)

@@ -39,7 +39,7 @@ _INSTRUCTION_FLAGS = {
 }
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """Why a library cannot be compiled here, in one sentence."""
 
 
@@ -51,7 +51,7 @@ def library_name(name: str) -> str:
 def build(name: str, target: Path) -> str:
     """Compile the library "cpu" or "cuda" into the file `target`; what the compilers said.
 
-    Raises `CannotBuild`.
+    Raises `CannotBuildError`.
     """
     with TemporaryDirectory() as folder:
         commands = compile_commands(name, Path(folder))
@@ -68,7 +68,7 @@ def build(name: str, target: Path) -> str:
 def build_all(folder: Path) -> dict[str, str | None]:
     """Compile what can be compiled into `folder`, with a report; why each library is missing.
 
-    Raises `CannotBuild` where the environment insists on a library that fails.
+    Raises `CannotBuildError` where the environment insists on a library that fails.
     """
     reasons: dict[str, str | None] = {}
     for name in LIBRARIES:
@@ -77,7 +77,7 @@ def build_all(folder: Path) -> dict[str, str | None]:
             _check_switches(name)
             build(name, target)
             reasons[name] = None
-        except CannotBuild as error:
+        except CannotBuildError as error:
             target.unlink(missing_ok=True)
             if name == "cuda" and os.environ.get(CUDA_SWITCH) == "1":
                 raise
@@ -119,7 +119,7 @@ def cxx_compiler() -> str:
     for candidate in (os.environ.get("CXX"), "c++", "g++", "clang++"):
         if candidate and shutil.which(candidate):
             return candidate
-    raise CannotBuild("no C++ compiler (c++, g++, clang++ or $CXX) is on PATH")
+    raise CannotBuildError("no C++ compiler (c++, g++, clang++ or $CXX) is on PATH")
 
 
 def cuda_compile_commands(
@@ -155,17 +155,19 @@ def _cpu_commands(folder: Path) -> list[list[str]]:
     compiler, torch = cxx_compiler(), _torch_folder()
     headers = [_TORCH_TARGET, f"-I{torch / 'include'}"]
     return [
-        [compiler, *cpu_flags(source.name), *headers, "-c", str(source)]
-        + ["-o", str(folder / f"{source.stem}.o")]
+        [
+            *(compiler, *cpu_flags(source.name), *headers),
+            *("-c", str(source), "-o", str(folder / f"{source.stem}.o")),
+        ]
         for source in cpu_sources()
     ]
 
 
 def _check_switches(name: str) -> None:
     if os.environ.get(EXTENSION_SWITCH) == "0":
-        raise CannotBuild(f"{EXTENSION_SWITCH}=0 was set at installation")
+        raise CannotBuildError(f"{EXTENSION_SWITCH}=0 was set at installation")
     if name == "cuda" and os.environ.get(CUDA_SWITCH) == "0":
-        raise CannotBuild(f"{CUDA_SWITCH}=0 was set at installation")
+        raise CannotBuildError(f"{CUDA_SWITCH}=0 was set at installation")
 
 
 def _nvcc() -> str:
@@ -173,20 +175,22 @@ def _nvcc() -> str:
     found = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
     found = found or shutil.which("nvcc")
     if found is None:
-        raise CannotBuild("nvcc is neither on PATH nor in $CUDA_HOME/bin")
+        raise CannotBuildError("nvcc is neither on PATH nor in $CUDA_HOME/bin")
     return found
 
 
 def _torch_folder() -> Path:
     found = find_spec("torch")
     if found is None or not found.submodule_search_locations:
-        raise CannotBuild(
+        raise CannotBuildError(
             "torch was not there to compile against; install torch first and then this package "
             "with pip's --no-build-isolation"
         )
     folder = Path(found.submodule_search_locations[0])
     if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
-        raise CannotBuild(f"the torch in {folder} has no stable-ABI headers; torch >= 2.11 has")
+        raise CannotBuildError(
+            f"the torch in {folder} has no stable-ABI headers; torch >= 2.11 has"
+        )
     return folder
 
 
@@ -195,7 +199,7 @@ def _run(command: Sequence[str]) -> str:
     if finished.returncode:
         print(finished.stdout, file=sys.stderr)
         source = next((part for part in command if part.endswith((".cpp", ".cu"))), "the library")
-        raise CannotBuild(f"{Path(command[0]).name} failed on {Path(source).name}")
+        raise CannotBuildError(f"{Path(command[0]).name} failed on {Path(source).name}")
     return finished.stdout
 
 

@@ -12,8 +12,8 @@ from megatron_nuwa.ops.warp_tables import chunk_columns, row_tables, warp_tables
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)
-# Asynchronous copies and bf16 matrix instructions came with it.
-COMPUTE_CAPABILITY = (8, 0)
+# Bytes of shared memory that the most demanding tensor-core kernel of a head size takes.
+SHARED_BYTES = {32: 34_816, 64: 67_584, 128: 132_096}
 
 
 def why_not(query: Tensor) -> str | None:
@@ -24,13 +24,7 @@ def why_not(query: Tensor) -> str | None:
         return f"it takes float32, bfloat16 and float16, and query is {query.dtype}"
     if query.shape[-1] > HEAD_DIMS[-1]:
         return f"it takes head sizes up to {HEAD_DIMS[-1]}, and query has {query.shape[-1]}"
-    capability = torch.cuda.get_device_capability(query.device)
-    if capability < COMPUTE_CAPABILITY:
-        return (
-            f"it needs compute capability 8.0, and {query.device} has "
-            f"{capability[0]}.{capability[1]}"
-        )
-    return why_missing("cuda")
+    return _why_not_device(query) or why_missing("cuda")
 
 
 def forward(
@@ -44,7 +38,7 @@ def forward(
     size = query.shape[-1]
     query, key, value = _prepared(query, key, value)
     output, log_sum = operators("cuda").cuda_forward(
-        query, key, value, _contiguous(mask), _tables(query, geometry, False), scale
+        query, key, value, _contiguous(mask), tables(query, geometry, False), scale
     )
     return output[..., :size], log_sum
 
@@ -72,18 +66,42 @@ def backward(
         _contiguous(mask),
         output,
         log_sum,
-        _tables(query, geometry, False),
-        _tables(query, geometry, True),
+        tables(query, geometry, False),
+        tables(query, geometry, True),
         scale,
     )
     grad_query, grad_key, grad_value = (gradient[..., :size] for gradient in gradients)
     return grad_query, grad_key, grad_value
 
 
-def _tables(query: Tensor, geometry: Geometry, mirrored: bool) -> list[Tensor]:
+def tables(query: Tensor, geometry: Geometry, mirrored: bool) -> list[Tensor]:
+    """The tables that the kernels for this dtype and head size walk, on the query's device."""
     if query.dtype == torch.float32:
         return list(row_tables(geometry, mirrored, query.device))
     return list(warp_tables(geometry, mirrored, chunk_columns(query.shape[-1]), query.device))
+
+
+def _why_not_device(query: Tensor) -> str | None:
+    device = torch.cuda.get_device_properties(query.device)
+    # Machine code for sm_80 runs on all of 8.x; that for sm_90a on 9.0 alone.
+    if device.major != 8 and (device.major, device.minor) != (9, 0):
+        return (
+            f"it is built for compute capabilities 8.x and 9.0, and {query.device} has "
+            f"{device.major}.{device.minor}"
+        )
+    # The driver keeps a KiB of every block's.
+    needed = SHARED_BYTES[_built_size(query.shape[-1])] + 1024
+    there = device.shared_memory_per_multiprocessor
+    if query.dtype != torch.float32 and there < needed:
+        return (
+            f"head size {query.shape[-1]} needs {needed:,} bytes of shared memory, and "
+            f"{query.device} has {there:,}"
+        )
+    return None
+
+
+def _built_size(head_dim: int) -> int:
+    return next(size for size in HEAD_DIMS if size >= head_dim)
 
 
 def _check_tokens(query: Tensor, key: Tensor, geometry: Geometry) -> None:
@@ -99,7 +117,7 @@ def _check_tokens(query: Tensor, key: Tensor, geometry: Geometry) -> None:
 def _prepared(*tensors: Tensor) -> list[Tensor]:
     """Contiguous, aligned for 16-byte reads, and with zeros up to a head size that is built."""
     size = tensors[0].shape[-1]
-    missing = next(built for built in HEAD_DIMS if built >= size) - size
+    missing = _built_size(size) - size
     if missing:
         return [F.pad(t, (0, missing)) for t in tensors]
     return [t if t.data_ptr() % 16 == 0 else t.clone() for t in (t.contiguous() for t in tensors)]

@@ -26,6 +26,8 @@ from megatron_nuwa.ops.tilings import TILE_ROWS, WARPS, Visibility, best_blocks
 STAGES = 4
 GROUP = 16
 _LANES = 32
+# Rows of shared memory whose slots differ modulo this lie in different groups of banks.
+_BANKS = 8
 _CACHED_GEOMETRIES = 64
 
 Array = npt.NDArray[np.int64]
@@ -132,7 +134,7 @@ def _dealt(count: int, chunks: int) -> Array:
 
 def _groups_of_tile(tile: npt.NDArray[np.bool_], chunk: int) -> tuple[Array, Array, Array]:
     """Ring slots (groups, 16), row masks (groups, 16) and step (groups,) of one tile's columns."""
-    places = np.flatnonzero(tile.any(0))
+    places = _spread(np.flatnonzero(tile.any(0)), chunk)
     chunk_of = places // chunk
     # One past the last column that may share a group with this one.
     limits = np.searchsorted(chunk_of, chunk_of + 2).tolist()
@@ -148,11 +150,21 @@ def _groups_of_tile(tile: npt.NDArray[np.bool_], chunk: int) -> tuple[Array, Arr
     return places[index] % (STAGES * chunk), bits[index] * is_real, chunk_of[last]
 
 
+def _spread(places: Array, chunk: int) -> Array:
+    """Reorder the places within each chunk so that every run of them falls on all banks alike."""
+    kind = places // chunk * _BANKS + places % _BANKS
+    by_kind = np.argsort(kind, kind="stable")
+    first = np.searchsorted(kind[by_kind], kind[by_kind])
+    last = np.searchsorted(kind[by_kind], kind[by_kind], side="right")
+    share = np.empty(len(places))
+    share[by_kind] = (np.arange(len(places)) - first + 0.5) / (last - first)
+    return places[np.lexsort((places % _BANKS, share, places // chunk))]
+
+
 def _entries(slots: Array, masks: Array) -> npt.NDArray[np.uint16]:
     """Pack slots and masks (groups, 16) as the lanes read them."""
-    # `ldmatrix` reads eight rows at once, without bank conflicts where their slots differ modulo 8:
-    # sort by that residue and deal to the two halves of the group.
-    order = np.argsort(slots % 8, axis=1, kind="stable")
+    # `ldmatrix` reads eight rows at once: those that meet in a bank go to different halves.
+    order = np.argsort(slots % _BANKS, axis=1, kind="stable")
     order = np.concatenate([order[:, 0::2], order[:, 1::2]], axis=1)
     slots, masks = np.take_along_axis(slots, order, 1), np.take_along_axis(masks, order, 1)
     lane, element = np.arange(_LANES)[:, None], np.arange(8)

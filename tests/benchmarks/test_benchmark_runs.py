@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from benchmarks.harness import peers as peers_module
 from benchmarks.harness.cases import Load, cases
 from benchmarks.harness.layouts import GridFirst, HeadsFirst, Layout, Strips, TokensFirst
 from benchmarks.harness.peers import all_peers
-from benchmarks.harness.timing import CpuClock
+from benchmarks.harness.timing import CpuClock, time_forward
 from megatron_nuwa.grid import Grid
 
 CPU = torch.device("cpu")
@@ -124,6 +125,16 @@ def test_peak_memory_is_what_a_call_holds_at_once() -> None:
     if peak is None:
         pytest.skip("this system keeps no resettable high-water mark")
     assert peak == pytest.approx(1.5 * size, rel=0.1)
+
+
+def test_other_programs_at_work_are_noticed() -> None:
+    if not Path("/proc/stat").exists():
+        pytest.skip("this system tells no processor time")
+    spin = "import time\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as busy:
+        figures = time_forward(CpuClock(), lambda: torch.ones(1000), repeats=1)
+        busy.kill()
+    assert figures["forward_foreign_share"] > 0.2 / (os.cpu_count() or 1)
 
 
 def test_peers_have_names_of_their_own() -> None:

@@ -63,7 +63,8 @@ struct Call {
 
 struct WalkTables {
   explicit WalkTables(const Array (&arrays)[6], bool at_end) {
-    for (const Array& array : arrays) copies.emplace_back(new Guarded(array.data, array.bytes, false, at_end));
+    for (const Array& array : arrays)
+      copies.push_back(new Guarded(array.data, array.bytes, false, at_end));
   }
   ~WalkTables() {
     for (Guarded* copy : copies) delete copy;

@@ -135,7 +135,8 @@ void cpu_forward(const Tensor& query, const Tensor& key, const Tensor& value,
 }
 
 void cpu_backward(const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& value,
-                  std::optional<Tensor> mask, const Tensor& log_sum, Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor row_product,
+                  std::optional<Tensor> mask, const Tensor& log_sum, Tensor grad_query,
+                  Tensor grad_key, Tensor grad_value, Tensor row_product,
                   const Tensor& keys_of, const Tensor& queries_of, double scale,
                   int64_t instruction_set) {
   Call call = checked_call(query, key, value, mask, log_sum, scale);

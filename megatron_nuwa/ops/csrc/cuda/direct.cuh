@@ -1,6 +1,6 @@
-// fp32 without matrix units: one warp a row, `size / 8` of its lanes a column, eight numbers a lane.
-// Each set of lanes walks every few columns of the row's list; the sets are merged at the end in
-// a fixed order.
+// fp32 without matrix units: one warp a row, `size / 8` of its lanes a column, eight numbers a
+// lane. Each set of lanes walks every few columns of the row's list; the sets are merged at the end
+// in a fixed order.
 #pragma once
 
 #include "primitives.cuh"

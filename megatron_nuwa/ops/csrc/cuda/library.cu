@@ -47,15 +47,18 @@ T* written(const Tensor& tensor) {
 }
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& like, int64_t tokens) {
-  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.is_contiguous(), name, " must be contiguous (batch, tokens, heads, size)");
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.is_contiguous(), name,
+                  " must be contiguous (batch, tokens, heads, size)");
   STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, " must have the query's dtype");
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
                   " must be on the query's device");
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name,
                   " must be aligned to 16 bytes");
   for (int axis : {0, 2, 3})
-    STD_TORCH_CHECK(tensor.size(axis) == like.size(axis), name, " must have the query's batch, heads and size");
-  STD_TORCH_CHECK(tensor.size(1) == tokens && tokens < INT32_MAX, name, " must have ", tokens, " tokens");
+    STD_TORCH_CHECK(tensor.size(axis) == like.size(axis), name,
+                    " must have the query's batch, heads and size");
+  STD_TORCH_CHECK(tensor.size(1) == tokens && tokens < INT32_MAX, name, " must have ", tokens,
+                  " tokens");
 }
 
 // The tensors of one call, and what is the same for all its kernels.
@@ -102,8 +105,12 @@ void check_tables(const std::vector<Tensor>& tables, size_t count) {
 Tables tables_of(const std::vector<Tensor>& tables, int chunk) {
   check_tables(tables, 6);
   const int64_t blocks = tables[0].numel() - 1, chunks = tables[1].numel() / chunk;
-  STD_TORCH_CHECK(tables[1].numel() == chunks * chunk && tables[2].numel() == blocks * kWarps * kTileRows &&
-                      tables[3].numel() == blocks * kWarps && tables[4].numel() == chunks * kWarps &&
+  for (int i = 0; i < 5; ++i)
+    STD_TORCH_CHECK(tables[i].scalar_type() == ScalarType::Int, "a table is not int32");
+  STD_TORCH_CHECK(tables[1].numel() == chunks * chunk &&
+                      tables[2].numel() == blocks * kWarps * kTileRows &&
+                      tables[3].numel() == blocks * kWarps &&
+                      tables[4].numel() == chunks * kWarps &&
                       tables[5].scalar_type() == ScalarType::Short,
                   "tables do not fit each other or the head size");
   return {read<int32_t>(tables[0]), read<int32_t>(tables[1]), read<int32_t>(tables[2]),
@@ -149,7 +156,8 @@ struct Kernels {
     const T *query = read<T>(call.query), *key = read<T>(call.key), *value = read<T>(call.value);
     const float2* of_query = read<float2>(statistics);
     check(launch<Backward<T, size, false>>(
-        {call.problem(false), {query, read<T>(grad)}, {key, value}, of_query, {written<T>(grads[0])}},
+        {call.problem(false), {query, read<T>(grad)}, {key, value}, of_query,
+         {written<T>(grads[0])}},
         tables_of(tables, Shape<size>::kChunk), call.batch * call.heads, call.stream));
     check(launch<Backward<T, size, true>>(
         {call.problem(true), {key, value}, {query, read<T>(grad)}, of_query,

@@ -35,7 +35,9 @@ __device__ __forceinline__ void copy_async_8(uint32_t target, const void* source
                : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Wait until at most `pending` of this thread's newest committed groups are under way.
 template <int pending>

@@ -214,7 +214,9 @@ struct Group {
     visible &= left | left << 2 | right << 4 | right << 6;
   }
 
-  __device__ __forceinline__ bool sees(int half, int i) const { return visible >> (4 * half + i) & 1; }
+  __device__ __forceinline__ bool sees(int half, int i) const {
+    return visible >> (4 * half + i) & 1;
+  }
 };
 
 // Scores (16 rows × 16 columns) += A · Bᵀ, with `Fragments` giving A's fragment of each step.
@@ -235,9 +237,9 @@ __device__ __forceinline__ void add_products(float (&scores)[2][4], const Fragme
 template <class T, int size>
 __device__ __forceinline__ void add_weighted(float (&sums)[size / 8][4],
                                              const float (&weights)[2][4], uint32_t address) {
-  const uint32_t a[4] = {pack<T>(weights[0][0], weights[0][1]), pack<T>(weights[0][2], weights[0][3]),
-                         pack<T>(weights[1][0], weights[1][1]),
-                         pack<T>(weights[1][2], weights[1][3])};
+  const uint32_t a[4] = {
+      pack<T>(weights[0][0], weights[0][1]), pack<T>(weights[0][2], weights[0][3]),
+      pack<T>(weights[1][0], weights[1][1]), pack<T>(weights[1][2], weights[1][3])};
 #pragma unroll
   for (int step = 0; step < Shape<size>::kSteps; ++step) {
     uint32_t b[4];
@@ -315,8 +317,8 @@ __global__ void __launch_bounds__(kThreads, Pass::kBlocksPerProcessor)
 
 #pragma unroll
   for (int i = 0; i < Pass::kRowTensors; ++i)
-    copy_tile<Pass::kSize>(shared_address(memory + Memory<Pass>::tile(i, place.warp)), arguments.rows[i], rows, problem,
-                           place);
+    copy_tile<Pass::kSize>(shared_address(memory + Memory<Pass>::tile(i, place.warp)),
+                           arguments.rows[i], rows, problem, place);
   commit_copies();
 
   Ring<Pass> ring(arguments, tables, place, memory);
@@ -331,8 +333,8 @@ __global__ void __launch_bounds__(kThreads, Pass::kBlocksPerProcessor)
     pass.tile[i].load(shared_address(memory + Memory<Pass>::tile(i, place.warp)) + own_row);
 
   const uint32_t base = shared_address(memory);
-  const int32_t* group_ends =
-      tables.group_ends + static_cast<int64_t>(tables.block_chunks[place.block]) * kWarps + place.warp;
+  const int64_t first_chunk = tables.block_chunks[place.block];
+  const int32_t* group_ends = tables.group_ends + first_chunk * kWarps + place.warp;
   int group = tables.group_starts[tile];
   const uint16_t* entry = tables.entries + static_cast<int64_t>(group) * 32 + place.lane;
   uint16_t next = *entry;

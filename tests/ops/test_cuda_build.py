@@ -1,0 +1,103 @@
+"""Every CUDA source compiles for both architectures without a register spill, and links."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cuda_resources import Kernel, blocks_a_processor, compiled_kernels, shared_bytes
+from megatron_nuwa.ops import build, cuda
+
+# What only a PyTorch with CUDA has; the library asks for it weakly.
+ONLY_WITH_CUDA = {"aoti_torch_get_current_cuda_stream"}
+SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the compilers made of the sources."""
+
+    kernels: list[Kernel]
+    shared: dict[str, int]
+    library: Path
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("cuda")
+    try:
+        commands = build.cuda_compile_commands(folder)
+    except build.CannotBuild as error:
+        pytest.skip(f"the CUDA kernels cannot be compiled here: {error}")
+    kernels = compiled_kernels(folder)
+    library = folder / build.library_name("cuda")
+    link = build.link_command("cuda", [command[-1] for command in commands], library)
+    subprocess.run(link, check=True)
+    return Build(kernels, shared_bytes(folder), library)
+
+
+def test_no_kernel_spills_registers(compiled: Build) -> None:
+    spilling = [k for k in compiled.kernels if k.spilled_bytes or k.stack_bytes]
+    assert not spilling
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
+def test_every_kernel_is_there_once_an_architecture(compiled: Build, architecture: str) -> None:
+    passes = ("forward", "backward dQ", "backward dK dV")
+    expected = [
+        *(f"{p} {t} {s}" for p in passes for t in ("bf16", "fp16") for s in SIZES),
+        *(f"direct_{p} fp32 {s}" for p in passes for s in SIZES),
+        *(f"query_statistics {t} {s}" for t in ("fp32", "bf16", "fp16") for s in SIZES),
+    ]
+    titles = [k.title for k in compiled.kernels if k.architecture == architecture]
+    assert sorted(titles) == sorted(expected)
+
+
+def test_every_kernel_fits_a_processor_of_its_architecture(compiled: Build) -> None:
+    for kernel in compiled.kernels:
+        shared = compiled.shared[kernel.title] if kernel.is_tensor_core else 0
+        assert blocks_a_processor(kernel, shared)[0] >= 1, kernel
+        # The most that one block may have is a KiB less than the processor's.
+        assert shared <= 163 * 1024
+
+
+def test_the_backend_asks_for_the_shared_memory_that_its_kernels_take(compiled: Build) -> None:
+    taken = {
+        size: max(n for title, n in compiled.shared.items() if title.endswith(f" {size}"))
+        for size in SIZES
+    }
+    assert taken == cuda.SHARED_BYTES
+
+
+def test_the_library_needs_nothing_that_this_torch_lacks(compiled: Build) -> None:
+    libraries = Path(torch.__file__).parent / "lib"
+    offered = set()
+    for name in ("libtorch_cpu.so", "libtorch.so", "libc10.so"):
+        listed = _symbols(libraries / name, "--defined-only")
+        offered |= {symbol for _, symbol in listed}
+    needed = {
+        (kind, symbol)
+        for kind, symbol in _symbols(compiled.library, "--undefined-only")
+        if re.search("torch|c10", symbol)
+    }
+    assert needed
+    assert {symbol for kind, symbol in needed if kind != "w"} <= offered
+    assert {symbol for kind, symbol in needed if kind == "w"} <= ONLY_WITH_CUDA
+
+
+def test_the_library_loads_where_there_is_no_gpu(compiled: Build) -> None:
+    assert ctypes.CDLL(str(compiled.library))
+
+
+def _symbols(library: Path, which: str) -> list[tuple[str, str]]:
+    """(kind, name) of a shared library's dynamic symbols."""
+    listed = subprocess.run(
+        ["nm", "-D", which, str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    return [(line.split()[-2], line.split()[-1]) for line in listed.splitlines()]
