@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_command_line
+from helpers import run_command_line
 
 from benchmarks import nearby_attention
 from benchmarks.harness import peers as peers_module
