@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with TemporaryDirectory() as folder:
         try:
             kernels = compiled_kernels(Path(folder))
-        except build.CannotBuild as error:
+        except build.CannotBuildError as error:
             raise UserError(f"the CUDA kernels cannot be compiled here: {error}") from error
         shared = shared_bytes(Path(folder))
     resources = []

@@ -33,7 +33,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Build:
     folder = tmp_path_factory.mktemp("cuda")
     try:
         commands = build.cuda_compile_commands(folder)
-    except build.CannotBuild as error:
+    except build.CannotBuildError as error:
         pytest.skip(f"the CUDA kernels cannot be compiled here: {error}")
     kernels = compiled_kernels(folder)
     library = folder / build.library_name("cuda")
