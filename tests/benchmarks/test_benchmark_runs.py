@@ -133,7 +133,7 @@ def test_other_programs_at_work_are_noticed() -> None:
         pytest.skip("this system tells no processor time")
     spin = "import time\nend = time.monotonic() + 30\nwhile time.monotonic() < end: pass"
     with subprocess.Popen([sys.executable, "-c", spin]) as busy:
-        # Long enough for the system's clock of processor time, which ticks a hundred times a second.
+        # Long enough for the clock of processor time, which ticks a hundred times a second.
         figures = time_forward(CpuClock(), lambda: time.sleep(0.5), repeats=3)
         busy.kill()
     assert figures["forward_foreign_share"] > 0.2 / (os.cpu_count() or 1)
