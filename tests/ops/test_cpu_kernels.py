@@ -301,4 +301,5 @@ def test_peak_memory_is_that_of_inputs_outputs_and_gradients(dtype: str) -> None
         [sys.executable, "-c", _PEAK.replace("DTYPE", dtype)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert 0.8 < float(done.stdout) <= 1.2
+    # Less than 1 where memory of the first call is used again; near 0 would mean nothing measured.
+    assert 0.5 < float(done.stdout) <= 1.2
