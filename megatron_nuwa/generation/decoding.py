@@ -46,7 +46,7 @@ class CachedDecoder:
         if (previous is None) != (n == 0):
             raise ValueError("previous must be None at the first cell and a token at every other")
         vector = (
-            model.begin.expand(self._batch, -1)
+            model.begin.vector.expand(self._batch, -1)
             if previous is None
             else model.visual_embedding(previous.unsqueeze(1)).squeeze(1)
         )

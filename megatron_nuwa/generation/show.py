@@ -32,7 +32,7 @@ def make_sample_shower(recipe: Recipe) -> ShowSamples | None:
         grids: Sequence[Grid],
         frames_per_second: float | None,
     ) -> None:
-        device = model.begin.device
+        device = model.begin.vector.device
         generator = make_generator(
             model,
             load_vqgan(run / VQGAN_FILE).to(device),

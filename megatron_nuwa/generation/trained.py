@@ -39,7 +39,7 @@ class Generator:
     @property
     def device(self) -> torch.device:
         """Where the model lies."""
-        return self.model.begin.device
+        return self.model.begin.vector.device
 
     def text_context(self, prompts: Sequence[str]) -> Context:
         """The encoder's input for prompts; `UserError` for one that is empty or too long."""

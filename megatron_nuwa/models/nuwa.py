@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_nuwa.config import Settings
 from megatron_nuwa.grid import Extent, ExtentReading, Grid
 from megatron_nuwa.models.attention import AttentionKind, Pattern, pattern_of
+from megatron_nuwa.models.initialisation import assign, initialise
 from megatron_nuwa.models.layers import CrossAttention, DecoderLayer, EncoderLayer, NormPosition
 from megatron_nuwa.ops.tables import Geometry
 
@@ -109,19 +109,17 @@ class PositionEmbedding(nn.Module):
 
     def __init__(self, largest: Grid, width: int) -> None:
         super().__init__()
-        self.rows = nn.Embedding(largest.h, width)
-        self.columns = nn.Embedding(largest.w, width)
-        self.frames = nn.Embedding(largest.s, width)
+        self.rows = nn.Parameter(torch.empty(largest.h, width))
+        self.columns = nn.Parameter(torch.empty(largest.w, width))
+        self.frames = nn.Parameter(torch.empty(largest.s, width))
 
     def forward(self, grid: Grid) -> Tensor:
         """(grid cells, width) in generation order; `ValueError` for a grid without positions."""
         tables = (self.rows, self.columns, self.frames)
-        largest = tuple(table.num_embeddings for table in tables)
+        largest = tuple(len(table) for table in tables)
         if any(side > most for side, most in zip(grid, largest, strict=True)):
             raise ValueError(f"grid {tuple(grid)} is larger than the model's positions {largest}")
-        rows, columns, frames = (
-            table.weight[:side] for table, side in zip(tables, grid, strict=True)
-        )
+        rows, columns, frames = (table[:side] for table, side in zip(tables, grid, strict=True))
         total = frames[:, None, None] + rows[None, :, None] + columns[None, None, :]
         return total.flatten(0, 2)
 
@@ -144,13 +142,38 @@ class VisualEmbedding(nn.Module):
         """int64 (batch, cells) → (batch, cells, width)."""
         return self.projection(self.codes(tokens))
 
-    def table(self) -> Tensor:
-        """All vectors, (codebook size, width)."""
-        return self.projection(self.codes.weight)
+    def logits(self, x: Tensor) -> Tensor:
+        """Products of (…, width) with the vectors of all codes: the output head when it is tied."""
+        return F.linear(x, self.projection(self.codes.weight))
+
+
+class Begin(nn.Module):
+    """The learned `<bos>` that stands before the first token."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.vector = nn.Parameter(torch.empty(width))
+
+    def forward(self, following: Tensor) -> Tensor:
+        """(batch, n, width) → (batch, n + 1, width)."""
+        first = self.vector.to(following.dtype).expand(following.shape[0], 1, -1)
+        return torch.cat([first, following], dim=1)
+
+
+class CrossEntropy(nn.Module):
+    """Mean cross-entropy of tokens, in nats a token, fp32 (paper Eq. 12)."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Logits (batch, cells, codes) and int64 (batch, cells) → a scalar."""
+        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
 
 
 class Nuwa(nn.Module):
-    """Encoder over a text or a visual grid, causal decoder over a visual grid."""
+    """Encoder over a text or a visual grid, causal decoder over a visual grid.
+
+    It knows nothing of processes: `parallel/` swaps layers of its own for `embedding_output`
+    (where tokens would be spread), the layers, the tables, the head and `cross_entropy`.
+    """
 
     def __init__(self, config: NuwaConfig) -> None:
         super().__init__()
@@ -162,7 +185,8 @@ class Nuwa(nn.Module):
         self.visual_embedding = VisualEmbedding(config)
         self.context_positions = PositionEmbedding(largest, width)
         self.target_positions = PositionEmbedding(largest, width)
-        self.begin = nn.Parameter(torch.empty(width))
+        self.begin = Begin(width)
+        self.embedding_output = nn.Identity()
         self.encoder = nn.ModuleList(
             EncoderLayer(
                 width, config.heads, inner, config.dropout, config.norm, config.encoder_pattern
@@ -184,8 +208,8 @@ class Nuwa(nn.Module):
         self.encoder_norm = nn.LayerNorm(width)
         self.decoder_norm = nn.LayerNorm(width)
         self.head = None if config.tie_head else nn.Linear(width, config.codebook_size, bias=False)
-        self.checkpoint_activations = False
-        self._initialise()
+        self.cross_entropy = CrossEntropy()
+        self.initialise(int(torch.randint(1 << 62, (), device="cpu")))
 
     def forward(self, context: Context, target: Tensor, grid: Grid) -> Tensor:
         """Logits (batch, grid cells, codebook size) of every target token given those before it.
@@ -196,36 +220,42 @@ class Nuwa(nn.Module):
         x = self.embed_target(target, grid)
         geometry, cross_geometry = self.decoder_geometries(grid, context)
         for layer in self.decoder:
-            x = self._run(layer, x, encoded, geometry, cross_geometry, context.mask)
+            x = layer(x, encoded, geometry, cross_geometry, context.mask)
         return self.predict(x)
 
     def loss(self, context: Context, target: Tensor, grid: Grid) -> Tensor:
         """Mean cross-entropy of the target's tokens, in nats a token, fp32 (paper Eq. 12)."""
-        logits = self(context, target, grid)
-        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
+        return self.cross_entropy(self(context, target, grid), target)
 
     def encode(self, context: Context) -> Tensor:
         """The context's vectors `C^(L)`, (batch, context cells, width)."""
+        x = self.embed_context(context)
+        geometry = self.encoder_geometry(context)
+        for layer in self.encoder:
+            x = layer(x, geometry, context.mask)
+        return self.encoder_norm(x)
+
+    def embed_context(self, context: Context) -> Tensor:
+        """Encoder input (batch, context cells, width)."""
         if context.kind == "text":
             x = self.text_embedding(context.tokens) + self.text_positions(context.grid)
         else:
             x = self.visual_embedding(context.tokens) + self.context_positions(context.grid)
-        extent = self._context_extent(context)
-        geometry = Geometry(context.grid, context.grid, extent, False)
-        for layer in self.encoder:
-            x = self._run(layer, x, geometry, context.mask)
-        return self.encoder_norm(x)
+        return self.embedding_output(x)
 
     def embed_target(self, target: Tensor, grid: Grid) -> Tensor:
         """Decoder input (batch, cells, width): `<bos>` first, then each cell's previous token."""
-        previous = self.visual_embedding(target[:, :-1])
-        begin = self.begin.to(previous.dtype).expand(target.shape[0], 1, -1)
-        return torch.cat([begin, previous], dim=1) + self.target_positions(grid)
+        vectors = self.begin(self.visual_embedding(target[:, :-1]))
+        return self.embedding_output(vectors + self.target_positions(grid))
 
     def predict(self, x: Tensor) -> Tensor:
         """Decoder output (…, width) → logits (…, codebook size)."""
         x = self.decoder_norm(x)
-        return F.linear(x, self.visual_embedding.table()) if self.head is None else self.head(x)
+        return self.visual_embedding.logits(x) if self.head is None else self.head(x)
+
+    def encoder_geometry(self, context: Context) -> Geometry:
+        """Who sees whom in the encoder."""
+        return Geometry(context.grid, context.grid, self._context_extent(context), False)
 
     def decoder_geometries(self, grid: Grid, context: Context) -> tuple[Geometry, Geometry]:
         """Who sees whom in the decoder's self-attention and in its cross-attention."""
@@ -233,7 +263,10 @@ class Nuwa(nn.Module):
         return own, Geometry(grid, context.grid, self._context_extent(context), False)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters of the transformer with its visual embedding, text table, head, and total."""
+        """Parameters of the transformer with its visual embedding, text table, head, and total.
+
+        Of a model that is whole; a split one counts what lies here.
+        """
         total = sum(p.numel() for p in self.parameters())
         text = self.text_embedding.weight.numel()
         head = 0 if self.head is None else self.head.weight.numel()
@@ -244,35 +277,21 @@ class Nuwa(nn.Module):
             "total": total,
         }
 
-    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw every weight that is not on the meta device anew."""
+        branches = 2 * max(len(self.encoder), len(self.decoder))
+        initialise(self.named_parameters(), seed, branches)
+
     def use_codebook(self, codebook: Tensor) -> None:
         """Start the visual embedding from a VQ-GAN's codes, (codebook size, code dim)."""
-        codes = self.visual_embedding.codes.weight
-        if tuple(codebook.shape) != tuple(codes.shape):
+        expected = (self.config.codebook_size, self.config.code_dim)
+        if tuple(codebook.shape) != expected:
             raise ValueError(
-                f"codebook must be {tuple(codes.shape)} for this model, not {tuple(codebook.shape)}"
+                f"codebook must be {expected} for this model, not {tuple(codebook.shape)}"
             )
-        codes.copy_(codebook)
+        assign(self.visual_embedding.codes.weight, codebook)
 
     def _context_extent(self, context: Context) -> Extent:
         if context.kind == "text":
             return Extent.from_reading(self.config.text_extent, self.config.extent_reading)
         return self.config.visual_extent(context.grid)
-
-    def _run(self, layer: nn.Module, *arguments: object) -> Tensor:
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(layer, *arguments, use_reentrant=False)
-        return layer(*arguments)
-
-    @torch.no_grad()
-    def _initialise(self) -> None:
-        """Normal of 0.02, smaller where a branch joins the residual stream (GPT-2's rule)."""
-        depth = 2 * max(len(self.encoder), len(self.decoder))
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                joins = name.endswith(("output.weight", "contract.weight"))
-                parameter.normal_(0.0, 0.02 / depth**0.5 if joins else 0.02)

@@ -1,0 +1,86 @@
+"""Starting weights: each a function of the seed and the weight's name, whoever builds it.
+
+A process that holds one pipeline stage, or a slice of a matrix, so starts from the very numbers
+that a process with the whole model has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+_DEVIATION = 0.02
+
+
+class Shard(NamedTuple):
+    """The part of a weight that a process holds: part `index` of `count` along `dim`.
+
+    A weight that is split carries it as its attribute `shard`. `full` is the length of the whole
+    along `dim`; parts are ⌈full/count⌉ long, and the last ones may hold padding.
+    """
+
+    dim: int
+    index: int
+    count: int
+    full: int
+
+    @property
+    def length(self) -> int:
+        """Length of every part."""
+        return -(-self.full // self.count)
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This part of a whole weight; padding is zero."""
+        start = min(self.index * self.length, self.full)
+        stop = min(start + self.length, self.full)
+        part = whole.narrow(self.dim, start, stop - start)
+        if stop - start == self.length:
+            return part
+        shape = list(part.shape)
+        shape[self.dim] = self.length - (stop - start)
+        return torch.cat([part, part.new_zeros(shape)], self.dim)
+
+
+def shard_of(parameter: Tensor) -> Shard | None:
+    """How a weight is split over processes; None for one that is whole."""
+    return getattr(parameter, "shard", None)
+
+
+def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+    """Set a weight, or the part of it that lies here, from the whole one."""
+    shard = shard_of(parameter)
+    with torch.no_grad():
+        parameter.copy_(whole if shard is None else shard.of(whole))
+
+
+def initialise(parameters: Iterable[tuple[str, nn.Parameter]], seed: int, depth: int) -> None:
+    """Normal of 0.02, smaller where a branch joins the residual stream (GPT-2's rule).
+
+    `depth` is the number of branches that are added one after the other. Weights on the meta
+    device are left alone.
+    """
+    for name, parameter in parameters:
+        if parameter.is_meta:
+            continue
+        if name.endswith("bias"):
+            assign(parameter, torch.zeros(_whole_shape(parameter)))
+        elif "norm" in name:
+            assign(parameter, torch.ones(_whole_shape(parameter)))
+        else:
+            joins = name.endswith(("output.weight", "contract.weight"))
+            deviation = _DEVIATION / depth**0.5 if joins else _DEVIATION
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            whole = torch.empty(_whole_shape(parameter))
+            assign(parameter, whole.normal_(0.0, deviation, generator=generator))
+
+
+def _whole_shape(parameter: Tensor) -> list[int]:
+    shape, shard = list(parameter.shape), shard_of(parameter)
+    if shard is not None:
+        shape[shard.dim] = shard.full
+    return shape
