@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_nuwa.data.corpus import Corpus
-from megatron_nuwa.data.sampling import Pick, SamplingOrder, rank_slice
+from megatron_nuwa.data.sampling import Pick, SamplingOrder, even_sizes, rank_slice
 from megatron_nuwa.data.text import NO_CAPTION, TEXT_TOKENS, TextTokenizer, text_mask
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context
@@ -24,23 +25,27 @@ TEXT_GRID = Grid(1, 1, TEXT_TOKENS)
 class TokenBatch:
     """One micro-batch of one task.
 
-    `text` int64 (batch, 77) is what the encoder reads; `target` int64 (batch, grid cells) is what
-    the decoder learns to write.
+    `text` int64 (batch, 77) is what the encoder reads, `mask` bool of that shape is False at its
+    padding; `target` int64 (batch, grid cells) is what the decoder learns to write. `share` is the
+    part of the replica's samples of this task and step that lies in this micro-batch: the sum of
+    share × mean loss is the task's mean loss, however the samples are cut.
     """
 
     task: TaskName
     text: Tensor
     target: Tensor
     grid: Grid
+    mask: Tensor
+    share: float = 1.0
 
     def context(self) -> Context:
         """The encoder's input, its padding masked."""
-        mask = torch.from_numpy(text_mask(self.text.cpu().numpy())).to(self.text.device)
-        return Context("text", self.text, TEXT_GRID, mask)
+        return Context("text", self.text, TEXT_GRID, self.mask)
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on another device."""
-        return TokenBatch(self.task, self.text.to(device), self.target.to(device), self.grid)
+        text, target, mask = (t.to(device) for t in (self.text, self.target, self.mask))
+        return replace(self, text=text, target=target, mask=mask)
 
 
 class TaskBatches:
@@ -49,6 +54,10 @@ class TaskBatches:
     Text-to-image and text-to-video read one of the item's captions, replaced by the constant text
     "None" with probability `caption_dropout` (which is what classifier-free guidance needs);
     video prediction always reads "None".
+
+    `corpus_weights` are the corpora's shares of the samples; None for shares by size. A replica
+    cuts its samples of a step into micro-batches of at most `micro_batch_tokens` target tokens
+    (but at least one sample), or into `accumulation` of them where that is None.
     """
 
     def __init__(
@@ -60,29 +69,71 @@ class TaskBatches:
         seed: int,
         batch_size: int,
         caption_dropout: float = 0.0,
+        corpus_weights: Sequence[float] | None = None,
+        micro_batch_tokens: int | None = None,
+        accumulation: int = 1,
     ) -> None:
         self.task = task
         self.grid = corpora[0].grid
-        self.order = SamplingOrder(seed, task, [len(corpus) for corpus in corpora], batch_size)
+        sizes = [len(corpus) for corpus in corpora]
+        self.order = SamplingOrder(seed, task, sizes, batch_size, corpus_weights)
+        self._micro_batch_tokens = micro_batch_tokens
+        self._accumulation = accumulation
         self._corpora = corpora
         self._no_caption = tokenizer.encode(NO_CAPTION)
         self._caption_dropout = 1.0 if task == "v2v" else caption_dropout
 
-    def micro_batch(
-        self, step: int, rank: int, ranks: int, part: int = 0, parts: int = 1
-    ) -> TokenBatch:
-        """A rank's share of the step's global batch, or one of `parts` equal parts of it."""
+    def micro_batch_count(self, ranks: int) -> int:
+        """Micro-batches of this task a step, the same on each of the data-parallel replicas."""
+        if self._micro_batch_tokens is None:
+            return self._accumulation
+        samples = max(1, self._micro_batch_tokens // self.grid.cells)
+        return -(-(self.order.batch_size // ranks) // samples)
+
+    def micro_batches(self, step: int, rank: int, ranks: int) -> list[TokenBatch]:
+        """The share of data-parallel replica `rank` in the step's global batch, in order.
+
+        Raises `ValueError` where the batch does not divide by the replicas.
+        """
         picks = rank_slice(self.order.batch(step), rank, ranks)
-        return self.assemble(rank_slice(picks, part, parts))
+        sizes = even_sizes(len(picks), self.micro_batch_count(ranks))
+        return [
+            replace(self.assemble(picks[end - size : end]), share=size / len(picks))
+            for size, end in zip(sizes, accumulate(sizes), strict=True)
+        ]
+
+    def item_names(self, step: int, rank: int, ranks: int) -> list[str]:
+        """`CORPUS:ID` of the samples that a data-parallel replica reads in a step."""
+        picks = rank_slice(self.order.batch(step), rank, ranks)
+        corpora = [self._corpora[pick.corpus] for pick in picks]
+        return [
+            f"{corpus.path}:{corpus.item(pick.item)['id']}"
+            for corpus, pick in zip(corpora, picks, strict=True)
+        ]
 
     def assemble(self, picks: Sequence[Pick]) -> TokenBatch:
         """Read the picked items."""
         text = np.stack([self._text(pick) for pick in picks]).astype(np.int64)
         target = np.stack([self._corpora[p.corpus].visual(p.item) for p in picks]).astype(np.int64)
-        return TokenBatch(self.task, torch.from_numpy(text), torch.from_numpy(target), self.grid)
+        ids, cells, mask = (torch.from_numpy(array) for array in (text, target, text_mask(text)))
+        return TokenBatch(self.task, ids, cells, self.grid, mask)
 
     def _text(self, pick: Pick) -> np.ndarray:
         if pick.dropout_draw < self._caption_dropout:
             return self._no_caption
         captions = self._corpora[pick.corpus].texts(pick.item)
         return captions[int(pick.caption_draw * len(captions))]
+
+
+def interleave(batches: Mapping[TaskName, Sequence[TokenBatch]]) -> list[TokenBatch]:
+    """All tasks' micro-batches in one order in which every task is spread over the whole step.
+
+    The order follows from the tasks' numbers of micro-batches alone, so that it is the same on
+    every process.
+    """
+    placed = [
+        ((2 * number + 1) / (2 * len(of_task)), batch)
+        for of_task in batches.values()
+        for number, batch in enumerate(of_task)
+    ]
+    return [batch for _, batch in sorted(placed, key=lambda entry: entry[0])]

@@ -11,10 +11,21 @@ from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.ops.tables import Geometry
 
 
-def forward_flops(
+def unit_names(config: NuwaConfig) -> list[str]:
+    """Names of the model's units in the order they run; a pipeline is cut between any two."""
+    encoder = [f"encoder.{layer}" for layer in range(config.encoder_layers)]
+    decoder = [f"decoder.{layer}" for layer in range(config.decoder_layers)]
+    return ["embedding", *encoder, "encoder_norm", *decoder, "head"]
+
+
+def unit_flops(
     config: NuwaConfig, context_grid: Grid, context_extent: Extent, grid: Grid
-) -> int:
-    """FLOPs of one forward pass of one sample; norms, softmax and look-ups are left out."""
+) -> list[int]:
+    """FLOPs of one forward pass of one sample, a unit of `unit_names` each.
+
+    Norms, softmax and look-ups are left out, so `encoder_norm` is 0. A tied head's table is
+    computed once a micro-batch, not once a sample, and left out too.
+    """
     width, inner = config.width, int(config.width * config.feed_forward_ratio)
     tokens, context_tokens = grid.cells, context_grid.cells
 
@@ -35,8 +46,20 @@ def forward_flops(
         + feed_forward * tokens
     )
     projection = 2 * config.code_dim * width if config.visual_embedding == "codebook" else 0
-    ends = (2 * width * config.codebook_size + projection) * tokens
-    return config.encoder_layers * encoder + config.decoder_layers * decoder + ends
+    return [
+        projection * tokens,
+        *[encoder] * config.encoder_layers,
+        0,
+        *[decoder] * config.decoder_layers,
+        2 * width * config.codebook_size * tokens,
+    ]
+
+
+def forward_flops(
+    config: NuwaConfig, context_grid: Grid, context_extent: Extent, grid: Grid
+) -> int:
+    """FLOPs of one forward pass of one sample; norms, softmax and look-ups are left out."""
+    return sum(unit_flops(config, context_grid, context_extent, grid))
 
 
 def training_flops(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 _DEVIATION = 0.02
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """The part of a weight that a process holds: part `index` of `count` along `dim`.
 
     A weight that is split carries it as its attribute `shard`. `full` is the length of the whole
@@ -50,7 +51,7 @@ def shard_of(parameter: Tensor) -> Shard | None:
     return getattr(parameter, "shard", None)
 
 
-def assign(parameter: nn.Parameter, whole: Tensor) -> None:
+def assign(parameter: Tensor, whole: Tensor) -> None:
     """Set a weight, or the part of it that lies here, from the whole one."""
     shard = shard_of(parameter)
     with torch.no_grad():
@@ -67,19 +68,20 @@ def initialise(parameters: Iterable[tuple[str, nn.Parameter]], seed: int, depth:
         if parameter.is_meta:
             continue
         if name.endswith("bias"):
-            assign(parameter, torch.zeros(_whole_shape(parameter)))
+            assign(parameter, torch.zeros(whole_shape(parameter)))
         elif "norm" in name:
-            assign(parameter, torch.ones(_whole_shape(parameter)))
+            assign(parameter, torch.ones(whole_shape(parameter)))
         else:
             joins = name.endswith(("output.weight", "contract.weight"))
             deviation = _DEVIATION / depth**0.5 if joins else _DEVIATION
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            whole = torch.empty(_whole_shape(parameter))
+            whole = torch.empty(whole_shape(parameter))
             assign(parameter, whole.normal_(0.0, deviation, generator=generator))
 
 
-def _whole_shape(parameter: Tensor) -> list[int]:
+def whole_shape(parameter: Tensor) -> list[int]:
+    """Shape of the whole weight that a parameter is a part of."""
     shape, shard = list(parameter.shape), shard_of(parameter)
     if shard is not None:
         shape[shard.dim] = shard.full

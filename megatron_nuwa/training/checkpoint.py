@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_nuwa.files import sha256_of, sync, write_text_atomically
-from megatron_nuwa.models.nuwa import Nuwa
+from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.processes import Processes
 
 MODEL_FILE = "model.safetensors"
@@ -38,9 +38,7 @@ class Checkpoints:
     folder: Path
     keep: int
 
-    def save(
-        self, engine: Any, model: Nuwa, step: int, state: dict[str, Any], processes: Processes
-    ) -> Path:
+    def save(self, engine: Engine, step: int, state: dict[str, Any], processes: Processes) -> Path:
         """Write the state after `step` steps; every process must call it."""
         tag = f"{_PREFIX}{step:08d}"
         partial = self.folder / ".partial"
@@ -48,11 +46,13 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         processes.barrier()
-        engine.save_checkpoint(str(partial), tag=tag, save_latest=False)
+        engine.deepspeed.save_checkpoint(str(partial), tag=tag, save_latest=False)
+        weights = engine.whole_weights()
         processes.barrier()
         final = self.folder / tag
         if processes.is_first:
-            _save_weights(model, partial / tag / MODEL_FILE)
+            config = engine.model.config.model_dump_json()
+            save_file(weights, partial / tag / MODEL_FILE, metadata={"config": config})
             (partial / tag / STATE_FILE).write_text(json.dumps({"step": step, **state}, indent=2))
             _write_manifest(partial / tag)
             shutil.rmtree(final, ignore_errors=True)
@@ -129,11 +129,6 @@ def _data_only_checkpoint_engine(engine: Any) -> Any:
                 return torch.load(path, map_location=map_location, weights_only=True)
 
     return DataOnlyCheckpointEngine(engine._config)
-
-
-def _save_weights(model: Nuwa, path: Path) -> None:
-    weights = {name: p.detach().cpu().contiguous() for name, p in model.state_dict().items()}
-    save_file(weights, path, metadata={"config": model.config.model_dump_json()})
 
 
 def _write_manifest(folder: Path) -> None:

@@ -1,108 +1,337 @@
-"""The DeepSpeed engine of a pretraining run, built from a recipe and a layout file."""
+"""DeepSpeed engines of a pretraining run: one that runs the whole model, one that runs a stage."""
 
 from __future__ import annotations
 
-import json
-import logging
-import os
-import warnings
-from pathlib import Path
-from typing import Any
+import contextlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor, nn
 
-from megatron_nuwa.data.batches import TokenBatch
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.data.batches import TaskName, TokenBatch
+from megatron_nuwa.models.initialisation import whole_shape
 from megatron_nuwa.models.nuwa import Nuwa
-from megatron_nuwa.training.recipe import OptimizerSettings
-
-# What the recipe decides must not be decided a second time in the layout file.
-_OWNED_BY_RECIPE = {
-    "train_batch_size": "data.tasks.TASK.batch_size",
-    "train_micro_batch_size_per_gpu": "data.tasks.TASK.batch_size",
-    "gradient_accumulation_steps": "data.accumulation",
-    "gradient_clipping": "optimizer.gradient_clipping",
-    "optimizer": "optimizer",
-    "scheduler": "schedule",
-    "tensorboard": "run",
-}
+from megatron_nuwa.parallel.cut import cut, stage_table
+from megatron_nuwa.parallel.groups import Place, import_deepspeed
+from megatron_nuwa.parallel.tensor import split_model, whole_weight
+from megatron_nuwa.parallel.units import Flow, Units
+from megatron_nuwa.training.recipe import OptimizerSettings, Recipe
 
 
-class TaskLoss(nn.Module):
+class Loss(NamedTuple):
+    """Mean loss of a micro-batch, and its share in the replica's mean of that task."""
+
+    task: TaskName
+    mean: Tensor
+    share: float
+
+
+class Engine(ABC):
+    """One process's part of the model in training.
+
+    `model` is whole, or split over the tensor group; in a pipeline the units of other stages have
+    no weights. Processes that compute no losses return none.
+    """
+
+    def __init__(self, model: Nuwa, place: Place, device: torch.device) -> None:
+        self.model, self.place, self.device = model, place, device
+        self.deepspeed: Any = None
+
+    @abstractmethod
+    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> list[Loss]:
+        """Forward, backward and optimizer step over micro-batches; `seed` is dropout's."""
+
+    @abstractmethod
+    def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
+        """Losses without gradients; every replica brings the same number of micro-batches."""
+
+    @abstractmethod
+    def _owned(self, stage: int) -> list[nn.Module]:
+        """The modules whose weights a stage holds."""
+
+    def set_rate(self, rate: float) -> None:
+        """Learning rate of the next step."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = rate
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's gradient, before clipping; every process must call it."""
+        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def whole_weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU of the first process, none elsewhere; every process calls it."""
+        place = self.place
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        fetched: set[str] = set()
+        weights: dict[str, Tensor] = {}
+        for stage in range(place.layout.pipeline):
+            leader = place.mpu.stage_to_global(stage, data=0, model=0)
+            for parameter in (p for module in self._owned(stage) for p in module.parameters()):
+                name = names[id(parameter)]
+                # A tied head's table lies on two stages.
+                if name not in fetched:
+                    fetched.add(name)
+                    whole = self._fetch(parameter, place.stage == stage, leader)
+                    if dist.get_rank() == 0:
+                        weights[name] = whole.cpu()
+        return weights
+
+    @torch.no_grad()
+    def _fetch(self, parameter: Tensor, is_here: bool, leader: int) -> Tensor:
+        """One whole weight: on the first process the truth, elsewhere whatever is at hand."""
+        whole = parameter
+        if is_here:
+            with self._gathered(parameter):
+                whole = whole_weight(parameter, self.place.tensor).detach().contiguous().clone()
+        rank = dist.get_rank()
+        if leader != 0 and rank == leader:
+            dist.send(whole, 0)
+        elif leader != 0 and rank == 0:
+            whole = torch.empty(whole_shape(parameter), dtype=self._dtype(), device=self.device)
+            dist.recv(whole, leader)
+        return whole
+
+    def _gathered(self, parameter: Tensor) -> Any:
+        if not hasattr(parameter, "ds_id"):
+            return contextlib.nullcontext()
+        return import_deepspeed().zero.GatheredParameters([parameter])
+
+    def _dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.model.parameters() if not p.is_meta)
+
+    def _scales(self, batches: Sequence[TokenBatch], weights: dict[TaskName, float]) -> list[float]:
+        """Factors that make DeepSpeed's mean over micro-batches the paper's sum over tasks."""
+        return [weights[batch.task] * batch.share * len(batches) for batch in batches]
+
+
+class WholeEngine(Engine):
+    """Every process runs all units."""
+
+    def __init__(
+        self, recipe: Recipe, place: Place, config: dict[str, Any], device: torch.device
+    ) -> None:
+        super().__init__(_model_of(recipe, place), place, device)
+        self.model.to_empty(device=device)
+        self.model.initialise(recipe.seed)
+        self._weights = _task_weights(recipe)
+        self._loss = _TaskLoss(_units_of(self.model, recipe, place))
+        self._recipe, self._config = recipe, config
+
+    def wrap(self) -> None:
+        """Hand the model, with its starting weights, over to DeepSpeed."""
+        settings = self._recipe.optimizer
+        self.deepspeed = _initialize(self._loss, settings, self._config, self.place.mpu)
+
+    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> list[Loss]:
+        losses = []
+        scales = self._scales(batches, self._weights)
+        for number, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
+            loss = self.deepspeed(batch.to(self.device), seed + number)
+            self.deepspeed.backward(loss * scale)
+            self.deepspeed.step()
+            losses.append(Loss(batch.task, loss.detach(), batch.share))
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
+        self.deepspeed.eval()
+        losses = [
+            Loss(batch.task, self.deepspeed(batch.to(self.device), 0), batch.share)
+            for batch in batches
+        ]
+        self.deepspeed.train()
+        return losses
+
+    def _owned(self, stage: int) -> list[nn.Module]:
+        return [self.model]
+
+
+class StageEngine(Engine):
+    """Every process runs the units of its stage in DeepSpeed's pipeline schedule (1F1B)."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        place: Place,
+        config: dict[str, Any],
+        device: torch.device,
+        bounds: Sequence[int],
+    ) -> None:
+        from megatron_nuwa.parallel.pipeline import own_modules
+
+        super().__init__(_model_of(recipe, place), place, device)
+        self._units, self._bounds = _units_of(self.model, recipe, place), bounds
+        for module in own_modules(self._units, bounds, place.stage):
+            module.to_empty(device=device)
+        self.model.initialise(recipe.seed)
+        self._recipe, self._config = recipe, config
+        self._weights = _task_weights(recipe)
+        self._means: list[Tensor] = []
+
+    def wrap(self) -> None:
+        """Hand the stage, with its starting weights, over to DeepSpeed."""
+        from megatron_nuwa.parallel.pipeline import NuwaPipeline
+
+        pipeline = NuwaPipeline(self._units, self._bounds, self.place, self._scaled_loss)
+        # Messages of different shapes travel; what a process sends is not split further.
+        settings = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
+        config = {**self._config, "pipeline": settings}
+        self.deepspeed = _initialize(pipeline, self._recipe.optimizer, config, None)
+        # DeepSpeed reuses receive buffers whatever their type was.
+        self.deepspeed._allocate_or_extend_buffers = self._new_buffer
+
+    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> list[Loss]:
+        self._means = []
+        scales = self._scales(batches, self._weights)
+        self.deepspeed.train_batch(iter(self._packed(batches, scales, seed)))
+        return self._losses(batches)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
+        self._means = []
+        count = torch.tensor(len(batches), device=self.device)
+        # Stages in the middle read no data, and so do not know how much there is.
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        self.deepspeed.eval_batch(
+            iter(self._packed(batches, [1.0] * len(batches), 0)),
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=int(count),
+        )
+        self.deepspeed.train()
+        return self._losses(batches)
+
+    def _packed(
+        self, batches: Sequence[TokenBatch], scales: Sequence[float], seed: int
+    ) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]]:
+        return [
+            (
+                Flow.of(batch.context(), batch.target, batch.grid, seed + number).pack(),
+                (batch.target, torch.tensor(scale)),
+            )
+            for number, (batch, scale) in enumerate(zip(batches, scales, strict=True))
+        ]
+
+    def _scaled_loss(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
+        target, scale = labels
+        loss = self.model.cross_entropy(logits, target)
+        self._means.append(loss.detach())
+        return loss * scale
+
+    def _losses(self, batches: Sequence[TokenBatch]) -> list[Loss]:
+        """The schedule computes losses in the order of the micro-batches, on the last stage."""
+        if not self.place.is_last_stage:
+            return []
+        return [
+            Loss(batch.task, mean, batch.share)
+            for batch, mean in zip(batches, self._means, strict=True)
+        ]
+
+    def _new_buffer(self, _index: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def _owned(self, stage: int) -> list[nn.Module]:
+        from megatron_nuwa.parallel.pipeline import own_modules
+
+        return own_modules(self._units, self._bounds, stage)
+
+
+class _TaskLoss(nn.Module):
     """The model as DeepSpeed wants to call it: a micro-batch in, its loss out."""
 
-    def __init__(self, model: Nuwa) -> None:
+    def __init__(self, units: Units) -> None:
         super().__init__()
-        self.model = model
+        self.model = units.model
+        self._units = (units,)
 
-    def forward(self, batch: TokenBatch) -> Tensor:
+    def forward(self, batch: TokenBatch, seed: int) -> Tensor:
         """Mean cross-entropy of the batch's target tokens, nats a token."""
-        return self.model.loss(batch.context(), batch.target, batch.grid)
+        (units,) = self._units
+        flow = units.run(Flow.of(batch.context(), batch.target, batch.grid, seed))
+        return self.model.cross_entropy(flow.x, batch.target)
 
 
-def read_layout(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file; `UserError` for one that repeats what the recipe says."""
-    try:
-        layout = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"DeepSpeed config {path} cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"DeepSpeed config {path} is not valid JSON: {error}") from error
-    if not isinstance(layout, dict):
-        raise UserError(f"DeepSpeed config {path} must hold one JSON object")
-    for key, owner in _OWNED_BY_RECIPE.items():
-        if key in layout:
-            raise UserError(f"DeepSpeed config {path}: '{key}' is set by the recipe's {owner}")
-    return layout
-
-
-def complete_layout(
-    layout: dict[str, Any], micro_batches: int, ranks: int, gradient_clipping: float
+def complete_config(
+    config: dict[str, Any], micro_batches: int, replicas: int, gradient_clipping: float
 ) -> dict[str, Any]:
-    """The layout with the recipe's batch and clipping filled in.
+    """A layout's DeepSpeed part with the recipe's batch and clipping filled in.
 
     DeepSpeed counts in micro-batches of one task, whose sample counts differ, so its own batch
     size says 1 a micro-batch and only the accumulation is real.
     """
     return {
-        **layout,
+        **config,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batches * ranks,
+        "train_batch_size": micro_batches * replicas,
         "gradient_clipping": gradient_clipping,
         "steps_per_print": 1 << 62,
     }
 
 
-def build_engine(model: Nuwa, settings: OptimizerSettings, config: dict[str, Any]) -> Any:
-    """Wrap a model for distributed training; the process group must exist already."""
-    deepspeed = _import_deepspeed()
+def build_engine(
+    recipe: Recipe,
+    place: Place,
+    config: dict[str, Any],
+    device: torch.device,
+    unit_costs: Sequence[float],
+    codebook: Tensor | None,
+) -> Engine:
+    """Engine of a run with starting weights; `unit_costs` decide where a pipeline is cut."""
+    engine: WholeEngine | StageEngine
+    if place.layout.pipeline == 1:
+        engine = WholeEngine(recipe, place, config, device)
+    else:
+        bounds = cut(unit_costs, place.layout.pipeline)
+        engine = StageEngine(recipe, place, config, device, bounds)
+        if dist.get_rank() == 0:
+            names = Units(engine.model).names
+            Console().print(stage_table(names, unit_costs, bounds))
+    if codebook is not None and not engine.model.visual_embedding.codes.weight.is_meta:
+        engine.model.use_codebook(codebook)
+    engine.wrap()
+    return engine
+
+
+def _model_of(recipe: Recipe, place: Place) -> Nuwa:
+    assert recipe.model is not None
+    with torch.device("meta"):
+        model = Nuwa(recipe.model)
+    if place.layout.tensor > 1:
+        split_model(model, place.tensor, place.layout.sequence_parallel)
+    return model
+
+
+def _units_of(model: Nuwa, recipe: Recipe, place: Place) -> Units:
+    # With sequence parallelism the processes of a tensor group hold different tokens.
+    stream = place.tensor.rank if place.layout.sequence_parallel else 0
+    return Units(model, recipe.training.checkpoint_activations, stream)
+
+
+def _task_weights(recipe: Recipe) -> dict[TaskName, float]:
+    assert recipe.data is not None
+    return {task: settings.weight for task, settings in recipe.data.tasks.items()}
+
+
+def _initialize(
+    module: nn.Module, settings: OptimizerSettings, config: dict[str, Any], mpu: Any
+) -> Any:
     kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = kind(
-        parameters,
+        [p for p in module.parameters() if p.requires_grad],
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
-    engine, *_ = deepspeed.initialize(
-        model=TaskLoss(model), optimizer=optimizer, config=config, dist_init_required=False
-    )
+    # It prints its memory at every turn.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = import_deepspeed().initialize(
+            model=module, optimizer=optimizer, config=config, dist_init_required=False, mpu=mpu
+        )
     return engine
-
-
-def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # DeepSpeed calls collectives by the names that torch is about to rename.
-    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*")
-    import deepspeed
-    from deepspeed.utils import logger
-
-    logger.setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        # Its shared-memory collectives take a minute to compile and bring nothing to gloo runs.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_nuwa.data.batches import TaskBatches, TaskName
+from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.sampling import Pick
 from megatron_nuwa.data.text import TextTokenizer
-from megatron_nuwa.models.nuwa import Nuwa
-from megatron_nuwa.training.processes import Processes
+from megatron_nuwa.training.engine import Engine, Loss
 
 
 class HeldOut:
@@ -27,31 +27,35 @@ class HeldOut:
         *,
         batch_size: int,
         items: int | None,
+        replica: int = 0,
+        replicas: int = 1,
     ) -> None:
-        self._batches = TaskBatches(task, corpora, tokenizer, seed=0, batch_size=batch_size)
+        reader = TaskBatches(task, corpora, tokenizer, seed=0, batch_size=batch_size)
         every = [
             # A draw of 1 lies above every dropout probability but video prediction's.
             Pick(number, item, 0.0, 0.0 if task == "v2v" else 1.0)
             for number, corpus in enumerate(corpora)
             for item in range(len(corpus))
         ]
-        self._picks = every[:items]
-        self._batch_size = batch_size
-        tokens = np.concatenate([corpora[p.corpus].visual(p.item) for p in self._picks])
+        picks = every[:items]
+        tokens = np.concatenate([corpora[p.corpus].visual(p.item) for p in picks])
         self.unigram_entropy = unigram_entropy(np.bincount(tokens))
+        self._reader, self._picks, self._batch_size = reader, picks, batch_size
+        self._replica, self._replicas = replica, replicas
 
-    @torch.no_grad()
-    def loss(self, model: Nuwa, processes: Processes) -> float:
-        """Nats a token over all items; every process must call it and gets the same number."""
-        own = self._picks[processes.rank :: processes.world_size]
-        totals = torch.zeros(2, dtype=torch.float64, device=processes.device)
-        for start in range(0, len(own), self._batch_size):
-            batch = self._batches.assemble(own[start : start + self._batch_size])
-            batch = batch.to(processes.device)
-            mean = model.loss(batch.context(), batch.target, batch.grid)
-            totals += torch.tensor([float(mean) * batch.target.numel(), batch.target.numel()])
-        dist.all_reduce(totals)
-        return float(totals[0] / totals[1])
+    def batches(self) -> list[TokenBatch]:
+        """This replica's part of the items, each batch with its number of items as its share.
+
+        Every replica has as many: one with fewer items repeats one, with a share of 0.
+        """
+        longest = self._picks[:: self._replicas]
+        own = self._picks[self._replica :: self._replicas]
+        batches = []
+        for start in range(0, len(longest), self._batch_size):
+            part = own[start : start + self._batch_size]
+            batch = self._reader.assemble(part or self._picks[:1])
+            batches.append(replace(batch, share=float(len(part))))
+        return batches
 
 
 def unigram_entropy(counts: np.ndarray) -> float:
@@ -61,18 +65,29 @@ def unigram_entropy(counts: np.ndarray) -> float:
 
 
 def evaluate(
-    model: Nuwa, held_out: Mapping[TaskName, HeldOut], processes: Processes
+    engine: Engine, held_out: Mapping[TaskName, HeldOut]
 ) -> dict[TaskName, dict[str, float]]:
-    """For each task: `loss_nats`, `unigram_entropy_nats`, and the share that lies between."""
-    was_training = model.training
-    model.eval()
+    """For each task: `loss_nats`, `unigram_entropy_nats`, and the share that lies between.
+
+    Every process must call it and gets the same numbers.
+    """
     result: dict[TaskName, dict[str, float]] = {}
     for task, items in held_out.items():
-        loss, entropy = items.loss(model, processes), items.unigram_entropy
+        batches = items.batches() if engine.place.reads_data else []
+        loss, entropy = _mean(engine.evaluate(batches), engine.device), items.unigram_entropy
         result[task] = {
             "loss_nats": loss,
             "unigram_entropy_nats": entropy,
             "below_unigram": 1 - loss / entropy,
         }
-    model.train(was_training)
     return result
+
+
+def _mean(losses: Sequence[Loss], device: torch.device) -> float:
+    """Mean over all items of all replicas, in nats a token."""
+    totals = torch.zeros(2, dtype=torch.float64)
+    for loss in losses:
+        totals += torch.tensor([float(loss.mean) * loss.share, loss.share], dtype=torch.float64)
+    totals = totals.to(device)
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1])

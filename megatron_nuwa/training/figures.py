@@ -42,7 +42,7 @@ class StepFigures:
         """Time spent waiting for a batch."""
         self._waited += seconds
 
-    def add(self, losses: Sequence[tuple[TaskName, torch.Tensor]]) -> None:
+    def add(self, losses: Sequence[tuple[TaskName, torch.Tensor, float]]) -> None:
         """Losses of one step's micro-batches; also stops the step's clock."""
         self._losses += losses
         self._steps += 1
@@ -89,7 +89,7 @@ class StepFigures:
     def _mean_losses(self) -> dict[TaskName, float]:
         names = list(self._weights)
         totals = torch.zeros(len(names), 2, dtype=torch.float64)
-        for task, loss in self._losses:
+        for task, loss, _share in self._losses:
             totals[names.index(task)] += torch.tensor([float(loss), 1.0], dtype=torch.float64)
         totals = totals.to(self._processes.device)
         dist.all_reduce(totals)
@@ -98,7 +98,7 @@ class StepFigures:
         }
 
     def _clear(self) -> None:
-        self._losses: list[tuple[TaskName, torch.Tensor]] = []
+        self._losses: list[tuple[TaskName, torch.Tensor, float]] = []
         self._steps = 0
         self._seconds = 0.0
         self._waited = 0.0

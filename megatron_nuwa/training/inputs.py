@@ -25,12 +25,15 @@ class Inputs:
     held_out: dict[TaskName, list[Corpus]]
 
 
-def open_inputs(recipe: Recipe, ranks: int) -> Inputs:
-    """Open everything that the recipe names; `UserError` for the first thing that does not fit."""
+def open_inputs(recipe: Recipe, replicas: int) -> Inputs:
+    """Open everything that the recipe names, for a number of data-parallel replicas.
+
+    Raises `UserError` for the first thing that does not fit.
+    """
     assert recipe.tokenizers is not None
     assert recipe.data is not None
     assert recipe.model is not None
-    _check_batches(recipe.data, ranks)
+    _check_batches(recipe.data, replicas)
     vqgan = load_vqgan(recipe.tokenizers.vqgan)
     bpe = TextTokenizer.load(recipe.tokenizers.bpe)
     if vqgan.config.codebook_size != recipe.model.codebook_size:
@@ -56,15 +59,18 @@ def open_inputs(recipe: Recipe, ranks: int) -> Inputs:
     )
 
 
-def _check_batches(data: DataSettings, ranks: int) -> None:
+def _check_batches(data: DataSettings, replicas: int) -> None:
+    parts = replicas * data.accumulation
+    divisor = f"{replicas} data-parallel replicas"
+    if data.accumulation > 1:
+        divisor += f" × {data.accumulation} accumulation"
     for task, settings in data.tasks.items():
-        parts = ranks * data.accumulation
         if settings.batch_size % parts:
             lower = settings.batch_size // parts * parts
             nearest = [str(size) for size in (lower, lower + parts) if size]
             raise UserError(
-                f"data.tasks.{task}.batch_size {settings.batch_size} does not divide by {ranks} "
-                f"processes × {data.accumulation} accumulation; use {' or '.join(nearest)}"
+                f"data.tasks.{task}.batch_size {settings.batch_size} does not divide by "
+                f"{divisor}; use {' or '.join(nearest)}"
             )
 
 

@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 
-from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch
+from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.models.vqgan import save_vqgan
+from megatron_nuwa.parallel.groups import find_place
+from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
 from megatron_nuwa.training.checkpoint import Checkpoints
 from megatron_nuwa.training.checkpoint import load as load_checkpoint
-from megatron_nuwa.training.engine import build_engine, complete_layout, read_layout
+from megatron_nuwa.training.costs import unit_costs
+from megatron_nuwa.training.engine import Loss, build_engine, complete_config
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.inputs import Inputs, open_inputs
@@ -45,20 +48,23 @@ def pretrain(
     recipe, the layout, the corpora and the tokenizers do not fit together.
     """
 
-    def check() -> tuple[dict[str, Any], Inputs, resume.Start]:
+    def check() -> tuple[Layout, dict[str, Any], Inputs, resume.Start]:
         recipe.require("run", "model", "tokenizers", "data")
-        layout = read_layout(layout_path)
-        inputs = open_inputs(recipe, processes.world_size)
-        return layout, inputs, resume.find_start(recipe, layout, inputs, processes.world_size)
+        assert recipe.model is not None
+        settings, config = read_layout(layout_path)
+        layout = check_layout(settings, config, recipe.model, processes.world_size)
+        inputs = open_inputs(recipe, layout.data)
+        start = resume.find_start(recipe, resume.describe(recipe, layout, config, inputs))
+        return layout, config, inputs, start
 
-    layout, inputs, start = processes.first_then_all(check)
+    layout, config, inputs, start = processes.first_then_all(check)
     assert recipe.run is not None
     if processes.is_first:
         for line in start.messages:
             print(line, flush=True)
         _write_run_folder(recipe.run, recipe, inputs)
     with Monitor(recipe.run, enabled=processes.is_first) as monitor:
-        training = Pretraining(recipe, layout, inputs, processes, monitor)
+        training = Pretraining(recipe, layout, config, inputs, processes, monitor)
         training.begin(start)
         training.run(show_samples)
 
@@ -69,7 +75,8 @@ class Pretraining:
     def __init__(
         self,
         recipe: Recipe,
-        layout: dict[str, Any],
+        layout: Layout,
+        config: dict[str, Any],
         inputs: Inputs,
         processes: Processes,
         monitor: Monitor,
@@ -77,10 +84,10 @@ class Pretraining:
         assert recipe.run is not None
         assert recipe.model is not None
         assert recipe.data is not None
-        self.recipe, self.layout, self.inputs = recipe, layout, inputs
+        self.recipe, self.inputs = recipe, inputs
         self.processes, self.monitor = processes, monitor
-        self.data = recipe.data
         self.folder = recipe.run
+        self.description = resume.describe(recipe, layout, config, inputs)
         self.checkpoints = Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints)
         self.tasks: dict[TaskName, TaskBatches] = {
             task: TaskBatches(
@@ -89,35 +96,47 @@ class Pretraining:
                 inputs.bpe,
                 seed=recipe.seed,
                 batch_size=settings.batch_size,
-                caption_dropout=self.data.caption_dropout,
+                caption_dropout=recipe.data.caption_dropout,
+                corpus_weights=settings.corpus_weights,
+                micro_batch_tokens=recipe.data.micro_batch_tokens,
+                accumulation=recipe.data.accumulation,
             )
-            for task, settings in self.data.tasks.items()
+            for task, settings in recipe.data.tasks.items()
         }
-        self.held_out = _held_out(recipe, inputs)
-        torch.manual_seed(recipe.seed)
-        self.model = Nuwa(recipe.model)
-        self.model.checkpoint_activations = recipe.training.checkpoint_activations
-        if recipe.model.visual_embedding == "codebook":
-            self.model.use_codebook(inputs.vqgan.codebook())
-        config = complete_layout(
-            layout,
-            len(self.tasks) * self.data.accumulation,
-            processes.world_size,
+        self.place = find_place(layout)
+        self.held_out = _held_out(recipe, inputs, self.place.replica, layout.data)
+        full_config = complete_config(
+            config,
+            sum(task.micro_batch_count(layout.data) for task in self.tasks.values()),
+            layout.data,
             recipe.optimizer.gradient_clipping,
         )
         if processes.is_first:
-            write_text_atomically(self.folder / "ds_config.json", json.dumps(config, indent=2))
-        self.engine = build_engine(self.model.to(processes.device), recipe.optimizer, config)
+            shown = json.dumps(full_config, indent=2)
+            write_text_atomically(self.folder / "ds_config.json", shown)
+        grids = {task: batches.grid for task, batches in self.tasks.items()}
+        codes = recipe.model.visual_embedding == "codebook"
+        self.engine = build_engine(
+            recipe,
+            self.place,
+            full_config,
+            processes.device,
+            unit_costs(recipe, grids, layout.cut, processes.device),
+            inputs.vqgan.codebook() if codes else None,
+        )
         self.figures = StepFigures(recipe, self.tasks, processes)
         self.step = 0
 
     def begin(self, start: resume.Start) -> None:
         """Load the checkpoint that the run continues from, and say how the run begins."""
         if start.checkpoint is not None:
-            load_checkpoint(self.engine, start.checkpoint)
+            load_checkpoint(self.engine.deepspeed, start.checkpoint)
             self.step = start.step
         if self.processes.is_first:
-            counts = self.model.parameter_counts()
+            assert self.recipe.model is not None
+            with torch.device("meta"):
+                counts = Nuwa(self.recipe.model).parameter_counts()
+            print(f"layout {self.place.layout.name}")
             print("  ".join(f"{name} {number / 1e6:.2f} M" for name, number in counts.items()))
             begins = f"continuing after step {self.step}" if self.step else "starting"
             print(f"{begins}; {self.recipe.schedule.steps} steps in all", flush=True)
@@ -130,7 +149,6 @@ class Pretraining:
             if self.processes.is_first:
                 print(f"nothing to do: step {self.step} of {last} is reached already", flush=True)
             return
-        self.engine.train()
         for batches in prefetched(self._batches(), range(self.step, last), self.figures):
             losses = self._train_step(batches)
             self.step += 1
@@ -146,46 +164,37 @@ class Pretraining:
                 self._save()
             self.figures.restart_clock()
 
-    def _train_step(self, batches: list[TokenBatch]) -> list[tuple[TaskName, torch.Tensor]]:
+    def _train_step(self, batches: list[TokenBatch]) -> list[Loss]:
         """One optimizer step over the micro-batches of every task (paper Eq. 12)."""
-        # Dropout depends on the step and the process alone, so a resume needs no saved state.
-        torch.manual_seed(mix(self.recipe.seed, self.step, self.processes.rank))
-        rate = learning_rate(self.step, self.recipe.optimizer.learning_rate, self.recipe.schedule)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        losses = []
-        for batch in batches:
-            loss = self.engine(batch.to(self.processes.device))
-            # DeepSpeed averages over micro-batches; the paper sums over tasks.
-            scale = self.data.tasks[batch.task].weight * len(self.tasks)
-            self.engine.backward(loss * scale)
-            self.engine.step()
-            losses.append((batch.task, loss.detach()))
-        return losses
+        peak = self.recipe.optimizer.learning_rate
+        self.engine.set_rate(learning_rate(self.step, peak, self.recipe.schedule))
+        # Dropout depends on the step and the replica alone, so a resume needs no saved state.
+        return self.engine.train_step(
+            batches, mix(self.recipe.seed, self.step, self.place.replica) >> 1
+        )
 
     def _batches(self) -> Callable[[int], list[TokenBatch]]:
-        parts = self.data.accumulation
+        replica, replicas = self.place.replica, self.place.layout.data
 
         def read(step: int) -> list[TokenBatch]:
-            rank, ranks = self.processes.rank, self.processes.world_size
-            return [
-                task.micro_batch(step, rank, ranks, part, parts)
-                for part in range(parts)
-                for task in self.tasks.values()
-            ]
+            return interleave(
+                {
+                    name: task.micro_batches(step, replica, replicas)
+                    for name, task in self.tasks.items()
+                }
+            )
 
-        return read
+        return read if self.place.reads_data else lambda step: []
 
     def _log(self, last: int) -> None:
-        norm = self.engine.get_global_grad_norm()
-        rate = self.engine.optimizer.param_groups[0]["lr"]
-        values = self.figures.take(self.step, float(norm or 0.0), float(rate))
+        rate = self.engine.deepspeed.optimizer.param_groups[0]["lr"]
+        values = self.figures.take(self.step, self.engine.grad_norm(), float(rate))
         self.monitor.scalars(self.step, self.figures.samples(self.step), values)
         if self.processes.is_first:
             print(self.figures.line(self.step, last, values), flush=True)
 
     def _evaluate(self) -> None:
-        result = evaluate(self.model, self.held_out, self.processes)
+        result = evaluate(self.engine, self.held_out)
         values = {
             f"eval/{figure}/{task}": value
             for task, figures in result.items()
@@ -203,11 +212,12 @@ class Pretraining:
             print(f"held out after step {self.step}: {scores}", flush=True)
 
     def _show(self, show_samples: ShowSamples) -> None:
-        if self.processes.is_first:
+        model = self._whole_model()
+        if model is not None:
             corpora = [corpora[0] for corpora in self.inputs.train.values()]
             rates = (corpus.manifest.frames_per_second for corpus in corpora)
             show_samples(
-                self.model,
+                model,
                 self.step,
                 self.monitor,
                 [corpus.grid for corpus in corpora],
@@ -215,10 +225,23 @@ class Pretraining:
             )
         self.processes.barrier()
 
+    def _whole_model(self) -> Nuwa | None:
+        """The model as it is now, on the first process."""
+        layout = self.place.layout
+        if layout.pipeline * layout.tensor == 1 and layout.zero_stage < 3:
+            return self.engine.model if self.processes.is_first else None
+        weights = self.engine.whole_weights()
+        if not self.processes.is_first:
+            return None
+        assert self.recipe.model is not None
+        with torch.device("meta"):
+            model = Nuwa(self.recipe.model)
+        model.load_state_dict(weights, assign=True)
+        return model.to(self.processes.device)
+
     def _save(self) -> None:
         start = time.perf_counter()
-        state = resume.describe(self.recipe, self.layout, self.inputs, self.processes.world_size)
-        path = self.checkpoints.save(self.engine, self.model, self.step, state, self.processes)
+        path = self.checkpoints.save(self.engine, self.step, self.description, self.processes)
         if self.processes.is_first:
             print(f"saved {path} in {time.perf_counter() - start:.1f} s", flush=True)
 
@@ -229,13 +252,21 @@ def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float
     return min(clips or result.values(), key=lambda figures: figures["below_unigram"])
 
 
-def _held_out(recipe: Recipe, inputs: Inputs) -> dict[TaskName, HeldOut]:
+def _held_out(
+    recipe: Recipe, inputs: Inputs, replica: int, replicas: int
+) -> dict[TaskName, HeldOut]:
     settings = recipe.evaluation
     if settings is None:
         return {}
     return {
         task: HeldOut(
-            task, corpora, inputs.bpe, batch_size=settings.batch_size, items=settings.items
+            task,
+            corpora,
+            inputs.bpe,
+            batch_size=settings.batch_size,
+            items=settings.items,
+            replica=replica,
+            replicas=replicas,
         )
         for task, corpora in inputs.held_out.items()
     }

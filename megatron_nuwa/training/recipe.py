@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_nuwa.config import Settings, load_settings
 from megatron_nuwa.data.batches import TaskName
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.parallel.units import Recomputation
 from megatron_nuwa.training.schedule import ScheduleSettings
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 
@@ -27,18 +28,39 @@ class TaskSettings(Settings):
     """One task of the sum `L = L_T2I + L_V2V + L_T2V`."""
 
     corpora: list[Path] = Field(min_length=1)
+    # Each corpus's share of the samples; null for shares by size, every item once an epoch.
+    corpus_weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
     # Samples a step over all processes.
     batch_size: int = Field(ge=1)
     weight: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _every_corpus_has_a_weight(self) -> TaskSettings:
+        if self.corpus_weights is not None and len(self.corpus_weights) != len(self.corpora):
+            raise ValueError(
+                f"corpus_weights has {len(self.corpus_weights)} numbers for "
+                f"{len(self.corpora)} corpora; give one a corpus"
+            )
+        return self
 
 
 class DataSettings(Settings):
     """Which corpora feed which task."""
 
     tasks: dict[TaskName, TaskSettings] = Field(min_length=1)
-    # Every process cuts its share of each task's batch into this many micro-batches.
+    # Every data-parallel replica cuts its share of each task's batch into this many micro-batches,
     accumulation: int = Field(1, ge=1)
+    # or into micro-batches of at most this many target tokens, but at least one sample.
+    micro_batch_tokens: int | None = Field(None, ge=1)
     caption_dropout: float = Field(0.1, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _cut_one_way(self) -> DataSettings:
+        if self.micro_batch_tokens is not None and self.accumulation != 1:
+            raise ValueError(
+                "accumulation and micro_batch_tokens both say how a batch is cut; leave one out"
+            )
+        return self
 
 
 class OptimizerSettings(Settings):
@@ -56,7 +78,9 @@ class TrainingSettings(Settings):
     """How the run is carried out."""
 
     deepspeed_config: Path = Path("ds_configs/zero1_bf16.json")
-    checkpoint_activations: bool = False
+    # What is computed a second time in the backward pass instead of being kept: nothing, what is
+    # cheap (norms, GELU, dropout, sums), or whole layers.
+    checkpoint_activations: Recomputation = "none"
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)

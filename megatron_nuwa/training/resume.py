@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import fingerprint
+from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.training import checkpoint as checkpoints
 from megatron_nuwa.training.checkpoint import Checkpoints
 from megatron_nuwa.training.inputs import Inputs
@@ -23,8 +24,8 @@ class Start:
     messages: tuple[str, ...]
 
 
-def find_start(recipe: Recipe, layout: dict[str, Any], inputs: Inputs, ranks: int) -> Start:
-    """The newest whole checkpoint of the run.
+def find_start(recipe: Recipe, description: dict[str, Any]) -> Start:
+    """The newest whole checkpoint of the run that `description` describes.
 
     Raises `UserError` that names the first field in which the run differs from the recipe, the
     layout or the number of processes at hand.
@@ -40,7 +41,7 @@ def find_start(recipe: Recipe, layout: dict[str, Any], inputs: Inputs, ranks: in
             )
         return Start(None, 0, ())
     state = checkpoints.read_state(newest)
-    difference = _first_difference(state, describe(recipe, layout, inputs, ranks))
+    difference = _first_difference(state, description)
     if difference is not None:
         field, before, now = difference
         raise UserError(
@@ -50,14 +51,22 @@ def find_start(recipe: Recipe, layout: dict[str, Any], inputs: Inputs, ranks: in
     return Start(newest, int(state["step"]), tuple(complaints))
 
 
-def describe(recipe: Recipe, layout: dict[str, Any], inputs: Inputs, ranks: int) -> dict[str, Any]:
+def describe(
+    recipe: Recipe, layout: Layout, config: dict[str, Any], inputs: Inputs
+) -> dict[str, Any]:
     """What must be the same for a run to continue exactly."""
     assert recipe.model is not None
     assert recipe.data is not None
     return {
         "seed": recipe.seed,
-        "processes": ranks,
-        "deepspeed_config": layout,
+        "processes": layout.world_size,
+        "parallel": {
+            "pipeline": layout.pipeline,
+            "tensor": layout.tensor,
+            "sequence_parallel": layout.sequence_parallel,
+            "cut": layout.cut,
+        },
+        "deepspeed_config": config,
         "model": recipe.model.model_dump(mode="json"),
         "data": {
             "accumulation": recipe.data.accumulation,

@@ -1,0 +1,1 @@
+"""The model over many processes: pipeline × tensor × data parallel."""

@@ -1,0 +1,176 @@
+"""The model as a row of units: what a process runs of it, whole or one stage of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from megatron_nuwa.grid import Grid
+from megatron_nuwa.models.flops import unit_names
+from megatron_nuwa.models.nuwa import Context, Nuwa
+
+Recomputation = Literal["none", "selective", "layer"]
+
+# Selective recomputation keeps what is dear to compute: matrix products and attention.
+_KEPT_PREFIXES = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::linear",
+    "aten::_scaled_dot_product",
+    "megatron_nuwa::nearby_attention",
+)
+_KINDS: tuple[Literal["text", "visual"], ...] = ("text", "visual")
+_MULTIPLIER = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What travels from unit to unit for one micro-batch.
+
+    `context` and `x` are int64 tokens (batch, cells) before the unit "embedding" and vectors
+    (batch, cells, width) after it; after the last decoder layer no context is left, and after the
+    unit "head" `x` is the logits. `seed` names the micro-batch to dropout.
+    """
+
+    context: Tensor | None
+    x: Tensor
+    mask: Tensor | None
+    kind: Literal["text", "visual"]
+    context_grid: Grid
+    grid: Grid
+    seed: int = 0
+
+    @staticmethod
+    def of(context: Context, target: Tensor, grid: Grid, seed: int = 0) -> Flow:
+        """The start of a micro-batch."""
+        return Flow(context.tokens, target, context.mask, context.kind, context.grid, grid, seed)
+
+    def pack(self) -> tuple[Tensor, ...]:
+        """As tensors that a process can send: vectors first, then the mask, then all integers."""
+        integers = [
+            _KINDS.index(self.kind),
+            *self.context_grid,
+            *self.grid,
+            self.seed,
+            self.context is not None,
+            self.mask is not None,
+        ]
+        optional = (self.context, self.x, self.mask)
+        # Made on the CPU: the engine moves what it loads, and a stage's own comes after a sync.
+        settings = torch.tensor(integers, dtype=torch.int64).to(self.x.device)
+        return (*(tensor for tensor in optional if tensor is not None), settings)
+
+    @staticmethod
+    def unpack(tensors: Sequence[Tensor]) -> Flow:
+        """What `pack` packed."""
+        *tensors, settings = tensors
+        kind, ch, cw, cs, h, w, s, seed, has_context, has_mask = settings.tolist()
+        rest = list(tensors)
+        context = rest.pop(0) if has_context else None
+        x = rest.pop(0)
+        mask = rest.pop(0) if has_mask else None
+        return Flow(context, x, mask, _KINDS[kind], Grid(ch, cw, cs), Grid(h, w, s), seed)
+
+    def as_context(self) -> Context:
+        """The encoder's input; its tokens are vectors after the unit "embedding"."""
+        assert self.context is not None
+        return Context(self.kind, self.context, self.context_grid, self.mask)
+
+
+class Units:
+    """Units of a model, run one after the other.
+
+    Dropout of a unit depends on the micro-batch's seed, the unit and `stream` alone: neither the
+    pipeline's cut nor recomputation changes it. `stream` tells processes apart that hold different
+    tokens of one sample.
+    """
+
+    def __init__(self, model: Nuwa, recompute: Recomputation = "none", stream: int = 0) -> None:
+        self.model = model
+        self.names = unit_names(model.config)
+        self._recompute, self._stream = recompute, stream
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def modules(self, unit: int) -> list[nn.Module]:
+        """The modules whose weights a unit uses; tables that several units share are not among
+        the head's."""
+        model, (kind, _, number) = self.model, self.names[unit].partition(".")
+        if kind == "embedding":
+            return [
+                model.visual_embedding,
+                model.text_embedding,
+                model.text_positions,
+                model.context_positions,
+                model.target_positions,
+                model.begin,
+            ]
+        if kind == "encoder_norm":
+            return [model.encoder_norm]
+        if kind == "head":
+            return [model.decoder_norm] + ([] if model.head is None else [model.head])
+        return [(model.encoder if kind == "encoder" else model.decoder)[int(number)]]
+
+    def run(self, flow: Flow, start: int = 0, stop: int | None = None) -> Flow:
+        """The flow after the units `start` … `stop - 1`."""
+        for unit in range(start, len(self) if stop is None else stop):
+            flow = self._run(unit, flow)
+        return flow
+
+    def _run(self, unit: int, flow: Flow) -> Flow:
+        model, (kind, _, number) = self.model, self.names[unit].partition(".")
+        if kind == "embedding":
+            self._seed(unit, flow)
+            context = model.embed_context(flow.as_context())
+            return replace(flow, context=context, x=model.embed_target(flow.x, flow.grid))
+        if kind == "encoder":
+            geometry = model.encoder_geometry(flow.as_context())
+            encode = partial(self._seeded, unit, flow, model.encoder[int(number)])
+            return replace(flow, context=self._call(encode, flow.context, geometry, flow.mask))
+        if kind == "encoder_norm":
+            assert flow.context is not None
+            return replace(flow, context=model.encoder_norm(flow.context))
+        if kind == "decoder":
+            geometries = model.decoder_geometries(flow.grid, flow.as_context())
+            decode = partial(self._seeded, unit, flow, model.decoder[int(number)])
+            x = self._call(decode, flow.x, flow.context, *geometries, flow.mask)
+            is_last = int(number) == len(model.decoder) - 1
+            return replace(flow, x=x, context=None if is_last else flow.context)
+        return replace(flow, x=model.predict(flow.x))
+
+    def _seeded(self, unit: int, flow: Flow, layer: nn.Module, *arguments: object) -> Tensor:
+        self._seed(unit, flow)
+        return layer(*arguments)
+
+    def _seed(self, unit: int, flow: Flow) -> None:
+        if self.model.training and self.model.config.dropout:
+            torch.manual_seed((flow.seed + (unit + 1) * _MULTIPLIER + self._stream) % (1 << 63))
+
+    def _call(self, layer: Callable[..., Tensor], *arguments: object) -> Tensor:
+        if self._recompute == "none" or not torch.is_grad_enabled():
+            return layer(*arguments)
+        # A layer seeds itself, so no random state needs to be kept for its second run.
+        settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self._recompute == "selective":
+            settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        return checkpoint(layer, *arguments, **settings)
+
+
+def _policy(
+    _context: object, operator: torch._ops.OpOverload, *_arguments: object, **_settings: object
+) -> CheckpointPolicy:
+    name = operator.name() if hasattr(operator, "name") else ""
+    kept = name.startswith(_KEPT_PREFIXES)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
