@@ -3,7 +3,7 @@
 Needs nothing but a compiler and the headers of an installed torch, and imports neither torch nor
 the rest of the package, so that setup.py can load this file alone.
 
-    python -m megatron_nuwa.ops.build      # rebuild in place after a change in csrc/
+    python megatron_nuwa/ops/build.py      # rebuild in place after a change in csrc/
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def why_missing(name: str) -> str | None:
     library = _FOLDER / library_name(name)
     if not library.exists():
         reason = build_report().get("reasons", {}).get(name) or (
-            "the package was not installed with pip; `python -m megatron_nuwa.ops.build` builds it"
+            "the package was not installed with pip; `python megatron_nuwa/ops/build.py` builds it"
         )
         return f"{library.name} was not built: {reason}"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 
@@ -297,9 +298,13 @@ print((status("VmHWM") - before) / bytes_of_tensors)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory_is_that_of_inputs_outputs_and_gradients(dtype: str) -> None:
+    # What the first call frees goes back to the system at once, and is not used again unseen.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, "-c", _PEAK.replace("DTYPE", dtype)], capture_output=True, text=True
+        [sys.executable, "-c", _PEAK.replace("DTYPE", dtype)],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
-    # Less than 1 where memory of the first call is used again; near 0 would mean nothing measured.
-    assert 0.5 < float(done.stdout) <= 1.2
+    assert 0.8 < float(done.stdout) <= 1.2

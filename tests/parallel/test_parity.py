@@ -18,6 +18,13 @@ VARIANTS = {
     "bf16": ({"bf16": True}, ()),
 }
 
+# Changes of the recipe that hold on one process and on 2 × 2.
+EVERYWHERE = {
+    "tied": ("model.tie_head=true", "data.micro_batch_tokens=48"),
+    "dropout": ("model.dropout=0.1", "training.checkpoint_activations=selective"),
+    "frozen": ("model.train_codebook=false", "model.norm=post", "model.cross_attention=sequential"),
+}
+
 
 def scenario(kind: str, pipeline: int = 1, tensor: int = 1, data: int = 1) -> Scenario:
     settings, overrides = VARIANTS[kind]
@@ -34,8 +41,13 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
         of_size = by_size.setdefault(pipeline * tensor * data, [])
         of_size += [scenario(kind, pipeline, tensor, data) for kind in VARIANTS]
     for stage in (2, 3):
-        name = f"fp32_zero{stage}"
-        by_size[2].append(Scenario(name, layout(zero=stage), TEN))
+        by_size[2].append(Scenario(f"fp32_zero{stage}", layout(zero=stage), TEN))
+    for name, changes in EVERYWHERE.items():
+        by_size[1].append(Scenario(name, layout(), (*TEN, *changes)))
+        by_size[4].append(Scenario(f"{name}_split", layout(2, 2), (*TEN, *changes)))
+    by_size[4].append(Scenario("sequence", layout(2, 2, sequence_parallel=True), TEN))
+    stopped = (*TEN, "training.stop_at_step=4")
+    by_size[4] += [Scenario("resumed", layout(2, 2), changes) for changes in (stopped, TEN)]
     for size, scenarios in by_size.items():
         run_world(small_world.recipe, root, size, scenarios)
     return root
@@ -59,6 +71,25 @@ def test_bf16_trains_like_one_process(runs: Path, sizes: tuple[int, int, int]) -
     )
     assert len(several) == 10
     torch.testing.assert_close(several[:, :-1], one[:, :-1], rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_what_the_recipe_changes_is_the_same_everywhere(runs: Path, name: str) -> None:
+    compare(runs, name, f"{name}_split")
+
+
+def test_sequence_parallelism_trains_like_one_process(runs: Path) -> None:
+    compare(runs, "fp32_pp1_tp1_dp1", "sequence")
+
+
+def test_a_pipeline_stopped_after_four_steps_continues_bit_for_bit(runs: Path) -> None:
+    whole = scenario("fp32", 2, 2).name
+    assert figures(runs / "resumed") == figures(runs / whole)
+    weights, expected = (
+        load_file(runs / run / "checkpoints/step_00000010/model.safetensors")
+        for run in ("resumed", whole)
+    )
+    assert all(weights[name].equal(expected[name]) for name in expected)
 
 
 def compare(runs: Path, expected: str, name: str) -> None:

@@ -88,7 +88,8 @@ void run(BlockKernel kernel, const Call& call, const BlockTable& table) {
 
 ElementType element_type(const Tensor& tensor) {
   const bool is_float = tensor.scalar_type() == ScalarType::Float;
-  check(is_float || tensor.scalar_type() == ScalarType::BFloat16, "dtype is not float32 or bfloat16");
+  const bool is_known = is_float || tensor.scalar_type() == ScalarType::BFloat16;
+  check(is_known, "dtype is not float32 or bfloat16");
   return is_float ? ElementType::float32 : ElementType::bfloat16;
 }
 

@@ -82,7 +82,7 @@ inline float maximum(Floats x) {
 inline Quad sums(Floats a, Floats b, Floats c, Floats d) {
   const Floats ab = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
   const Floats cd = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
-  const Floats abcd = (Floats)_mm512_shuffle_ps(ab, cd, 0x44) + (Floats)_mm512_shuffle_ps(ab, cd, 0xee);
+  const Floats abcd = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
   const __m256 half = _mm512_castps512_ps256(abcd) + _mm512_extractf32x8_ps(abcd, 1);
   return _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1);
 }
@@ -90,7 +90,7 @@ inline Quad sums(Floats a, Floats b, Floats c, Floats d) {
 inline Quad sums(Floats a, Floats b, Floats c, Floats d) {
   const Floats ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
   const Floats cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
-  const Floats abcd = (Floats)_mm256_shuffle_ps(ab, cd, 0x44) + (Floats)_mm256_shuffle_ps(ab, cd, 0xee);
+  const Floats abcd = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
   return _mm256_castps256_ps128(abcd) + _mm256_extractf128_ps(abcd, 1);
 }
 #else

@@ -1,0 +1,105 @@
+"""The model as units: the same function, wherever it is cut, recomputed or packed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_nuwa.grid import Grid
+from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
+from megatron_nuwa.parallel.units import Flow, Recomputation, Units
+
+GRID = Grid(4, 3, 2)
+
+
+def small(**changes: object) -> Nuwa:
+    torch.manual_seed(0)
+    settings = {
+        "width": 16,
+        "heads": 2,
+        "encoder_layers": 2,
+        "decoder_layers": 3,
+        "codebook_size": 40,
+        "code_dim": 8,
+        "text_vocabulary": 30,
+        "position_grid": (4, 3, 2),
+    }
+    return Nuwa(NuwaConfig.model_validate({**settings, **changes}))
+
+
+def text() -> Context:
+    torch.manual_seed(1)
+    mask = torch.arange(77).expand(2, 77) < 6
+    return Context("text", torch.randint(0, 30, (2, 77)), Grid(1, 1, 77), mask)
+
+
+def sketch() -> Context:
+    torch.manual_seed(1)
+    return Context("visual", torch.randint(0, 40, (2, 12)), Grid(4, 3, 1))
+
+
+def target() -> Tensor:
+    torch.manual_seed(2)
+    return torch.randint(0, 40, (2, GRID.cells))
+
+
+def through_every_cut(units: Units, flow: Flow) -> Tensor:
+    """Packed and unpacked between any two units."""
+    for unit in range(len(units)):
+        flow = Flow.unpack(units.run(flow, unit, unit + 1).pack())
+    return flow.x
+
+
+@pytest.mark.parametrize("context", [text, sketch])
+@pytest.mark.parametrize("tied", [False, True])
+def test_units_in_a_row_are_the_model(context: object, tied: bool) -> None:
+    assert callable(context)
+    model = small(tie_head=tied)
+    expected = model(context(), target(), GRID)
+    flow = Flow.of(context(), target(), GRID)
+    assert torch.equal(Units(model).run(flow).x, expected)
+    assert torch.equal(through_every_cut(Units(model), flow), expected)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "layer"])
+def test_recomputation_changes_no_gradient(recompute: Recomputation) -> None:
+    model = small(dropout=0.2)
+    gradients = []
+    for kind in ("none", recompute):
+        model.zero_grad()
+        logits = Units(model, kind).run(Flow.of(text(), target(), GRID, seed=7)).x
+        model.cross_entropy(logits, target()).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) > 60
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
+
+
+def test_recomputation_keeps_less() -> None:
+    kept = {}
+    for kind in ("none", "selective", "layer"):
+        model, sizes = small(), {}
+
+        def note(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            Units(model, kind).run(Flow.of(text(), target(), GRID))
+        kept[kind] = sum(sizes.values())
+    assert kept["layer"] < kept["none"] / 2
+
+
+def test_dropout_follows_from_the_seed_and_the_unit_alone() -> None:
+    model = small(dropout=0.3)
+
+    def run(seed: int, stream: int = 0) -> Tensor:
+        torch.manual_seed(torch.randint(1000, ()).item())
+        return through_every_cut(Units(model, stream=stream), Flow.of(text(), target(), GRID, seed))
+
+    assert torch.equal(run(5), Units(model).run(Flow.of(text(), target(), GRID, 5)).x)
+    assert not torch.equal(run(5), run(6))
+    assert not torch.equal(run(5), run(5, stream=1))
+    model.eval()
+    assert torch.equal(run(5), run(6))
