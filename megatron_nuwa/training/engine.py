@@ -43,8 +43,12 @@ class Engine(ABC):
         self.deepspeed: Any = None
 
     @abstractmethod
-    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> list[Loss]:
+    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
         """Forward, backward and optimizer step over micro-batches; `seed` is dropout's."""
+
+    @abstractmethod
+    def losses(self) -> list[Loss]:
+        """Losses of the newest step or evaluation, as far as it has come."""
 
     @abstractmethod
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
@@ -62,6 +66,12 @@ class Engine(ABC):
     def grad_norm(self) -> float:
         """Norm of the last step's gradient, before clipping; every process must call it."""
         return float(self.deepspeed.get_global_grad_norm() or 0.0)
+
+    def loss_scale(self) -> float | None:
+        """What fp16 multiplies losses by now; None in other precisions."""
+        if self.place.layout.precision != "fp16":
+            return None
+        return float(self.deepspeed.optimizer.cur_scale)
 
     def whole_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU of the first process, none elsewhere; every process calls it."""
@@ -121,31 +131,34 @@ class WholeEngine(Engine):
         self._weights = _task_weights(recipe)
         self._loss = _TaskLoss(_units_of(self.model, recipe, place))
         self._recipe, self._config = recipe, config
+        self._losses: list[Loss] = []
 
     def wrap(self) -> None:
         """Hand the model, with its starting weights, over to DeepSpeed."""
         settings = self._recipe.optimizer
         self.deepspeed = _initialize(self._loss, settings, self._config, self.place.mpu)
 
-    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> list[Loss]:
-        losses = []
+    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
+        self._losses = []
         scales = self._scales(batches, self._weights)
         for number, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
             loss = self.deepspeed(batch.to(self.device), seed + number)
+            self._losses.append(Loss(batch.task, loss.detach(), batch.share))
             self.deepspeed.backward(loss * scale)
             self.deepspeed.step()
-            losses.append(Loss(batch.task, loss.detach(), batch.share))
-        return losses
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
         self.deepspeed.eval()
-        losses = [
+        self._losses = [
             Loss(batch.task, self.deepspeed(batch.to(self.device), 0), batch.share)
             for batch in batches
         ]
         self.deepspeed.train()
-        return losses
+        return self._losses
+
+    def losses(self) -> list[Loss]:
+        return self._losses
 
     def _owned(self, stage: int) -> list[nn.Module]:
         return [self.model]
@@ -171,6 +184,7 @@ class StageEngine(Engine):
         self.model.initialise(recipe.seed)
         self._recipe, self._config = recipe, config
         self._weights = _task_weights(recipe)
+        self._batches: Sequence[TokenBatch] = ()
         self._means: list[Tensor] = []
 
     def wrap(self) -> None:
@@ -185,15 +199,14 @@ class StageEngine(Engine):
         # DeepSpeed reuses receive buffers whatever their type was.
         self.deepspeed._allocate_or_extend_buffers = self._new_buffer
 
-    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> list[Loss]:
-        self._means = []
+    def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
+        self._batches, self._means = batches, []
         scales = self._scales(batches, self._weights)
         self.deepspeed.train_batch(iter(self._packed(batches, scales, seed)))
-        return self._losses(batches)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
-        self._means = []
+        self._batches, self._means = batches, []
         count = torch.tensor(len(batches), device=self.device)
         # Stages in the middle read no data, and so do not know how much there is.
         dist.all_reduce(count, dist.ReduceOp.MAX)
@@ -204,7 +217,7 @@ class StageEngine(Engine):
             num_micro_batches=int(count),
         )
         self.deepspeed.train()
-        return self._losses(batches)
+        return self.losses()
 
     def _packed(
         self, batches: Sequence[TokenBatch], scales: Sequence[float], seed: int
@@ -223,13 +236,11 @@ class StageEngine(Engine):
         self._means.append(loss.detach())
         return loss * scale
 
-    def _losses(self, batches: Sequence[TokenBatch]) -> list[Loss]:
-        """The schedule computes losses in the order of the micro-batches, on the last stage."""
-        if not self.place.is_last_stage:
-            return []
+    def losses(self) -> list[Loss]:
+        # The schedule computes them in the order of the micro-batches, on the last stage.
         return [
             Loss(batch.task, mean, batch.share)
-            for batch, mean in zip(batches, self._means, strict=True)
+            for batch, mean in zip(self._batches, self._means, strict=False)
         ]
 
     def _new_buffer(self, _index: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -19,12 +19,13 @@ from megatron_nuwa.models.vqgan import save_vqgan
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
-from megatron_nuwa.training.checkpoint import Checkpoints
+from megatron_nuwa.training.checkpoint import Checkpoints, read_state
 from megatron_nuwa.training.checkpoint import load as load_checkpoint
 from megatron_nuwa.training.costs import unit_costs
-from megatron_nuwa.training.engine import Loss, build_engine, complete_config
+from megatron_nuwa.training.engine import build_engine, complete_config
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
 from megatron_nuwa.training.figures import StepFigures
+from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.inputs import Inputs, open_inputs
 from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.prefetch import prefetched
@@ -32,6 +33,7 @@ from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.run_folder import prepare_run_folder
 from megatron_nuwa.training.schedule import learning_rate
+from megatron_nuwa.training.skipping import make_skippable
 
 # Shows pictures of the current model: (model, step, monitor, grids, frames a second).
 ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
@@ -124,7 +126,13 @@ class Pretraining:
             unit_costs(recipe, grids, layout.cut, processes.device),
             inputs.vqgan.codebook() if codes else None,
         )
-        self.figures = StepFigures(recipe, self.tasks, processes)
+        make_skippable(self.engine.deepspeed, self._should_skip)
+        self.figures = StepFigures(recipe, self.tasks, processes, self.place.stage)
+        self.figures.watch(self.engine.deepspeed.module)
+        bad_batches = self.folder / BAD_BATCHES_FILE if processes.is_first else None
+        self.guard = Guard(recipe.training.guard, bad_batches)
+        self._means: dict[TaskName, float] = {}
+        self._verdict = Verdict(False)
         self.step = 0
 
     def begin(self, start: resume.Start) -> None:
@@ -132,6 +140,7 @@ class Pretraining:
         if start.checkpoint is not None:
             load_checkpoint(self.engine.deepspeed, start.checkpoint)
             self.step = start.step
+            self.guard.restore(read_state(start.checkpoint)["guard"])
         if self.processes.is_first:
             assert self.recipe.model is not None
             with torch.device("meta"):
@@ -150,10 +159,10 @@ class Pretraining:
                 print(f"nothing to do: step {self.step} of {last} is reached already", flush=True)
             return
         for batches in prefetched(self._batches(), range(self.step, last), self.figures):
-            losses = self._train_step(batches)
+            self._train_step(batches)
             self.step += 1
             ended = self.step == last
-            self.figures.add(losses)
+            self._account()
             if self.step % recipe.training.log_every == 0 or ended:
                 self._log(last)
             if recipe.evaluation and (self.step % recipe.evaluation.every == 0 or ended):
@@ -164,14 +173,44 @@ class Pretraining:
                 self._save()
             self.figures.restart_clock()
 
-    def _train_step(self, batches: list[TokenBatch]) -> list[Loss]:
+    def _train_step(self, batches: list[TokenBatch]) -> None:
         """One optimizer step over the micro-batches of every task (paper Eq. 12)."""
         peak = self.recipe.optimizer.learning_rate
         self.engine.set_rate(learning_rate(self.step, peak, self.recipe.schedule))
         # Dropout depends on the step and the replica alone, so a resume needs no saved state.
-        return self.engine.train_step(
-            batches, mix(self.recipe.seed, self.step, self.place.replica) >> 1
-        )
+        seed = mix(self.recipe.seed, self.step, self.place.replica) >> 1
+        self.engine.train_step(batches, seed)
+
+    def _should_skip(self) -> bool:
+        """Judge the step before its optimizer step; DeepSpeed asks on every process."""
+        self._means = self.figures.mean_losses(self.engine.losses())
+        self._verdict = self.guard.verdict(self._means)
+        return self._verdict.skip
+
+    def _account(self) -> None:
+        """Note what became of the step that has just ended."""
+        if self.engine.deepspeed.was_step_applied():
+            self.figures.add(self._means)
+            self.guard.accepted(self._means)
+            return
+        self.figures.add_skipped()
+        # fp16 drops steps while it looks for a loss scale; that is no fault of the batch.
+        if self._verdict.skip or self.place.layout.precision != "fp16":
+            reason = self._verdict.reason or "a gradient is not finite"
+            if self.processes.is_first:
+                path = self.folder / BAD_BATCHES_FILE
+                print(f"step {self.step} skipped: {reason}; its items are in {path}", flush=True)
+            self.guard.skipped(self.step, reason, self._means, self._items(self.step - 1))
+
+    def _items(self, step: int) -> dict[TaskName, list[list[str]]]:
+        """The items of all replicas, on the process that writes them down."""
+        if not self.processes.is_first:
+            return {}
+        replicas = self.place.layout.data
+        return {
+            name: [task.item_names(step, replica, replicas) for replica in range(replicas)]
+            for name, task in self.tasks.items()
+        }
 
     def _batches(self) -> Callable[[int], list[TokenBatch]]:
         replica, replicas = self.place.replica, self.place.layout.data
@@ -187,11 +226,15 @@ class Pretraining:
         return read if self.place.reads_data else lambda step: []
 
     def _log(self, last: int) -> None:
-        rate = self.engine.deepspeed.optimizer.param_groups[0]["lr"]
-        values = self.figures.take(self.step, self.engine.grad_norm(), float(rate))
+        engine, rate = self.engine, self.engine.deepspeed.optimizer.param_groups[0]["lr"]
+        values = self.figures.take(
+            self.step, engine.grad_norm(), float(rate), loss_scale=engine.loss_scale()
+        )
         self.monitor.scalars(self.step, self.figures.samples(self.step), values)
         if self.processes.is_first:
             print(self.figures.line(self.step, last, values), flush=True)
+            for straggler in self.figures.stragglers():
+                print(f"slow: {straggler}", flush=True)
 
     def _evaluate(self) -> None:
         result = evaluate(self.engine, self.held_out)
@@ -241,7 +284,8 @@ class Pretraining:
 
     def _save(self) -> None:
         start = time.perf_counter()
-        path = self.checkpoints.save(self.engine, self.step, self.description, self.processes)
+        state = {**self.description, "guard": self.guard.state()}
+        path = self.checkpoints.save(self.engine, self.step, state, self.processes)
         if self.processes.is_first:
             print(f"saved {path} in {time.perf_counter() - start:.1f} s", flush=True)
 

@@ -13,6 +13,7 @@ from megatron_nuwa.data.batches import TaskName
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.parallel.units import Recomputation
+from megatron_nuwa.training.guard import GuardSettings
 from megatron_nuwa.training.schedule import ScheduleSettings
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 
@@ -86,6 +87,7 @@ class TrainingSettings(Settings):
     keep_checkpoints: int = Field(3, ge=1)
     # Save and end after this step although the schedule is longer.
     stop_at_step: int | None = Field(None, ge=1)
+    guard: GuardSettings = GuardSettings()
 
 
 class EvaluationSettings(Settings):

@@ -70,7 +70,9 @@ def describe(
         "model": recipe.model.model_dump(mode="json"),
         "data": {
             "accumulation": recipe.data.accumulation,
+            "micro_batch_tokens": recipe.data.micro_batch_tokens,
             "caption_dropout": recipe.data.caption_dropout,
+            "corpus_weights": {task: s.corpus_weights for task, s in recipe.data.tasks.items()},
             "batch_sizes": {task: s.batch_size for task, s in recipe.data.tasks.items()},
             "grids": {task: list(corpora[0].grid) for task, corpora in inputs.train.items()},
             "frames_per_second": {

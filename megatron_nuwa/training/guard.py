@@ -1,0 +1,151 @@
+"""What a run does about a batch whose loss jumps or is no number."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pydantic import Field
+
+from megatron_nuwa.config import Settings
+from megatron_nuwa.data.batches import TaskName
+from megatron_nuwa.errors import ReportedElsewhereError, UserError
+
+BAD_BATCHES_FILE = "bad_batches.jsonl"
+# A loss must also lie this many robust standard deviations above the level of its task, so that a
+# task of small, noisy batches is left alone.
+_DEVIATIONS = 6.0
+# A normal distribution's standard deviation over the median absolute difference of two draws.
+_DIFFERENCE_TO_DEVIATION = 1.4826 / math.sqrt(2)
+# Nats a token; jumps between losses far below it are of no harm.
+_SMALL_LOSS = 0.1
+
+
+class GuardSettings(Settings):
+    """When the optimizer step of a batch is skipped, and when the run is stopped."""
+
+    enabled: bool = True
+    # A loss is a spike above this multiple of the median of its task's last `window` losses …
+    spike_factor: float = Field(2.0, gt=1)
+    window: int = Field(128, ge=8)
+    # … once this many steps were taken; a loss that is no number is always skipped.
+    warm_steps: int = Field(64, ge=1)
+    # Skipped steps in a row that stop the run.
+    patience: int = Field(3, ge=1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to skip a step, and why."""
+
+    skip: bool
+    reason: str = ""
+
+
+class Guard:
+    """Judges the losses of every step and keeps account of the skipped ones.
+
+    Every process has one and must give it the same losses, the means over all processes. `path` is
+    the run's list of bad batches on the process that writes it, None on all others.
+    """
+
+    def __init__(self, settings: GuardSettings, path: Path | None) -> None:
+        self._settings, self._path = settings, path
+        self._levels: dict[TaskName, deque[float]] = {}
+        self._taken = 0
+        self._in_a_row = 0
+
+    def verdict(self, losses: Mapping[TaskName, float], grad_norm: float | None = None) -> Verdict:
+        """Judge a step by its tasks' mean losses in nats a token; changes nothing."""
+        if not self._settings.enabled:
+            return Verdict(False)
+        for task, loss in losses.items():
+            if not math.isfinite(loss):
+                return Verdict(True, f"the loss of {task} is {loss}")
+        if grad_norm is not None and not math.isfinite(grad_norm):
+            return Verdict(True, f"the gradient norm is {grad_norm}")
+        if self._taken < self._settings.warm_steps:
+            return Verdict(False)
+        for task, loss in losses.items():
+            usual = self._exceeded(task, loss)
+            if usual is not None:
+                reason = f"the loss of {task} jumped to {loss:.3f} from about {usual:.3f}"
+                return Verdict(True, reason)
+        return Verdict(False)
+
+    def accepted(self, losses: Mapping[TaskName, float]) -> None:
+        """Note the losses of a step that was taken."""
+        for task, loss in losses.items():
+            levels = self._levels.setdefault(task, deque(maxlen=self._settings.window))
+            levels.append(_level(loss))
+        self._taken += 1
+        self._in_a_row = 0
+
+    def skipped(
+        self,
+        step: int,
+        reason: str,
+        losses: Mapping[TaskName, float],
+        items: Mapping[TaskName, Sequence[Sequence[str]]],
+    ) -> None:
+        """Write a skipped step down: `items` names each task's items, replica by replica.
+
+        `step` is counted from 1, as in the log. Raises `UserError` after `patience` such steps
+        without a taken one between them. Does nothing where the guard is off.
+        """
+        if not self._settings.enabled:
+            return
+        self._in_a_row += 1
+        if self._path is not None:
+            numbers = {t: v if math.isfinite(v) else str(v) for t, v in losses.items()}
+            entry = {"step": step, "reason": reason, "losses": numbers, "items": dict(items)}
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if self._in_a_row >= self._settings.patience:
+            kind = ReportedElsewhereError if self._path is None else UserError
+            raise kind(self._ending(step, reason, list(losses)))
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know, as plain JSON values."""
+        levels = {task: list(values) for task, values in self._levels.items()}
+        return {"levels": levels, "taken": self._taken, "in_a_row": self._in_a_row}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        window = self._settings.window
+        self._levels = {task: deque(v, maxlen=window) for task, v in state["levels"].items()}
+        self._taken, self._in_a_row = int(state["taken"]), int(state["in_a_row"])
+
+    def _exceeded(self, task: TaskName, loss: float) -> float | None:
+        """The usual loss of a task where this one is a spike above it."""
+        levels = self._levels.get(task)
+        if not levels:
+            return None
+        usual = median(levels)
+        # From step to step, so that a quickly falling loss does not pass for a noisy one.
+        differences = [abs(after - before) for before, after in pairwise(levels)]
+        deviation = _DIFFERENCE_TO_DEVIATION * median(differences or [0.0])
+        margin = max(math.log(self._settings.spike_factor), _DEVIATIONS * deviation)
+        return math.exp(usual) - _SMALL_LOSS if _level(loss) - usual > margin else None
+
+    def _ending(self, step: int, reason: str, tasks: Sequence[TaskName]) -> str:
+        count = self._in_a_row
+        steps = f"{count} steps in a row were" if count > 1 else "the step was"
+        where = "" if self._path is None else f"; their items are listed in {self._path}"
+        return (
+            f"training of {', '.join(tasks)} stopped at step {step}, because {steps} skipped and "
+            f"in the last one {reason}{where}, and the run continues from its newest checkpoint "
+            "when it is started again with the cause removed or training.guard changed"
+        )
+
+
+def _level(loss: float) -> float:
+    """A loss on a scale where equal ratios are equal distances."""
+    return math.log(max(loss, 0.0) + _SMALL_LOSS)

@@ -1,0 +1,62 @@
+"""A run goes on without a bad batch, and stops with its items written down after several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from helpers import SmallWorld, lone_process
+
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
+from megatron_nuwa.training.pretrain import pretrain
+from megatron_nuwa.training.recipe import load_recipe
+
+
+def train(world: SmallWorld, run: Path, *overrides: str) -> list[dict[str, float]]:
+    recipe = load_recipe(
+        world.recipe, [f"run={run}", "evaluation=null", "training.stop_at_step=6", *overrides]
+    )
+    pretrain(recipe, recipe.training.deepspeed_config, lone_process())
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def find_bad(monkeypatch: pytest.MonkeyPatch, *bad: int) -> None:
+    """Have every guard find these of its steps bad, counted from 1."""
+    asked: dict[int, int] = {}
+    judge = Guard.verdict
+
+    def verdict(guard: Guard, losses: Mapping, grad_norm: float | None = None) -> Verdict:
+        asked[id(guard)] = asked.get(id(guard), 0) + 1
+        is_bad = asked[id(guard)] in bad
+        return Verdict(True, "it was told so") if is_bad else judge(guard, losses, grad_norm)
+
+    monkeypatch.setattr(Guard, "verdict", verdict)
+
+
+def test_bad_step_is_skipped_logged_and_its_items_are_written_down(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_bad(monkeypatch, 3)
+    log = train(small_world, tmp_path / "run")
+    assert [line["speed/skipped_steps"] for line in log] == [0, 0, 1, 0, 0, 0]
+    assert ["train/loss" in line for line in log] == [True, True, False, True, True, True]
+    [entry] = map(json.loads, (tmp_path / "run" / BAD_BATCHES_FILE).read_text().splitlines())
+    assert entry["step"] == 3
+    assert entry["reason"] == "it was told so"
+    assert set(entry["losses"]) == {"t2i", "v2v", "t2v"}
+    sizes = {task: [len(names) for names in of] for task, of in entry["items"].items()}
+    assert sizes == {"t2i": [4], "v2v": [2], "t2v": [2]}
+    assert all(name.startswith(f"{small_world.images}:item-") for name in entry["items"]["t2i"][0])
+
+
+def test_several_bad_steps_in_a_row_end_the_run_with_one_sentence(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_bad(monkeypatch, 2, 4, 5)
+    with pytest.raises(UserError, match=r"stopped at step 5, because 2 steps in a row"):
+        train(small_world, tmp_path / "run", "training.guard.patience=2")
+    lines = (tmp_path / "run" / BAD_BATCHES_FILE).read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2, 4, 5]

@@ -1,0 +1,149 @@
+"""Figures are means over everything that was trained, and say who and what was slow or skipped."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from helpers import SmallWorld, lone_process
+from torch import Tensor, nn
+
+from megatron_nuwa.data.batches import TaskBatches
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.text import TextTokenizer
+from megatron_nuwa.training.engine import Loss
+from megatron_nuwa.training.figures import StepFigures
+from megatron_nuwa.training.own_time import ratios_to_peers
+from megatron_nuwa.training.processes import Processes, join_processes
+from megatron_nuwa.training.recipe import load_recipe
+
+RANKS = 3
+LAST_STAGE = 1
+SECONDS = [0.01, 0.05, 0.25]
+
+
+def figures_of(recipe_path: Path, processes: Processes, stage: int = 0) -> StepFigures:
+    recipe = load_recipe(recipe_path)
+    assert recipe.data is not None
+    assert recipe.tokenizers is not None
+    bpe = TextTokenizer.load(recipe.tokenizers.bpe)
+    tasks = {
+        task: TaskBatches(task, [Corpus(s.corpora[0])], bpe, seed=0, batch_size=s.batch_size)
+        for task, s in recipe.data.tasks.items()
+    }
+    return StepFigures(recipe, tasks, processes, stage)
+
+
+class Sleeper(nn.Module):
+    """A model that takes its time."""
+
+    def forward(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+def loss_of(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.bfloat16)
+
+
+def one_rank(rank: int, port: int, recipe: Path, folder: Path) -> None:
+    """Rank 0 is a pipeline's first stage and computes no loss; 1 and 2 are replicas of its last."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    of_rank: list[list[Loss]] = [
+        [],
+        [("t2i", loss_of(1), 0.25), ("v2v", loss_of(3), 1.0), ("t2i", loss_of(2), 0.75)],
+        [("t2i", loss_of(5), 1.0), ("v2v", loss_of(4), 1.0)],
+    ]
+    with join_processes() as processes:
+        figures = figures_of(recipe, processes, stage=min(rank, LAST_STAGE))
+        model = Sleeper()
+        figures.watch(model)
+        model(SECONDS[rank])
+        means = figures.mean_losses(of_rank[rank])
+        figures.add(means)
+        values = figures.take(1, 0.5, 1e-3)
+        bad = figures.mean_losses([("t2i", loss_of(math.nan if rank == 2 else 1), 1.0)])
+        result = {"means": means, "slow": figures.stragglers(), "values": values, "bad": bad}
+        (folder / f"{rank}.json").write_text(json.dumps(result))
+
+
+def test_means_and_stragglers_are_right_on_every_process_of_a_pipeline(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(one_rank, (port, small_world.recipe, tmp_path), RANKS)
+    for rank in range(RANKS):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert result["means"] == {"t2i": (0.25 * 1 + 0.75 * 2 + 5) / 2, "v2v": 3.5}
+        assert math.isnan(result["bad"]["t2i"])
+        [phrase] = result["slow"]
+        assert phrase.startswith(f"rank 2 on host {socket.gethostname()}: 1.")
+        assert phrase.endswith("× the median over 1 steps")
+        assert 1.4 < result["values"]["speed/step_seconds_spread"] < 1.8
+        assert result["values"]["train/loss/t2i"] == 3.375
+
+
+def test_peers_are_those_of_the_same_stage() -> None:
+    assert ratios_to_peers([1, 1, 1, 3, 3, 6], [0, 0, 0, 1, 1, 1]) == [1, 1, 1, 1, 1, 2]
+    assert ratios_to_peers([1, 5], [0, 1]) == [1, 1]
+    assert ratios_to_peers([0, 0], [0, 0]) == [1, 1]
+
+
+def test_skipped_steps_are_counted_and_leave_the_means_alone(small_world: SmallWorld) -> None:
+    figures = figures_of(small_world.recipe, lone_process())
+    losses = {"t2i": 2.0, "v2v": 3.0, "t2v": 4.0}
+    figures.add(losses)
+    figures.add_skipped()
+    figures.add({task: loss + 1 for task, loss in losses.items()})
+    values = figures.take(3, 0.5, 1e-3)
+    assert [values[f"train/loss/{task}"] for task in losses] == [2.5, 3.5, 4.5]
+    assert values["train/perplexity/t2i"] == pytest.approx(math.exp(2.5))
+    assert values["speed/skipped_steps"] == 1
+    assert values["speed/step_seconds_spread"] == 1
+    assert "train/loss_scale" not in values
+    assert figures.line(3, 9, values).endswith("  skipped 1")
+    assert figures.stragglers() == []
+
+
+def test_interval_of_skipped_steps_alone_has_no_loss_and_still_a_line(
+    small_world: SmallWorld,
+) -> None:
+    figures = figures_of(small_world.recipe, lone_process())
+    figures.add_skipped()
+    values = figures.take(1, math.inf, 1e-3, loss_scale=256.0)
+    assert not [tag for tag in values if tag.startswith(("train/loss/", "train/grad"))]
+    assert "train/loss" not in values
+    assert values["train/loss_scale"] == 256
+    json.dumps(values, allow_nan=False)
+    assert figures.line(1, 9, values).startswith("step 1/9  lr 1.00e-03  ")
+
+
+def test_healthy_line_says_nothing_of_skipping(small_world: SmallWorld) -> None:
+    figures = figures_of(small_world.recipe, lone_process())
+    figures.add({"t2i": 2.0, "v2v": 3.0, "t2v": 4.0})
+    line = figures.line(1, 9, figures.take(1, 0.5, 1e-3))
+    assert "loss 9.0000 (t2i 2.000 t2v 4.000 v2v 3.000)" in line
+    assert "skipped" not in line
+
+
+def test_only_training_is_watched(small_world: SmallWorld) -> None:
+    figures = figures_of(small_world.recipe, lone_process())
+    model = Sleeper()
+    figures.watch(model)
+    assert figures._own_time is not None
+    model.eval()
+    model(0.02)
+    assert figures._own_time.take() == 0
+    model.train()
+    model(0.02)
+    assert figures._own_time.take() >= 0.02
+    assert figures._own_time.take() == 0
