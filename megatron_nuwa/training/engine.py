@@ -20,6 +20,7 @@ from megatron_nuwa.parallel.cut import cut, stage_table
 from megatron_nuwa.parallel.groups import Place, import_deepspeed
 from megatron_nuwa.parallel.tensor import split_model, whole_weight
 from megatron_nuwa.parallel.units import Flow, Units
+from megatron_nuwa.training.fused import fuse_norms, make_adam
 from megatron_nuwa.training.recipe import OptimizerSettings, Recipe
 
 
@@ -125,7 +126,7 @@ class WholeEngine(Engine):
     def __init__(
         self, recipe: Recipe, place: Place, config: dict[str, Any], device: torch.device
     ) -> None:
-        super().__init__(_model_of(recipe, place), place, device)
+        super().__init__(_model_of(recipe, place, device), place, device)
         self.model.to_empty(device=device)
         self.model.initialise(recipe.seed)
         self._weights = _task_weights(recipe)
@@ -177,7 +178,7 @@ class StageEngine(Engine):
     ) -> None:
         from megatron_nuwa.parallel.pipeline import own_modules
 
-        super().__init__(_model_of(recipe, place), place, device)
+        super().__init__(_model_of(recipe, place, device), place, device)
         self._units, self._bounds = _units_of(self.model, recipe, place), bounds
         for module in own_modules(self._units, bounds, place.stage):
             module.to_empty(device=device)
@@ -309,12 +310,15 @@ def build_engine(
     return engine
 
 
-def _model_of(recipe: Recipe, place: Place) -> Nuwa:
+def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
     assert recipe.model is not None
     with torch.device("meta"):
         model = Nuwa(recipe.model)
     if place.layout.tensor > 1:
         split_model(model, place.tensor, place.layout.sequence_parallel)
+    taken = fuse_norms(recipe.training.norm, model, device)
+    if dist.get_rank() == 0:
+        print(f"norms {taken}", flush=True)
     return model
 
 
@@ -332,14 +336,17 @@ def _task_weights(recipe: Recipe) -> dict[TaskName, float]:
 def _initialize(
     module: nn.Module, settings: OptimizerSettings, config: dict[str, Any], mpu: Any
 ) -> Any:
-    kind = torch.optim.AdamW if settings.name == "adamw" else torch.optim.Adam
-    optimizer = kind(
+    optimizer, taken = make_adam(
+        settings.implementation,
         [p for p in module.parameters() if p.requires_grad],
+        decoupled=settings.name == "adamw",
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,
         weight_decay=settings.weight_decay,
     )
+    if dist.get_rank() == 0:
+        print(f"optimizer {taken}", flush=True)
     # It prints its memory at every turn.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = import_deepspeed().initialize(

@@ -13,6 +13,7 @@ from megatron_nuwa.data.batches import TaskName
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.parallel.units import Recomputation
+from megatron_nuwa.training.fused import AdamKind, NormKind
 from megatron_nuwa.training.guard import GuardSettings
 from megatron_nuwa.training.schedule import ScheduleSettings
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
@@ -68,6 +69,7 @@ class OptimizerSettings(Settings):
     """Adam, as the paper trains."""
 
     name: Literal["adam", "adamw"] = "adam"
+    implementation: AdamKind = "auto"
     learning_rate: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = Field(1e-8, gt=0)
@@ -82,6 +84,8 @@ class TrainingSettings(Settings):
     # What is computed a second time in the backward pass instead of being kept: nothing, what is
     # cheap (norms, GELU, dropout, sums), or whole layers.
     checkpoint_activations: Recomputation = "none"
+    # Whose layer norms; "auto" takes apex's fused ones on GPUs that have it.
+    norm: NormKind = "auto"
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(3, ge=1)

@@ -81,7 +81,7 @@ def describe(
             },
             "items": {task: [len(c) for c in corpora] for task, corpora in inputs.train.items()},
         },
-        "optimizer": recipe.optimizer.model_dump(mode="json"),
+        "optimizer": recipe.optimizer.model_dump(mode="json", exclude={"implementation"}),
         "tokenizers": {"vqgan": fingerprint(inputs.vqgan), "bpe": inputs.bpe.fingerprint},
     }
 

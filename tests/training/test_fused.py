@@ -1,0 +1,85 @@
+"""apex is taken where it is, told from PyPI's package of the same name, and asked for by name."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.fused import AdamKind, fuse_norms, make_adam
+
+SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+class FusedLayerNorm(nn.LayerNorm):
+    """Stands in for apex's."""
+
+
+class FusedAdam(torch.optim.AdamW):
+    """Stands in for apex's, with its argument."""
+
+    def __init__(self, parameters: list, adam_w_mode: bool = True, **settings: object) -> None:
+        super().__init__(parameters, **settings)
+        self.adam_w_mode = adam_w_mode
+
+
+@pytest.fixture
+def apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("", ".normalization", ".optimizers"):
+        monkeypatch.setitem(sys.modules, f"apex{part}", ModuleType(f"apex{part}"))
+    sys.modules["apex.normalization"].FusedLayerNorm = FusedLayerNorm
+    sys.modules["apex.optimizers"].FusedAdam = FusedAdam
+
+
+@pytest.fixture
+def web_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's apex: a module without NVIDIA's parts."""
+    monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Sequential(nn.LayerNorm(6)))
+
+
+def test_norms_become_apex_with_the_same_weights_and_names(apex: None) -> None:
+    plain, fused = model(), model()
+    assert fuse_norms("apex", fused, torch.device("cpu")) == "apex FusedLayerNorm"
+    assert isinstance(fused[1], FusedLayerNorm)
+    assert isinstance(fused[2][0], FusedLayerNorm)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    x = torch.randn(3, 4)
+    assert torch.equal(fused(x), plain(x))
+
+
+def test_adam_of_apex_is_told_which_weight_decay(apex: None) -> None:
+    for decoupled in (False, True):
+        adam, name = make_adam("apex", model().parameters(), decoupled=decoupled, **SETTINGS)
+        assert name == "apex FusedAdam"
+        assert adam.adam_w_mode is decoupled
+
+
+def test_auto_takes_torch_on_cpus(apex: None) -> None:
+    assert fuse_norms("auto", model(), torch.device("cpu")) == "torch LayerNorm"
+    adam, name = make_adam("auto", model().parameters(), decoupled=True, **SETTINGS)
+    assert name == "torch AdamW"
+    assert type(adam) is torch.optim.AdamW
+
+
+def test_another_package_called_apex_is_not_taken(web_toolkit: None) -> None:
+    assert fuse_norms("auto", model(), torch.device("cuda")) == "torch LayerNorm"
+    with pytest.raises(UserError, match=r"training\.norm is 'apex'"):
+        fuse_norms("apex", model(), torch.device("cpu"))
+    with pytest.raises(UserError, match=r"optimizer\.implementation is 'apex'"):
+        make_adam("apex", model().parameters(), decoupled=True, **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["auto", "torch"])
+def test_adam_and_adamw_are_torchs(kind: AdamKind) -> None:
+    for decoupled, expected in ((False, torch.optim.Adam), (True, torch.optim.AdamW)):
+        adam, _ = make_adam(kind, model().parameters(), decoupled=decoupled, **SETTINGS)
+        assert type(adam) is expected
