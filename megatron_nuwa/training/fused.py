@@ -32,7 +32,7 @@ def make_adam(
     """An Adam and the name of what was taken; all kinds compute the same update.
 
     `decoupled` is AdamW's weight decay; `settings` are lr, betas, eps and weight_decay. "auto" is
-    apex on GPUs that have it, else torch's own, fused on GPUs. Raises `UserError` where a kind that
+    apex on GPUs that have it, else torch's own fused one. Raises `UserError` where a kind that
     was asked for by name is missing.
     """
     parameters = list(parameters)
@@ -49,9 +49,8 @@ def make_adam(
         mode = {"adam_w_mode" if on_gpu else "adamw_mode": decoupled}
         return made(parameters, **mode, **settings), f"DeepSpeed {made.__name__}"
     plain = torch.optim.AdamW if decoupled else torch.optim.Adam
-    fused = True if on_gpu else None
-    name = f"torch {plain.__name__}{' (fused)' if on_gpu else ''}"
-    return plain(parameters, fused=fused, **settings), name
+    # Not fused, it would make two temporaries as large as all weights.
+    return plain(parameters, fused=True, **settings), f"torch {plain.__name__} (fused)"
 
 
 def fuse_norms(kind: NormKind, model: nn.Module, device: torch.device) -> str:

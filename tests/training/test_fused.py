@@ -66,7 +66,7 @@ def test_adam_of_apex_is_told_which_weight_decay(apex: None) -> None:
 def test_auto_takes_torch_on_cpus(apex: None) -> None:
     assert fuse_norms("auto", model(), torch.device("cpu")) == "torch LayerNorm"
     adam, name = make_adam("auto", model().parameters(), decoupled=True, **SETTINGS)
-    assert name == "torch AdamW"
+    assert name == "torch AdamW (fused)"
     assert type(adam) is torch.optim.AdamW
 
 
