@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_nuwa.models.attention import Attention
-from megatron_nuwa.models.initialisation import shard_of
+from megatron_nuwa.models.initialisation import Shard, shard_of
 from megatron_nuwa.models.layers import DecoderLayer, FeedForward
 from megatron_nuwa.models.nuwa import Nuwa, VisualEmbedding
 from megatron_nuwa.parallel.collectives import TensorGroup, all_gathered
@@ -68,10 +68,14 @@ def split_model(model: Nuwa, tensor: TensorGroup, sequence_parallel: bool = Fals
 
 def whole_weight(parameter: Tensor, tensor: TensorGroup) -> Tensor:
     """A weight as the whole model has it; every process of the group calls it."""
-    shard = shard_of(parameter)
+    return joined(parameter.detach(), shard_of(parameter), tensor)
+
+
+def joined(part: Tensor, shard: Shard | None, tensor: TensorGroup) -> Tensor:
+    """What belongs to a weight, such as its gradient, joined as the weight is split."""
     if shard is None:
-        return parameter.detach()
-    parts = all_gathered(parameter.detach(), tensor)
+        return part
+    parts = all_gathered(part, tensor)
     return torch.cat([*parts], shard.dim).narrow(shard.dim, 0, shard.full)
 
 

@@ -67,8 +67,11 @@ class SplitModule(nn.Module):
     shards: dict[str, Shard]
 
     def take_over(self, whole: nn.Module, shards: Mapping[str, Shard]) -> None:
-        """Become a module with the weights of another one, or the parts of them."""
+        """Become a module with the settings and weights of another one, or the parts of them."""
         nn.Module.__init__(self)
+        for name, setting in vars(whole).items():
+            if not name.startswith("_"):
+                setattr(self, name, setting)
         self.shards = dict(shards)
         for name, parameter in whole._parameters.items():
             if parameter is not None and name in shards:
@@ -96,7 +99,7 @@ class ColumnParallelLinear(SplitModule, nn.Linear):
     def __init__(self, whole: nn.Linear, region: Region) -> None:
         shard = region.shard(whole.weight, 0)
         self.take_over(whole, {"weight": shard, "bias": shard})
-        self.in_features, self.out_features = whole.in_features, shard.length
+        self.out_features = shard.length
 
 
 class RowParallelLinear(SplitModule, nn.Linear):
@@ -105,7 +108,7 @@ class RowParallelLinear(SplitModule, nn.Linear):
     def __init__(self, whole: nn.Linear, region: Region) -> None:
         shard = region.shard(whole.weight, 1)
         self.take_over(whole, {"weight": shard})
-        self.in_features, self.out_features = shard.length, whole.out_features
+        self.in_features = shard.length
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, inputs/size) → (…, outputs), to be summed over the group."""
@@ -204,7 +207,7 @@ class VocabularyParallelEmbedding(SplitModule, nn.Embedding):
     def __init__(self, whole: nn.Embedding, region: Region) -> None:
         shard = region.shard(whole.weight, 0)
         self.take_over(whole, {"weight": shard})
-        self.num_embeddings, self.embedding_dim = shard.length, whole.embedding_dim
+        self.num_embeddings = shard.length
         self.tensor = region.tensor
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -221,7 +224,7 @@ class VocabularyParallelHead(SplitModule, nn.Linear):
     def __init__(self, whole: nn.Linear, region: Region) -> None:
         shard = region.shard(whole.weight, 0)
         self.take_over(whole, {"weight": shard})
-        self.in_features, self.out_features = whole.in_features, shard.length
+        self.out_features = shard.length
         self.region = region
 
     def forward(self, x: Tensor) -> Tensor:
@@ -250,14 +253,11 @@ class TensorParallelVisualEmbedding(VisualEmbedding):
         return _logits(self.region.enter(x), vectors, self.codes.shards["weight"])
 
 
-class SequenceParallelNorm(nn.LayerNorm):
+class SequenceParallelNorm(SplitModule, nn.LayerNorm):
     """A norm of the tokens that lie here."""
 
     def __init__(self, whole: nn.LayerNorm, region: Region) -> None:
-        nn.Module.__init__(self)
-        self.normalized_shape, self.eps = whole.normalized_shape, whole.eps
-        self.elementwise_affine = whole.elementwise_affine
-        self.weight, self.bias = whole.weight, whole.bias
+        self.take_over(whole, {})
         self.region = region
 
     def forward(self, x: Tensor) -> Tensor:
