@@ -29,6 +29,9 @@ _OWNED_BY_RECIPE = {
 }
 # DeepSpeed's own words for what the key 'parallel' says.
 _OWNED_BY_PARALLEL = ("pipeline", "tensor_parallel")
+_OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
+# DeepSpeed reads both names.
+_BF16_KEYS = ("bf16", "bfloat16")
 _SHOWN_LAYOUTS = 3
 
 
@@ -148,11 +151,12 @@ class _State:
         stage = zero.get("stage", 0)
         if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
             raise UserError(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
-        devices = [_section(zero, f"offload_{part}").get("device") for part in _OFFLOADED]
+        devices = [_section(zero, key).get("device") for key in _OFFLOAD_KEYS]
         return _State(
             stage,
-            any(device not in (None, "none") for device in devices),
-            *(_section(deepspeed, kind).get("enabled") is True for kind in ("bf16", "fp16")),
+            offload=any(device not in (None, "none") for device in devices),
+            bf16=any(_section(deepspeed, key).get("enabled") is True for key in _BF16_KEYS),
+            fp16=_section(deepspeed, "fp16").get("enabled") is True,
         )
 
     @property
@@ -164,9 +168,6 @@ class _State:
         if self.bf16 and self.fp16:
             return "bf16.enabled and fp16.enabled exclude each other: leave one of them out"
         return None
-
-
-_OFFLOADED = ("optimizer", "param")
 
 
 def _section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.models.vqgan import save_vqgan
+from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
@@ -29,6 +30,7 @@ from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.inputs import Inputs, open_inputs
 from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.prefetch import prefetched
+from megatron_nuwa.training.preflight import preflight
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.run_folder import prepare_run_folder
@@ -37,29 +39,43 @@ from megatron_nuwa.training.skipping import make_skippable
 
 # Shows pictures of the current model: (model, step, monitor, grids, frames a second).
 ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
+# Bytes that one process needs on its device, for a layout and its DeepSpeed config.
+MemoryNeeded = Callable[[Layout, dict[str, Any]], int]
 VQGAN_FILE = "tokenizers/vqgan.safetensors"
 BPE_FILE = "tokenizers/bpe.json"
 
 
 def pretrain(
-    recipe: Recipe, layout_path: Path, processes: Processes, show_samples: ShowSamples | None = None
+    recipe: Recipe,
+    layout_path: Path,
+    processes: Processes,
+    show_samples: ShowSamples | None = None,
+    memory_needed: MemoryNeeded | None = None,
 ) -> None:
     """Train to the end of the recipe's schedule, from the run's newest checkpoint if it has one.
 
-    Every process of the run calls it. Raises `UserError` before anything is written when the
-    recipe, the layout, the corpora and the tokenizers do not fit together.
+    Every process of the run calls it. Raises `UserError` before anything is allocated or written
+    when the recipe, the layout, the nodes, the corpora and the tokenizers do not fit together, or
+    where there is less memory than `memory_needed` says.
     """
 
-    def check() -> tuple[Layout, dict[str, Any], Inputs, resume.Start]:
+    def read() -> tuple[Layout, dict[str, Any]]:
         recipe.require("run", "model", "tokenizers", "data")
         assert recipe.model is not None
         settings, config = read_layout(layout_path)
-        layout = check_layout(settings, config, recipe.model, processes.world_size)
-        inputs = open_inputs(recipe, layout.data)
-        start = resume.find_start(recipe, resume.describe(recipe, layout, config, inputs))
-        return layout, config, inputs, start
+        check_deepspeed_config(config, f"DeepSpeed config {layout_path}")
+        return check_layout(settings, config, recipe.model, processes.world_size), config
 
-    layout, config, inputs, start = processes.first_then_all(check)
+    def check() -> tuple[Inputs, resume.Start]:
+        inputs = open_inputs(recipe, layout.data)
+        return inputs, resume.find_start(recipe, resume.describe(recipe, layout, config, inputs))
+
+    layout, config = processes.first_then_all(read)
+    needs = None if memory_needed is None else memory_needed(layout, config)
+    for warning in preflight(recipe, layout, processes, bytes_needed=needs):
+        if processes.is_first:
+            print(f"warning: {warning}", flush=True)
+    inputs, start = processes.first_then_all(check)
     assert recipe.run is not None
     if processes.is_first:
         for line in start.messages:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from megatron_nuwa.errors import ReportedElsewhereError, UserError
+from megatron_nuwa.parallel.groups import import_deepspeed
+from megatron_nuwa.training.launcher import adopt_launcher_environment
 
 T = TypeVar("T")
+# How long the first process waits for the others to start, and they for it.
+_PATIENCE = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,8 @@ class Processes:
     def first_then_all(self, work: Callable[[], T]) -> T:
         """Do the same work on the first process, then on all others, and return its result.
 
-        A `UserError` of the first ends every process, so that a mistake that all would meet is
-        told once and nobody waits for a process that has left.
+        A `UserError` of any process ends them all, so that a mistake that all would meet is told
+        once and nobody waits for a process that has left.
         """
         outcome: list[str | None] = [None]
         result: T | None = None
@@ -48,7 +54,28 @@ class Processes:
         if outcome[0] is not None:
             kind = UserError if self.is_first else ReportedElsewhereError
             raise kind(outcome[0])
-        return cast(T, result) if self.is_first else work()
+        failure = None
+        if not self.is_first:
+            try:
+                result = work()
+            except UserError as error:
+                failure = f"{socket.gethostname()}, process {self.rank}: {error}"
+        self.raise_first(failure)
+        return cast(T, result)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, in the order of their ranks, on every process."""
+        if not dist.is_initialized():
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def raise_first(self, failure: str | None) -> None:
+        """End every process if any of them brings a failure; the lowest rank's is told once."""
+        failures = [text for text in self.gather(failure) if text is not None]
+        if failures:
+            raise (UserError if self.is_first else ReportedElsewhereError)(failures[0])
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -57,29 +84,34 @@ class Processes:
 
 
 @contextmanager
-def join_processes() -> Iterator[Processes]:
+def join_processes(patience: timedelta = _PATIENCE) -> Iterator[Processes]:
     """Join the process group that a launcher described in the environment; alone without one.
 
-    Uses NCCL with one GPU a process, gloo on CPUs. The group is destroyed at the end, because a
-    process that exits with a live group can end with a non-zero code. A group that exists already
-    is used and left alone.
+    The launchers are deepspeed, torchrun, OpenMPI's mpirun and Slurm's srun. Uses NCCL with one
+    GPU a process, gloo on CPUs. The group is destroyed at the end, because a process that exits
+    with a live group can end with a non-zero code. A group that exists already is used and left
+    alone. Raises `UserError` where the port is taken, where the others do not come within
+    `patience`, and where a process has no GPU of its own.
     """
+    adopt_launcher_environment()
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "nccl"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
+    device, backend = _device_and_backend(local_rank)
     is_ours = not dist.is_initialized()
     if is_ours and int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group(backend)
+        # Imported while a group exists, it holds on to that for ever; gloo's threads then outlive
+        # `destroy_process_group` and abort the process now and then when the interpreter ends.
+        import_deepspeed()
+        dist.init_process_group(
+            backend,
+            store=_meet(patience),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
     elif is_ours:
         # A lone process needs no agreed port, which could collide with another run's.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -88,3 +120,38 @@ def join_processes() -> Iterator[Processes]:
     finally:
         if is_ours:
             dist.destroy_process_group()
+
+
+def _device_and_backend(local_rank: int) -> tuple[torch.device, str]:
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), "gloo"
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(
+            f"process {local_rank} of {socket.gethostname()} sees only {count} GPUs: start as many "
+            "processes a node as it has GPUs, and let each see them all (Slurm: --gpus-per-node)"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device, "nccl"
+
+
+def _meet(patience: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR:MASTER_PORT through which the processes find one another."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"{place} (MASTER_ADDR:MASTER_PORT) is in use by another program: pass another "
+                "port with deepspeed --master_port, or set MASTER_PORT"
+            ) from error
+        raise UserError(
+            f"the {os.environ['WORLD_SIZE']} processes did not meet at {place} "
+            f"(MASTER_ADDR:MASTER_PORT) within {patience.total_seconds():.0f} s: see whether one "
+            "of them failed to start, whether a firewall stands between the nodes, and whether "
+            "another port (deepspeed --master_port) is free"
+        ) from error
+    store.set_timeout(dist.default_pg_timeout)
+    return dist.PrefixStore("default_pg", store)

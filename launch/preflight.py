@@ -1,0 +1,119 @@
+"""Check the nodes of a run without training. Example, two nodes:
+
+deepspeed --hostfile HOSTFILE launch/preflight.py RECIPE --deepspeed_config ds_configs/zero1_bf16.json
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_nuwa.errors import run_command
+from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
+from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
+from megatron_nuwa.training.preflight import Findings, examine
+from megatron_nuwa.training.processes import join_processes
+from megatron_nuwa.training.recipe import Recipe, load_recipe
+
+_LOG_WIDTH = 120
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="deepspeed [launcher options] launch/preflight.py",
+        description="Check versions, folders, corpora, memory, devices and links of all nodes.",
+        epilog=f"example:{__doc__.split(':', 1)[1]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="YAML file, such as launch/recipes/demo.yaml"
+    )
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="fields to change, such as run=runs/mine"
+    )
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        metavar="FILE",
+        help="DeepSpeed layout (default: the recipe's training.deepspeed_config)",
+    )
+    parser.add_argument(
+        "--gib_needed",
+        type=float,
+        metavar="GIB",
+        help="memory that one process needs on its device (default: not checked)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args()
+
+
+def read_inputs(arguments: argparse.Namespace, ranks: int) -> tuple[Recipe, Layout]:
+    """The recipe and its layout over `ranks` processes."""
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe.require("run", "model", "data")
+    assert recipe.model is not None
+    path = arguments.deepspeed_config or recipe.training.deepspeed_config
+    settings, deepspeed = read_layout(path)
+    check_deepspeed_config(deepspeed, f"DeepSpeed config {path}")
+    return recipe, check_layout(settings, deepspeed, recipe.model, ranks)
+
+
+def findings_table(findings: Findings) -> Table:
+    """One row a process."""
+    table = Table(title="processes of the run")
+    for column in ("rank", "host", "device", "versions", "matmul TFLOP/s", "all-reduce GB/s"):
+        table.add_column(column, justify="left" if column in ("host", "device") else "right")
+    for report in findings.reports:
+        speeds = findings.speeds
+        table.add_row(
+            str(report.rank),
+            report.host,
+            report.device,
+            "  ".join(f"{name} {version}" for name, version in report.versions.items()),
+            f"{speeds.matmul[report.rank] / 1e12:.3g}" if speeds else "",
+            f"{speeds.all_reduce[report.rank] / 1e9:.3g}" if speeds else "",
+        )
+    return table
+
+
+def show(findings: Findings, layout: Layout) -> None:
+    """Print the table, the warnings and the verdict; the first problem is told as the error."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_LOG_WIDTH)
+    console.print(findings_table(findings))
+    for warning in findings.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False)
+    for problem in findings.problems[1:]:
+        console.print(f"also: {problem}", style="red", markup=False, highlight=False)
+    if not findings.problems:
+        hosts = len({report.host for report in findings.reports})
+        console.print(
+            f"ready: {layout.name}, {layout.world_size} processes on {hosts} "
+            f"{'node' if hosts == 1 else 'nodes'}",
+            style="green",
+            highlight=False,
+        )
+
+
+def main() -> None:
+    """Run one process of the preflight."""
+    arguments = parse_arguments()
+    with join_processes() as processes:
+        recipe, layout = processes.first_then_all(
+            lambda: read_inputs(arguments, processes.world_size)
+        )
+        needed = None if arguments.gib_needed is None else int(arguments.gib_needed * 2**30)
+        findings = examine(recipe, layout, processes, bytes_needed=needed, measure_alone=True)
+        if processes.is_first:
+            show(findings, layout)
+        processes.raise_first(findings.problems[0] if findings.problems else None)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

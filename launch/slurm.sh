@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# A Slurm job of 8 nodes × 8 GPUs, submitted from the repository's root:
+#   sbatch launch/slurm.sh launch/recipes/nuwa_870m.yaml --deepspeed_config ds_configs/pp4_tp2_zero1_bf16.json
+# SCRIPT=launch/preflight.py sbatch launch/slurm.sh RECIPE checks the nodes only.
+#SBATCH --job-name=nuwa
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.log
+set -euo pipefail
+
+if (($# == 0)); then
+    echo "error: no recipe given; example: sbatch launch/slurm.sh launch/recipes/demo.yaml" >&2
+    exit 2
+fi
+python=${PYTHON:-.venv/bin/python}
+script=${SCRIPT:-launch/pretrain.py}
+
+# srun hands this environment to all nodes.
+if [[ -f .deepspeed_env ]]; then
+    set -a
+    # shellcheck source=/dev/null
+    . ./.deepspeed_env
+    set +a
+fi
+
+# Two minutes before the time limit: queue again, and continue from the newest checkpoint then.
+continue_later() {
+    echo "the time limit is near; job $SLURM_JOB_ID is queued again and continues from its newest checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+trap continue_later USR1
+
+# One task a GPU. The processes read rank, size and meeting point from Slurm's variables.
+srun --kill-on-bad-exit=1 "$python" -u "$script" "$@" &
+tasks=$!
+# A signal ends a wait early; the tasks' own exit code is what counts.
+code=0
+while true; do
+    wait "$tasks" && code=0 || code=$?
+    kill -0 "$tasks" 2>/dev/null || break
+done
+exit "$code"

@@ -1,0 +1,61 @@
+"""DeepSpeed's part of a layout file, checked by DeepSpeed itself."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from megatron_nuwa.errors import UserError
+
+
+class _Watched(dict[str, Any]):
+    """A dictionary that remembers which keys were asked for."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+
+def check_deepspeed_config(config: Mapping[str, Any], origin: str) -> None:
+    """Have DeepSpeed parse its part of a layout file before anything is allocated.
+
+    Raises `UserError` that names `origin` for a key that DeepSpeed does not know, which it would
+    ignore at the top level, and for a value that it refuses. A batch size that the recipe fills
+    in later may be missing.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    watched = _Watched({"train_micro_batch_size_per_gpu": 1, **config})
+    try:
+        DeepSpeedConfig(watched)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{origin}: DeepSpeed refuses '{field}': {first['msg']}") from error
+    except (AssertionError, ValueError, TypeError, KeyError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{origin}: DeepSpeed refuses it: {reason}") from error
+    for key in config:
+        if key not in watched.asked:
+            near = difflib.get_close_matches(key, sorted(watched.asked), n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise UserError(f"{origin}: DeepSpeed does not know the key '{key}'{hint}")

@@ -1,0 +1,285 @@
+"""Processes started by mpirun, by srun and by the job files join and add up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, SmallWorld
+
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.training import launcher
+from megatron_nuwa.training.launcher import adopt_launcher_environment, first_host
+
+JOIN = ROOT / "tests/launch/join_and_sum.py"
+BIN = Path(sys.executable).parent
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SUMS = ["rank 0 of 2 local 0 sum 3", "rank 1 of 2 local 1 sum 3"]
+# srun as the processes see it: every task has a number, and the step has a list of nodes.
+FAKE_SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+export SLURM_JOB_ID=71 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=localhost
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks[$task]=$!
+done
+code=0
+for task in 0 1; do wait "${tasks[$task]}" || code=$?; done
+exit $code
+"""
+FAKE_SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$SCONTROL_CALLS"\n'
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """No launcher's variables."""
+    for name in list(os.environ):
+        if name in NAMES or name.startswith(("OMPI_", "SLURM_", "PMIX_", "PRTE_")):
+            # delenv alone would not take away afterwards what the code sets.
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+    for name in NAMES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def environment(**extra: str) -> dict[str, str]:
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in NAMES and not name.startswith(("OMPI_", "SLURM_", "PMIX_", "PRTE_"))
+    }
+    return {
+        **inherited,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        **extra,
+    }
+
+
+def run(
+    *command: str | Path, timeout: float = 180, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env=environment(**extra),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def sums(output: str) -> list[str]:
+    return sorted(line[line.index("rank ") :] for line in output.splitlines() if " sum " in line)
+
+
+def needs_mpirun() -> None:
+    if not (BIN / "mpirun").exists():
+        pytest.skip("this environment has no mpirun (extra 'mpi')")
+
+
+@pytest.fixture
+def fake_slurm(tmp_path: Path) -> Path:
+    """A folder for PATH with an srun that runs two tasks here, and a scontrol that takes notes."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    for name, text in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL)):
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "launch").glob("*.sh")), ids=lambda p: p.name)
+def test_job_files_are_valid_shell_and_say_what_they_miss(script: Path) -> None:
+    assert run("bash", "-n", script).returncode == 0
+    assert os.access(script, os.X_OK)
+    refused = run("bash", script)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: ")
+
+
+def test_deepspeed_reads_the_example_files() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    hosts = fetch_hostfile(str(ROOT / "launch/hostfile.example"))
+    assert dict(hosts) == {"node-01": 8, "node-02": 8}
+    # DeepSpeed splits every line of the environment at its first "=".
+    for line in (ROOT / ".deepspeed_env.example").read_text().splitlines():
+        name, value = line.split("=", maxsplit=1)
+        assert name.isupper(), value
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node-01", "node-01"),
+        ("alpha,beta", "alpha"),
+        ("gpu[07-12,20],cpu1", "gpu07"),
+        ("rack2-gpu[3,5-9]-ib,rack3-gpu1", "rack2-gpu3-ib"),
+        ("10.0.0.7,10.0.0.8", "10.0.0.7"),
+    ],
+)
+def test_first_host_of_slurms_lists(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_an_empty_list_of_nodes_is_refused() -> None:
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        first_host("")
+
+
+def slurm_step(patch: pytest.MonkeyPatch, **changes: str) -> None:
+    step = {
+        "SLURM_JOB_ID": "1234",
+        "SLURM_STEP_ID": "2",
+        "SLURM_STEP_NUM_TASKS": "16",
+        "SLURM_STEP_NODELIST": "gpu[07-08]",
+        "SLURM_PROCID": "9",
+        "SLURM_LOCALID": "1",
+    }
+    for name, value in {**step, **changes}.items():
+        patch.setenv(name, value)
+
+
+def test_a_task_of_srun_learns_its_rank_and_where_to_meet(bare: pytest.MonkeyPatch) -> None:
+    slurm_step(bare)
+    adopt_launcher_environment()
+    assert [os.environ[name] for name in NAMES] == ["9", "16", "1", "gpu07", "16236"]
+
+
+def test_what_is_set_already_wins(bare: pytest.MonkeyPatch) -> None:
+    slurm_step(bare)
+    bare.setenv("MASTER_ADDR", "10.1.1.1")
+    adopt_launcher_environment()
+    assert os.environ["MASTER_ADDR"] == "10.1.1.1"
+    bare.setenv("RANK", "3")
+    bare.setenv("WORLD_SIZE", "4")
+    slurm_step(bare, SLURM_PROCID="5")
+    adopt_launcher_environment()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("3", "4")
+
+
+def test_a_batch_script_of_slurm_is_no_task(bare: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_PROCID", "0"), ("SLURM_NTASKS", "64"), ("SLURM_JOB_ID", "7")):
+        bare.setenv(name, value)
+    adopt_launcher_environment()
+    assert "RANK" not in os.environ
+
+
+def test_mpis_variables_are_taken_over(bare: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "5"), ("SIZE", "8"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "4")):
+        bare.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    asked: list[tuple[int, bool]] = []
+
+    def agree(size: int, one_node: bool) -> tuple[str, str]:
+        asked.append((size, one_node))
+        return "node-01", "4242"
+
+    bare.setattr(launcher, "_agree_by_mpi", agree)
+    adopt_launcher_environment()
+    assert [os.environ[name] for name in NAMES] == ["5", "8", "1", "node-01", "4242"]
+    assert asked == [(8, False)]
+
+
+def test_two_processes_of_mpirun_find_each_other_without_an_address() -> None:
+    needs_mpirun()
+    done = run("mpirun", "-n", "2", "--bind-to", "none", "--oversubscribe", sys.executable, JOIN)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sums(done.stdout) == SUMS
+
+
+def test_a_failed_process_ends_the_others_of_mpirun() -> None:
+    needs_mpirun()
+    options = ("--bind-to", "none", "--oversubscribe")
+    done = run("mpirun", "-n", "2", *options, sys.executable, JOIN, "fail")
+    assert done.returncode != 0
+    assert sums(done.stdout) == SUMS
+
+
+def test_the_mpi_job_starts_a_process_a_slot(tmp_path: Path) -> None:
+    needs_mpirun()
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("# this machine\nlocalhost slots=2\n")
+    done = run(
+        *("bash", "launch/mpi.sh", hostfile, "RECIPE"),
+        MASTER_PORT="29687",
+        MPI_ARGS="--oversubscribe",
+        SCRIPT=str(JOIN),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sums(done.stdout) == SUMS
+
+
+def test_deepspeeds_openmpi_launcher(tmp_path: Path) -> None:
+    needs_mpirun()
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    options = "--bind-to none --oversubscribe --mca btl_tcp_if_include lo"
+    done = run(
+        *("deepspeed", "--hostfile", hostfile, "--launcher", "openmpi", "--force_multi"),
+        *("--no_ssh_check", "--master_addr", "127.0.0.1", "--launcher_args", options, JOIN),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sums(done.stdout) == SUMS
+
+
+def test_the_slurm_job_runs_the_preflight_on_two_tasks(
+    small_world: SmallWorld, fake_slurm: Path
+) -> None:
+    path = f"{fake_slurm}{os.pathsep}{environment()['PATH']}"
+    done = run(
+        *("bash", "launch/slurm.sh", small_world.recipe, f"run={small_world.folder / 'slurm'}"),
+        PATH=path,
+        SCRIPT="launch/preflight.py",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ready: pp1_tp1_dp2_zero1_fp32, 2 processes on 1 node" in done.stdout
+    assert not (small_world.folder / "slurm").exists()
+
+
+def test_the_slurm_job_keeps_exit_codes_and_queues_itself_again(
+    fake_slurm: Path, tmp_path: Path
+) -> None:
+    calls, ready, end = tmp_path / "calls", tmp_path / "ready", tmp_path / "end"
+    script = tmp_path / "task.sh"
+    script.write_text(
+        f'touch {ready}; while [[ ! -e {end} ]]; do sleep 0.1; done; exit "$SLURM_PROCID"\n'
+    )
+    extra = {
+        "PATH": f"{fake_slurm}{os.pathsep}{environment()['PATH']}",
+        # "bash -u SCRIPT RECIPE" in the place of "python -u SCRIPT RECIPE".
+        "PYTHON": "bash",
+        "SCRIPT": str(script),
+        "SCONTROL_CALLS": str(calls),
+        "SLURM_JOB_ID": "71",
+    }
+    job = subprocess.Popen(
+        ["bash", "launch/slurm.sh", "RECIPE"], cwd=ROOT, env=environment(**extra)
+    )
+    try:
+        wait_for(ready)
+        job.send_signal(signal.SIGUSR1)
+        wait_for(calls)
+        assert calls.read_text() == "requeue 71\n"
+        assert job.poll() is None, "the tasks go on until Slurm ends them"
+    finally:
+        end.touch()
+        assert job.wait(30) == 1
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.05)
