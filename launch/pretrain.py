@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_nuwa.errors import run_command
 from megatron_nuwa.generation.show import make_sample_shower
+from megatron_nuwa.plan.needs import memory_needed
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import load_recipe
@@ -48,7 +49,8 @@ def main() -> None:
             lambda: load_recipe(arguments.recipe, arguments.overrides)
         )
         layout = arguments.deepspeed_config or recipe.training.deepspeed_config
-        pretrain(recipe, layout, processes, make_sample_shower(recipe))
+        needed = memory_needed(recipe, processes.device.type)
+        pretrain(recipe, layout, processes, make_sample_shower(recipe), needed)
 
 
 if __name__ == "__main__":

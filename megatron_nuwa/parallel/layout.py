@@ -144,6 +144,7 @@ class _State:
     offload: bool
     bf16: bool
     fp16: bool
+    accumulation: str | None
 
     @staticmethod
     def of(deepspeed: Mapping[str, Any]) -> _State:
@@ -157,6 +158,7 @@ class _State:
             offload=any(device not in (None, "none") for device in devices),
             bf16=any(_section(deepspeed, key).get("enabled") is True for key in _BF16_KEYS),
             fp16=_section(deepspeed, "fp16").get("enabled") is True,
+            accumulation=_section(deepspeed, "data_types").get("grad_accum_dtype"),
         )
 
     @property
@@ -167,6 +169,11 @@ class _State:
         """What is wrong whatever the number of processes."""
         if self.bf16 and self.fp16:
             return "bf16.enabled and fp16.enabled exclude each other: leave one of them out"
+        if self.zero_stage == 0 and self.accumulation not in (None, self.precision):
+            return (
+                f"data_types.grad_accum_dtype '{self.accumulation}' for {self.precision} weights "
+                "needs zero_optimization.stage 1 or more"
+            )
         return None
 
 

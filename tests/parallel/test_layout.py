@@ -187,3 +187,10 @@ def test_the_parallel_key_is_taken_out_before_deepspeed_sees_the_file(tmp_path: 
     settings, deepspeed = read_layout(path)
     assert settings == ParallelSettings(pipeline=2, cut="uniform")
     assert deepspeed == ZERO1
+
+
+def test_gradients_in_another_precision_need_zero() -> None:
+    config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    with pytest.raises(UserError, match=r"grad_accum_dtype 'fp32' for bf16 weights needs zero"):
+        check_layout(ParallelSettings(), config, NuwaConfig(), 1)
+    check_layout(ParallelSettings(), {**config, "zero_optimization": {"stage": 1}}, NuwaConfig(), 1)

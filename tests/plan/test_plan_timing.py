@@ -1,0 +1,142 @@
+"""Communication, time and ranking, against sums by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_nuwa.data.batches import TEXT_GRID
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.grid import Extent, Grid
+from megatron_nuwa.models.flops import training_flops
+from megatron_nuwa.parallel.layout import ParallelSettings, check_layout
+from megatron_nuwa.parallel.units import Recomputation
+from megatron_nuwa.plan.candidates import Judged, Machine, all_candidates, judge
+from megatron_nuwa.plan.devices import DEVICES, GIB
+from megatron_nuwa.plan.parameters import parameter_counts
+from megatron_nuwa.plan.timing import days, pipelined, step_flops
+from megatron_nuwa.plan.workload import micro_batches
+from megatron_nuwa.training.recipe import Recipe
+
+A100 = DEVICES["a100-80gb"]
+CLUSTER = Machine(A100, 64, 8)
+VIDEO = Grid(21, 21, 10)
+
+
+def judged(
+    recipe: Recipe,
+    deepspeed: dict[str, Any],
+    *,
+    pipeline: int = 1,
+    tensor: int = 1,
+    machine: Machine = CLUSTER,
+    recomputation: Recomputation = "none",
+    tokens: int | None = VIDEO.cells,
+) -> Judged:
+    assert recipe.model is not None
+    settings = ParallelSettings(pipeline=pipeline, tensor=tensor)
+    layout = check_layout(settings, deepspeed, recipe.model, machine.gpus)
+    return judge(recipe, layout, deepspeed, machine, recomputation, tokens)
+
+
+def total_parameters(recipe: Recipe) -> int:
+    assert recipe.model is not None
+    return parameter_counts(recipe.model)["total"]
+
+
+@pytest.mark.parametrize(("stages", "count"), [(1, 5), (2, 4), (4, 12), (8, 3)])
+def test_equal_stages_have_the_textbook_bubble(stages: int, count: int) -> None:
+    seconds, bubble = pipelined([[0.25] * count] * stages)
+    assert seconds == pytest.approx(0.25 * (count + stages - 1))
+    assert bubble == pytest.approx((stages - 1) / (count + stages - 1))
+
+
+def test_the_slowest_stage_sets_the_pace() -> None:
+    seconds, _ = pipelined([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
+    assert seconds == 7.0
+
+
+def test_data_parallel_volumes(paper: Recipe, deepspeed: dict[str, Any]) -> None:
+    found = {kind.kind: kind for kind in judged(paper, deepspeed).traffic}
+    parameters = total_parameters(paper)
+    # fp32 gradients around a ring of 64, then bf16 weights half way round.
+    assert found["data_parallel"].bytes == 2 * (4 * parameters * 63 // 64)
+    assert found["zero_gather"].bytes == 2 * parameters * 63 // 64
+    # Eight cards of 25 GB/s a node are slower than NVLink's 300, at three quarters of the speed.
+    assert found["data_parallel"].seconds == pytest.approx(
+        found["data_parallel"].bytes / (200e9 * 0.75)
+    )
+    one_node = judged(paper, deepspeed, machine=Machine(A100, 8, 8)).traffic[0]
+    assert one_node.seconds == pytest.approx(one_node.bytes / (300e9 * 0.75))
+    assert judged(paper, deepspeed, machine=Machine(A100, 1, 8), tokens=None).traffic[0].bytes == 0
+
+
+def test_tensor_parallel_and_pipeline_volumes(paper: Recipe, deepspeed: dict[str, Any]) -> None:
+    found = {kind.kind: kind for kind in judged(paper, deepspeed, tensor=2).traffic}
+    # 32 replicas: four clips of each of two tasks, and four images in one micro-batch.
+    x, context = (8 * 4410 + 4 * 441) * 1280 * 2, 12 * 77 * 1280 * 2
+    codes = (8 * 4410 + 4 * 441) * 256 * 2
+    layers = 12 * 4 * context + 24 * (4 * x + context)
+    assert found["tensor_parallel"].bytes == layers + codes + context + x
+    assert found["pipeline"].bytes == 0
+    sends = {kind.kind: kind for kind in judged(paper, deepspeed, pipeline=2).traffic}["pipeline"]
+    boundary = x + context + 12 * 77 + 8 * (8 * 4410 + 4 * 441)
+    assert sends.bytes == 2 * boundary
+    assert sends.seconds == pytest.approx(sends.bytes / (25e9 * 0.75))
+
+
+def test_step_time_and_mfu_of_one_gpu(paper: Recipe, deepspeed: dict[str, Any]) -> None:
+    assert paper.model is not None
+    found = judged(paper, deepspeed, machine=Machine(A100, 1, 8), tokens=4 * VIDEO.cells)
+    extent = Extent.from_reading(paper.model.text_extent, paper.model.extent_reading)
+    flops = 128 * sum(
+        count * training_flops(paper.model, TEXT_GRID, extent, grid)
+        for count, grid in ((2, VIDEO), (1, Grid(21, 21, 1)))
+    )
+    assert sum(step_flops(found.step)[:2]) == flops
+    assert found.timing.compute == pytest.approx(flops / (312e12 * 0.58), rel=1e-3)
+    assert found.timing.mfu == pytest.approx(flops / 312e12 / found.timing.step)
+    assert found.timing.step == pytest.approx(found.timing.compute + found.timing.update)
+    assert found.timing.tokens_per_second * found.timing.step == pytest.approx(128 * 9261)
+    assert days(found.timing, 86_400) == pytest.approx(found.timing.step)
+    again = judged(
+        paper, deepspeed, machine=Machine(A100, 1, 8), tokens=4 * VIDEO.cells, recomputation="layer"
+    )
+    assert 1.25 < again.timing.compute / found.timing.compute < 1.34
+    assert again.memory.total < found.memory.total
+
+
+def test_micro_batches_divide_a_replicas_share(paper: Recipe) -> None:
+    found = micro_batches(paper, 16, 2 * VIDEO.cells)
+    sizes = [(batch.task, batch.samples) for batch in found]
+    assert sizes == [("t2i", 8), *[("v2v", 2)] * 4, *[("t2v", 2)] * 4]
+    assert [batch.samples for batch in micro_batches(paper, 16, None)] == [8, 8, 8]
+    with pytest.raises(UserError, match=r"t2i.batch_size 128 does not divide by 48"):
+        micro_batches(paper, 48, None)
+
+
+def test_ranking_puts_what_fits_first_and_tells_what_is_missing(
+    paper: Recipe, deepspeed: dict[str, Any]
+) -> None:
+    machine = Machine(replace(A100, memory=8 * GIB), 16, 8)
+    ranked = all_candidates(paper, ParallelSettings(), deepspeed, machine)
+    assert all(candidate.layout.world_size == 16 for candidate in ranked)
+    names = [(candidate.layout.name, candidate.recomputation) for candidate in ranked]
+    assert len(set(names)) == len(names)
+    fitting = [candidate for candidate in ranked if candidate.fits]
+    others = ranked[len(fitting) :]
+    assert fitting
+    assert others
+    assert not any(candidate.fits for candidate in others)
+    seconds = [candidate.timing.step for candidate in fitting]
+    assert seconds == sorted(seconds)
+    for candidate in others:
+        assert candidate.shortfall == candidate.memory.total - 8 * GIB > 0
+    # 18 bytes a parameter, not divided, is 16 GiB.
+    assert ("pp1_tp1_dp16_zero0_bf16", "layer") in [
+        (candidate.layout.name, candidate.recomputation) for candidate in others
+    ]
+    stages = {c.layout.zero_stage for c in ranked if c.layout.pipeline > 1}
+    assert stages == {1}
