@@ -59,19 +59,34 @@ def _best_chain(
     return best[units], bounds[::-1]
 
 
-def stage_table(names: Sequence[str], costs: Sequence[float], bounds: Sequence[int]) -> Table:
-    """The cut as a table to print; `costs` are FLOPs a step of each unit."""
+# What costs of each kind are shown in.
+_SHOWN = {
+    "flops": ("GFLOPs a step", 1e-9),
+    "measured": ("ms a step", 1e3),
+    "uniform": ("layers", 1),
+}
+
+
+def stage_table(
+    names: Sequence[str], costs: Sequence[float], bounds: Sequence[int], by: str = "flops"
+) -> Table:
+    """The cut as a table to print.
+
+    `costs` are each unit's FLOPs or seconds a step, or its number of layers, as `by` says:
+    "flops", "measured" or "uniform".
+    """
+    heading, factor = _SHOWN[by]
     sums = [sum(costs[start:end]) for start, end in pairwise(bounds)]
     total = sum(sums)
     mean = total / len(sums)
     table = Table(title="Pipeline stages")
     table.add_column("stage", justify="right")
     table.add_column("units")
-    for heading in ("GFLOPs a step", "share", "from the mean"):
-        table.add_column(heading, justify="right")
+    for title in (heading, "share", "from the mean"):
+        table.add_column(title, justify="right")
     for stage, ((start, end), cost) in enumerate(zip(pairwise(bounds), sums, strict=True)):
         units = names[start] if end - start == 1 else f"{names[start]} … {names[end - 1]}"
         share = cost / total if total else 0.0
         away = cost / mean - 1 if mean else 0.0
-        table.add_row(str(stage), units, f"{cost / 1e9:,.1f}", f"{share:.1%}", f"{away:+.1%}")
+        table.add_row(str(stage), units, f"{cost * factor:,.1f}", f"{share:.1%}", f"{away:+.1%}")
     return table

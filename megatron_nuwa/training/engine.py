@@ -303,7 +303,7 @@ def build_engine(
         engine = StageEngine(recipe, place, config, device, bounds)
         if dist.get_rank() == 0:
             names = Units(engine.model).names
-            Console().print(stage_table(names, unit_costs, bounds))
+            Console().print(stage_table(names, unit_costs, bounds, place.layout.cut))
     if codebook is not None and not engine.model.visual_embedding.codes.weight.is_meta:
         engine.model.use_codebook(codebook)
     engine.wrap()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import SmallWorld
+from helpers import ROOT, SmallWorld
 from safetensors.torch import load_file
 from worlds import Scenario, figures, held_out, layout, run_world
 
@@ -17,6 +18,9 @@ VARIANTS = {
     "recomputed": ({}, ("training.checkpoint_activations=layer",)),
     "bf16": ({"bf16": True}, ()),
 }
+
+# Layout files that have no pipeline.
+BF16_FILES = ("zero1_bf16", "zero2_bf16", "zero2_offload_bf16", "zero3_bf16")
 
 # Changes of the recipe that hold on one process and on 2 × 2.
 EVERYWHERE = {
@@ -42,10 +46,17 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
         of_size += [scenario(kind, pipeline, tensor, data) for kind in VARIANTS]
     for stage in (2, 3):
         by_size[2].append(Scenario(f"fp32_zero{stage}", layout(zero=stage), TEN))
+    for by in ("measured", "uniform"):
+        by_size[2].append(Scenario(f"cut_{by}", layout(2, cut=by), TEN))
+    for name in BF16_FILES:
+        contents = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        by_size[2].append(Scenario(name, contents, TEN))
     for name, changes in EVERYWHERE.items():
         by_size[1].append(Scenario(name, layout(), (*TEN, *changes)))
         by_size[4].append(Scenario(f"{name}_split", layout(2, 2), (*TEN, *changes)))
-    by_size[4].append(Scenario("sequence", layout(2, 2, sequence_parallel=True), TEN))
+    pictures = ("samples.every=10", "samples.prompts=[a red square moves left]")
+    sequence = layout(2, 2, sequence_parallel=True)
+    by_size[4].append(Scenario("sequence", sequence, (*TEN, *pictures)))
     stopped = (*TEN, "training.stop_at_step=4")
     by_size[4] += [Scenario("resumed", layout(2, 2), changes) for changes in (stopped, TEN)]
     for size, scenarios in by_size.items():
@@ -66,11 +77,17 @@ def test_zero_stages_train_like_one_process(runs: Path, stage: int) -> None:
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
 def test_bf16_trains_like_one_process(runs: Path, sizes: tuple[int, int, int]) -> None:
-    one, several = (
-        torch.tensor(figures(runs / scenario("bf16", *s).name)) for s in ((1, 1, 1), sizes)
-    )
-    assert len(several) == 10
-    torch.testing.assert_close(several[:, :-1], one[:, :-1], rtol=2e-3, atol=0)
+    compare_bf16(runs, scenario("bf16", *sizes).name)
+
+
+@pytest.mark.parametrize("name", BF16_FILES)
+def test_bf16_layout_files_train_like_one_process(runs: Path, name: str) -> None:
+    compare_bf16(runs, name)
+
+
+@pytest.mark.parametrize("by", ["measured", "uniform"])
+def test_a_pipeline_can_be_cut_by_time_or_evenly(runs: Path, by: str) -> None:
+    compare(runs, "fp32_pp1_tp1_dp1", f"cut_{by}")
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
@@ -82,6 +99,11 @@ def test_sequence_parallelism_trains_like_one_process(runs: Path) -> None:
     compare(runs, "fp32_pp1_tp1_dp1", "sequence")
 
 
+def test_a_model_in_four_parts_draws_samples(runs: Path) -> None:
+    shown = {path.name for path in (runs / "sequence/samples").iterdir()}
+    assert shown == {"step_00000010_t2i.png", "step_00000010_t2v.png", "step_00000010_t2v_0.gif"}
+
+
 def test_a_pipeline_stopped_after_four_steps_continues_bit_for_bit(runs: Path) -> None:
     whole = scenario("fp32", 2, 2).name
     assert figures(runs / "resumed") == figures(runs / whole)
@@ -90,6 +112,12 @@ def test_a_pipeline_stopped_after_four_steps_continues_bit_for_bit(runs: Path) -
         for run in ("resumed", whole)
     )
     assert all(weights[name].equal(expected[name]) for name in expected)
+
+
+def compare_bf16(runs: Path, name: str) -> None:
+    one, several = (torch.tensor(figures(runs / run)) for run in (scenario("bf16").name, name))
+    assert len(several) == 10
+    torch.testing.assert_close(several[:, :-1], one[:, :-1], rtol=2e-3, atol=0)
 
 
 def compare(runs: Path, expected: str, name: str) -> None:

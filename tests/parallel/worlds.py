@@ -12,6 +12,7 @@ from typing import Any
 
 import torch.multiprocessing as mp
 
+from megatron_nuwa.generation.show import make_sample_shower
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import load_recipe
@@ -33,15 +34,15 @@ class Scenario:
 
 
 def layout(pipeline: int = 1, tensor: int = 1, zero: int = 1, **more: Any) -> dict[str, Any]:
-    """Contents of a layout file; `bf16=True` and `sequence_parallel=True` among `more`."""
-    parallel = {"pipeline": pipeline, "tensor": tensor}
-    if more.pop("sequence_parallel", False):
-        parallel["sequence_parallel"] = True
+    """Contents of a layout file; `bf16=True`, `sequence_parallel` and `cut` among `more`."""
+    parallel: dict[str, Any] = {"pipeline": pipeline, "tensor": tensor}
+    for name in ("sequence_parallel", "cut"):
+        if name in more:
+            parallel[name] = more.pop(name)
     contents: dict[str, Any] = {"parallel": parallel, "zero_optimization": {"stage": zero}}
     if more.pop("bf16", False):
         contents["bf16"] = {"enabled": True}
         contents["data_types"] = {"grad_accum_dtype": "fp32"}
-    contents["zero_optimization"] |= more
     return contents
 
 
@@ -87,5 +88,5 @@ def _process(
                 path.write_text(json.dumps(scenario.layout))
             joined.barrier()
             settings = load_recipe(recipe, [f"run={run}", *scenario.overrides])
-            pretrain(settings, path, joined)
+            pretrain(settings, path, joined, make_sample_shower(settings))
             joined.barrier()
