@@ -36,10 +36,11 @@ test: install ## the tests that CI runs
 test-slow: install ## tests of minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-bench: install ## nearby attention against its peers, a training step with and without it, its overhead
+bench: install ## nearby attention against its peers, a training step with and without it, and overheads
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore -m benchmarks.nearby_attention
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.model_step
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step_overhead
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.farm
 
 lint: install ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -14,7 +14,8 @@ from megatron_nuwa.config import parse_settings
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, train_bpe
 from megatron_nuwa.errors import UserError
 from preprocessing.communicator import Communicator, join_ranks, on_every_rank, run_ranks
-from preprocessing.farm import TokenizeOptions, tokenize
+from preprocessing.farm import tokenize
+from preprocessing.options import TokenizeOptions
 from preprocessing.sources import read_manifest
 from preprocessing.stats import corpus_table
 from preprocessing.verify import find_damage
@@ -178,6 +179,52 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
         choices=("refuse", "truncate"),
         default="refuse",
         help="what happens to captions of more than 77 tokens (default: refuse the item)",
+    )
+    _add_farm_arguments(parser.add_argument_group("the farm"))
+
+
+def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="of the VQ-GAN's convolutions (default: bfloat16 on GPUs, float32 on CPUs)",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        dest="compiled",
+        help="compile the VQ-GAN (default: on GPUs)",
+    )
+    group.add_argument(
+        "--attempts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often a media file is tried before its item counts as failed (default: 3)",
+    )
+    group.add_argument(
+        "--retry-failed", action="store_true", help="try the failed items of a corpus again"
+    )
+    group.add_argument(
+        "--decode-ranks-per-encoder",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ranks that only decode, for each that encodes; with 0 every rank does both "
+        "(default: 0)",
+    )
+    group.add_argument(
+        "--decode-threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads of a rank that decode (default: 1)",
+    )
+    group.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write CORPUS.farm/report.html at the end (default: yes)",
     )
 
 

@@ -7,7 +7,9 @@ import sys
 import time
 import traceback
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, TypeVar, cast
 
 from megatron_nuwa.errors import UserError, run_command
@@ -16,10 +18,32 @@ T = TypeVar("T")
 
 # Set by Open MPI, by MPICH and Intel MPI, and by launchers that speak PMIx (Slurm's srun).
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK")
+_IDLE_SECONDS = 0.002
 
 
 class PeerFailed(Exception):  # noqa: N818 - not an error of this rank
     """Another rank met a `UserError`, which the first rank tells."""
+
+
+class MessageKind(IntEnum):
+    """What ranks tell each other while they work."""
+
+    REPORT = 1
+    STOP = 2
+    TASK = 3
+    RESULT = 4
+
+
+class Claims(ABC):
+    """A counter that gives every number from 0 on to exactly one of the ranks."""
+
+    @abstractmethod
+    def claim(self) -> int:
+        """The next number that nobody has."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the counter; every rank must make this call."""
 
 
 class Communicator(ABC):
@@ -37,12 +61,16 @@ class Communicator(ABC):
         """Every rank's value, on every rank, in rank order."""
 
     @abstractmethod
-    def report(self, items: int) -> None:
-        """Tell the first rank, without waiting, that so many more items are done."""
+    def send(self, rank: int, kind: MessageKind, value: object) -> None:
+        """Send a message without waiting until it is received."""
 
     @abstractmethod
-    def reported(self) -> int:
-        """On the first rank: items that the others have reported since the last call."""
+    def receive(self, kind: MessageKind) -> tuple[int, Any] | None:
+        """Sender and value of a message of this kind, or None where none has come."""
+
+    @abstractmethod
+    def claims(self) -> Claims:
+        """A new counter, shared by all ranks; every rank must make this call."""
 
     @abstractmethod
     def ask_to_stop(self) -> None:
@@ -57,6 +85,20 @@ class Communicator(ABC):
         """End every rank at once: the way out of an error that the others know nothing of."""
 
 
+class LoneClaims(Claims):
+    """A counter of one process."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def claim(self) -> int:
+        self._next += 1
+        return self._next - 1
+
+    def close(self) -> None:
+        return None
+
+
 class LoneCommunicator(Communicator):
     """One process, without MPI."""
 
@@ -69,11 +111,14 @@ class LoneCommunicator(Communicator):
     def gather_everywhere(self, value: T) -> list[T]:
         return [value]
 
-    def report(self, items: int) -> None:
-        raise AssertionError("a lone process has nobody to report to")
+    def send(self, rank: int, kind: MessageKind, value: object) -> None:
+        raise AssertionError("a lone process has nobody to send to")
 
-    def reported(self) -> int:
-        return 0
+    def receive(self, kind: MessageKind) -> tuple[int, Any] | None:
+        return None
+
+    def claims(self) -> Claims:
+        return LoneClaims()
 
     def ask_to_stop(self) -> None:
         return None
@@ -88,13 +133,14 @@ class LoneCommunicator(Communicator):
 class MpiCommunicator(Communicator):
     """The ranks of MPI's world."""
 
-    _REPORT = 1
-    _STOP = 2
-
     def __init__(self) -> None:
+        # Open MPI complains of its UCX windows wherever there is no UCX device. The farm's only
+        # window is one counter, for which any other component will do.
+        os.environ.setdefault("OMPI_MCA_osc", "^ucx")
         # Imported here because the import starts MPI, which a lone process must not need.
         from mpi4py import MPI
 
+        self._mpi = MPI
         self._world = MPI.COMM_WORLD
         self.rank = self._world.Get_rank()
         self.size = self._world.Get_size()
@@ -104,35 +150,79 @@ class MpiCommunicator(Communicator):
         return self._world.bcast(value)
 
     def gather_everywhere(self, value: T) -> list[T]:
+        # A large message to a rank that has left its work would be in flight for ever, and MPI
+        # could not end: everybody takes in what still comes until nobody has anything to send.
+        while self._is_sending():
+            self._drop_messages()
+            time.sleep(_IDLE_SECONDS)
         # MPI's own waiting keeps a core busy, which the ranks still at work can use better.
         everybody = self._world.Ibarrier()
         while not everybody.Test():
-            time.sleep(0.005)
+            self._drop_messages()
+            time.sleep(_IDLE_SECONDS)
         return self._world.allgather(value)
 
-    def report(self, items: int) -> None:
-        self._send(items, 0, self._REPORT)
+    def send(self, rank: int, kind: MessageKind, value: object) -> None:
+        self._is_sending()
+        self._sends.append(self._world.isend(value, rank, kind))
 
-    def reported(self) -> int:
-        items = 0
-        while self._world.iprobe(tag=self._REPORT):
-            items += self._world.recv(tag=self._REPORT)
-        return items
+    def receive(self, kind: MessageKind) -> tuple[int, Any] | None:
+        self._is_sending()
+        status = self._mpi.Status()
+        message = self._world.improbe(tag=kind, status=status)
+        if message is None:
+            return None
+        return status.Get_source(), message.recv()
+
+    def claims(self) -> Claims:
+        return MpiClaims(self._world)
 
     def ask_to_stop(self) -> None:
         for rank in range(self.size):
             if rank != self.rank:
-                self._send(None, rank, self._STOP)
+                self.send(rank, MessageKind.STOP, None)
 
     def is_asked_to_stop(self) -> bool:
-        return bool(self._world.iprobe(tag=self._STOP))
+        return bool(self._world.iprobe(tag=MessageKind.STOP))
 
     def abort(self) -> None:
         self._world.Abort(1)
 
-    def _send(self, value: object, rank: int, tag: int) -> None:
+    def _is_sending(self) -> bool:
         self._sends = [send for send in self._sends if not send.test()[0]]
-        self._sends.append(self._world.isend(value, rank, tag))
+        return bool(self._sends)
+
+    def _drop_messages(self) -> None:
+        while message := self._world.improbe():
+            message.recv()
+
+
+class MpiClaims(Claims):
+    """A counter in the first rank's memory, which the others raise without its help."""
+
+    def __init__(self, world: Any) -> None:
+        from mpi4py import MPI
+
+        self._mpi = MPI
+        size = MPI.INT64_T.Get_size()
+        self._window = MPI.Win.Allocate(0 if world.Get_rank() else size, size, comm=world)
+        if world.Get_rank() == 0:
+            self._window.Lock(0)
+            self._window.tomemory()[:] = bytes(size)
+            self._window.Unlock(0)
+        world.Barrier()
+
+    def claim(self) -> int:
+        one, before = array("q", [1]), array("q", [0])
+        self._window.Lock(0, self._mpi.LOCK_SHARED)
+        self._window.Fetch_and_op(
+            [one, self._mpi.INT64_T], [before, self._mpi.INT64_T], 0, op=self._mpi.SUM
+        )
+        self._window.Unlock(0)
+        return before[0]
+
+    def close(self) -> None:
+        self._window.Free()
 
 
 def join_ranks() -> Communicator:

@@ -1,62 +1,118 @@
-"""Frames to visual tokens, in batches that depend on nothing but the order of the frames."""
+"""Frames to visual tokens: the VQ-GAN's side of the farm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
 import numpy as np
 import torch
+from torch import Tensor
 
+from megatron_nuwa.config import Settings
 from megatron_nuwa.models.vqgan import Vqgan
 
+Precision = Literal["float32", "bfloat16"]
 
-class BatchEncoder:
-    """Encodes a stream of frames with a VQ-GAN, `batch_size` frames at a time.
 
-    One encoder serves one shard: batches begin and end with it, so that its tokens are the same
-    whichever rank makes it and whatever was made before.
+class EncoderSettings(Settings):
+    """What decides the bits of the encoder's arithmetic, and with them the tokens.
+
+    With `compiled`, batches are filled up to one shape, so that there is one compiled program.
     """
 
-    def __init__(self, vqgan: Vqgan, batch_size: int) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        self._vqgan = vqgan
-        self._batch_size = batch_size
-        self._device = next(vqgan.parameters()).device
-        self._waiting: list[np.ndarray] = []
-        self._tokens: list[np.ndarray] = []
+    device: Literal["cpu", "cuda"]
+    precision: Precision
+    compiled: bool
 
-    def add(self, frames: np.ndarray) -> None:
-        """Take the next frames, uint8 (frames, H, W, 3)."""
-        self._waiting += list(frames)
-        while len(self._waiting) >= self._batch_size:
-            self._encode(self._batch_size)
+    @classmethod
+    def chosen(cls, precision: Precision | None, compiled: bool | None) -> EncoderSettings:
+        """The settings asked for; None is float32 on CPUs, bfloat16 and compiled on GPUs."""
+        cuda = torch.cuda.is_available()
+        return cls(
+            device="cuda" if cuda else "cpu",
+            precision=precision or ("bfloat16" if cuda else "float32"),
+            compiled=cuda if compiled is None else compiled,
+        )
 
-    def finish(self) -> np.ndarray:
-        """Encode what waits and return all tokens: uint16 (frames, h, w)."""
-        if self._waiting:
-            self._encode(len(self._waiting))
-        side = self._vqgan.grid_side
-        return np.concatenate(self._tokens or [np.empty((0, side, side), np.uint16)])
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """A batch under work; on a GPU the processor goes on meanwhile."""
+
+    _tokens: Tensor
+    _event: torch.cuda.Event | None
+
+    def is_ready(self) -> bool:
+        """Whether `tokens` would not wait."""
+        return self._event is None or bool(self._event.query())
+
+    def tokens(self) -> np.ndarray:
+        """The tokens, uint16 (frames, h, w)."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens.numpy().astype(np.uint16)
+
+
+class FrameEncoder:
+    """Encodes batches of frames; the same batch gives the same tokens on every rank."""
+
+    def __init__(self, vqgan: Vqgan, settings: EncoderSettings, most: int, local_rank: int) -> None:
+        """`most` is how many frames go through the VQ-GAN at once."""
+        self._most = most
+        self._settings = settings
+        self.vqgan = _placed(vqgan, settings, local_rank)
+        self._device = next(self.vqgan.parameters()).device
+        # Only the convolutions are compiled and cast: nearest codes are searched in float32.
+        self._features: Callable[[Tensor], Tensor] = self.vqgan.encoder
+        if settings.compiled:
+            compiled = torch.compile(self.vqgan.encoder, dynamic=False)
+            self._features = cast(Callable[[Tensor], Tensor], compiled)
 
     @torch.inference_mode()
-    def _encode(self, count: int) -> None:
-        batch = torch.from_numpy(np.stack(self._waiting[:count])).to(self._device)
-        del self._waiting[:count]
+    def start(self, frames: np.ndarray) -> EncodedBatch:
+        """Begin to encode frames, uint8 (frames, H, W, 3)."""
+        count, cuda = len(frames), self._settings.device == "cuda"
+        if self._settings.compiled and (rest := -count % self._most):
+            frames = np.concatenate([frames, np.zeros((rest, *frames.shape[1:]), np.uint8)])
+        batch = torch.from_numpy(frames)
+        if cuda:
+            batch = batch.pin_memory().to(self._device, non_blocking=True)
         images = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
-        tokens = self._vqgan.encode(images.contiguous())
-        self._tokens.append(tokens.cpu().numpy().astype(np.uint16))
+        tokens = torch.cat([self._tokens(part) for part in images.split(self._most)])[:count]
+        if not cuda:
+            return EncodedBatch(tokens, None)
+        fetched = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+        fetched.copy_(tokens, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return EncodedBatch(fetched, event)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        cuda = self._settings.device == "cuda"
+        layout = torch.channels_last if cuda else torch.contiguous_format
+        bfloat16 = self._settings.precision == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16):
+            features = self._features(images.contiguous(memory_format=layout))
+        return self.vqgan.quantizer.tokens_of(features.float())
 
 
-def prepare_device(vqgan: Vqgan, local_rank: int) -> Vqgan:
+def _placed(vqgan: Vqgan, settings: EncoderSettings, local_rank: int) -> Vqgan:
     """Put the VQ-GAN where it runs, and make its arithmetic the same on every rank.
 
     On CPUs each rank works with one thread: the sums of a convolution depend on how many threads
     share it, and a corpus must not depend on how many ranks share the machine.
     """
-    if torch.cuda.is_available():
+    if settings.device == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-        return vqgan.to(torch.device("cuda", local_rank % torch.cuda.device_count()))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        vqgan = vqgan.to(device)
+        # PyTorch declares this form of `to` for tensors only.
+        return vqgan.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     torch.set_num_threads(1)
     return vqgan

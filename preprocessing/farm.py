@@ -1,56 +1,160 @@
-"""The farm: ranks that turn a manifest's media and captions into the shards of a corpus."""
+"""The farm: ranks that turn a manifest's media and captions into the shards of a corpus.
+
+Ranks stand in groups of one encode rank and its decode ranks. Encode ranks claim shards and have
+their items decoded; an encode rank without decode ranks decodes in threads of its own.
+"""
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
-from pydantic import Field
-
-from megatron_nuwa.config import Settings
-from megatron_nuwa.data.shards import Failure, Fingerprints, ShardItem, Sidecar, write_shard
-from megatron_nuwa.data.text import LARGEST_VOCABULARY, NO_CAPTION, TextTokenizer
+from megatron_nuwa.data.shards import CorpusManifest
+from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import sha256_of
-from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
-from megatron_nuwa.training.progress import track
-from preprocessing.communicator import Communicator, on_every_rank, on_first_rank
-from preprocessing.decoders import DecodeError, DecodeSettings, decode, media_kind
-from preprocessing.encoder import BatchEncoder, prepare_device
+from megatron_nuwa.models.vqgan import Vqgan
+from preprocessing import attempts
+from preprocessing.communicator import (
+    Claims,
+    Communicator,
+    MessageKind,
+    on_every_rank,
+    on_first_rank,
+)
+from preprocessing.decode_worker import DecodeThreads, ItemDecoder
+from preprocessing.encode_loop import (
+    EncodeLoop,
+    RemoteDecoders,
+    Work,
+    serve_encode_rank,
+)
+from preprocessing.encoder import FrameEncoder
+from preprocessing.figures import Figures
 from preprocessing.ledger import FAILURES_FILE, CorpusSettings, Ledger
-from preprocessing.sources import SourceItem, read_manifest
+from preprocessing.options import TokenizeOptions, load_tools, local_rank, plan_key, settle
+from preprocessing.plan import Plan, PlanKey
+from preprocessing.report import write_report
+from preprocessing.sources import read_manifest
+from preprocessing.state import FarmFolder
+from preprocessing.watch import Watch
 
-CLIP_FRAMES = 10
-CLIP_FRAMES_PER_SECOND = 2.5
 SHOWN_FAILURES = 5
-
-
-class TokenizeOptions(Settings):
-    """What `tokenize` is asked for; `frames` None follows the manifest's first item."""
-
-    source: Path
-    output: Path
-    vqgan: Path
-    bpe: Path
-    frames: int | None = Field(default=None, ge=1)
-    frames_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    short_clips: Literal["skip", "pad"] = "skip"
-    items_per_shard: int = Field(default=4096, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    long_captions: Literal["refuse", "truncate"] = "refuse"
+REPORT_SECONDS = 0.5
+IDLE_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class Tools:
-    """What a rank works with."""
+class Group:
+    """An encode rank and its decode ranks, neighbours so that they share a machine."""
 
-    vqgan: Vqgan
-    bpe: TextTokenizer
+    encode_rank: int
+    decode_ranks: range
+
+    @classmethod
+    def of(cls, rank: int, size: int, decode_ranks_per_encoder: int) -> Group:
+        """The group of a rank; the last group may be smaller than the others."""
+        width = decode_ranks_per_encoder + 1
+        first = rank - rank % width
+        return cls(first, range(first + 1, min(first + width, size)))
+
+
+class _Farm:
+    """One run of the farm on one rank."""
+
+    def __init__(
+        self,
+        options: TokenizeOptions,
+        communicator: Communicator,
+        tools: tuple[Vqgan, TextTokenizer],
+        settings: CorpusSettings,
+    ) -> None:
+        self._options = options
+        self._communicator = communicator
+        self._vqgan, self._bpe = tools
+        self._settings = settings
+        self._folder = FarmFolder(options.output)
+        self._group = Group.of(
+            communicator.rank, communicator.size, options.decode_ranks_per_encoder
+        )
+        self.loop: EncodeLoop | None = None
+        self.encoder: FrameEncoder | None = None
+
+    def run(self, work: Work, claims: Claims, watch: Watch | None) -> None:
+        """This rank's part of the work."""
+        ranks, rank = self._communicator, self._communicator.rank
+        if rank != self._group.encode_rank:
+            with self._threads() as threads:
+                serve_encode_rank(ranks, self._group.encode_rank, threads)
+            return
+        width = self._options.decode_ranks_per_encoder + 1
+        batch = self._settings.batch_size
+        self.encoder = FrameEncoder(
+            self._vqgan, self._settings.encoder, batch, local_rank() // width
+        )
+        if self._group.decode_ranks:
+            remote = RemoteDecoders(ranks, self._group.decode_ranks)
+            decoders = list(remote.decoders.values())
+            self.loop = EncodeLoop(work, self.encoder, decoders, claims, remote.receive)
+            self._encode(self.loop, watch)
+            remote.dismiss()
+        else:
+            with self._threads() as threads:
+                self.loop = EncodeLoop(work, self.encoder, [threads], claims, lambda: None)
+                self._encode(self.loop, watch)
+        if watch is None:
+            ranks.send(0, MessageKind.REPORT, (self.loop.take_figures(), True))
+        else:
+            self._await_others(watch)
+
+    def _encode(self, loop: EncodeLoop, watch: Watch | None) -> None:
+        told = time.monotonic()
+        for _ in loop.run():
+            if self._communicator.is_asked_to_stop():
+                return
+            now = time.monotonic()
+            if watch is not None:
+                watch.add(loop.take_figures())
+                self._receive_reports(watch)
+                watch.tick()
+            elif now - told >= REPORT_SECONDS:
+                told = now
+                self._communicator.send(0, MessageKind.REPORT, (loop.take_figures(), False))
+        if watch is not None:
+            watch.add(loop.take_figures())
+
+    def _await_others(self, watch: Watch) -> None:
+        """On the first rank: show the progress of the others until they are done."""
+        width = self._options.decode_ranks_per_encoder + 1
+        others = len(range(width, self._communicator.size, width))
+        while self._ended < others and not self._communicator.is_asked_to_stop():
+            self._receive_reports(watch)
+            watch.tick()
+            time.sleep(IDLE_SECONDS)
+
+    _ended = 0
+
+    def _receive_reports(self, watch: Watch) -> None:
+        while message := self._communicator.receive(MessageKind.REPORT):
+            figures, ended = message[1]
+            watch.add(figures)
+            self._ended += ended
+
+    @contextmanager
+    def _threads(self) -> Iterator[DecodeThreads]:
+        decoder = ItemDecoder(
+            self._bpe,
+            self._settings.decode,
+            self._settings.long_captions == "truncate",
+            self._options.attempts,
+        )
+        threads = DecodeThreads(decoder, self._folder.attempts, self._options.decode_threads)
+        try:
+            yield threads
+        finally:
+            threads.close()
 
 
 def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
@@ -60,253 +164,121 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
     where the manifest, the VQ-GAN, the BPE or the output folder will not do, and where not a
     single item is good.
     """
-    first = communicator.rank == 0
-    items = on_first_rank(communicator, lambda: read_manifest(options.source))
-    tools = on_every_rank(communicator, lambda: _load_tools(options))
-    settings = on_first_rank(communicator, lambda: _settle(options, items, tools))
+    tools = on_every_rank(communicator, lambda: load_tools(options))
+    folder = FarmFolder(options.output)
+    plan = Plan(folder.plan, options.items_per_shard)
+    key = on_first_rank(communicator, lambda: plan_key(options))
+    settings = on_first_rank(communicator, lambda: settle(options, plan, key, *tools))
     ledger = Ledger(options.output, settings)
-    finished = on_first_rank(communicator, lambda: _begin(ledger))
-    if finished:
-        if first:
+    if on_first_rank(communicator, lambda: _is_finished(ledger, options)):
+        if communicator.rank == 0:
             print(f"corpus {options.output} is finished already", flush=True)
         return
-    pending = on_first_rank(communicator, ledger.pending)
-    shards = _Shards(items, settings, options, tools)
-    began = time.monotonic()
-    on_every_rank(communicator, lambda: _work(shards, pending, communicator))
-    on_first_rank(communicator, lambda: _finish(ledger, options, pending, began))
-
-
-def _load_tools(options: TokenizeOptions) -> Tools:
-    vqgan = load_vqgan(options.vqgan)
-    bpe = TextTokenizer.load(options.bpe)
-    if bpe.vocabulary_size > LARGEST_VOCABULARY:
-        raise UserError(
-            f"BPE {options.bpe} has {bpe.vocabulary_size:,} tokens, and a corpus holds at most "
-            f"{LARGEST_VOCABULARY:,}"
+    with _only_farm(folder, communicator):
+        work = on_first_rank(communicator, lambda: _begin(ledger, plan, key, folder, options))
+        claims = communicator.claims()
+        farm = _Farm(options, communicator, tools, settings)
+        total = sum(len(settings.rows(shard)) for shard in work.pending)
+        watch = None
+        if communicator.rank == 0:
+            watch = Watch(total, settings.decode.frames, folder.tensorboard)
+        with watch or nullcontext():
+            on_every_rank(communicator, lambda: farm.run(work, claims, watch))
+        claims.close()
+        on_first_rank(
+            communicator, lambda: _finish(ledger, options, folder, work.pending, watch, farm)
         )
-    if vqgan.config.codebook_size > LARGEST_VOCABULARY:
-        raise UserError(
-            f"VQ-GAN {options.vqgan} has {vqgan.config.codebook_size:,} codes, and a corpus holds "
-            f"at most {LARGEST_VOCABULARY:,}"
-        )
-    return Tools(prepare_device(vqgan, _local_rank()), bpe)
 
 
-def _settle(options: TokenizeOptions, items: Sequence[SourceItem], tools: Tools) -> CorpusSettings:
-    """Every setting of the corpus, defaults filled in."""
-    decode_settings = _decode_settings(options, items, tools.vqgan.config.image_size)
-    return CorpusSettings(
-        manifest_sha256=sha256_of(options.source),
-        manifest_items=len(items),
-        decode=decode_settings,
-        grid_side=tools.vqgan.grid_side,
-        codebook_size=tools.vqgan.config.codebook_size,
-        text_vocabulary_size=tools.bpe.vocabulary_size,
-        fingerprints=Fingerprints(
-            vqgan=fingerprint(tools.vqgan),
-            bpe=tools.bpe.fingerprint,
-            decode=decode_settings.fingerprint(),
-        ),
-        items_per_shard=options.items_per_shard,
-        batch_size=options.batch_size,
-        long_captions=options.long_captions,
-    )
-
-
-def _decode_settings(
-    options: TokenizeOptions, items: Sequence[SourceItem], image_size: int
-) -> DecodeSettings:
-    frames = options.frames or _default_frames(items)
-    if frames == 1:
-        if options.frames_per_second is not None:
-            raise UserError("--fps is given, but a corpus of images has no frame rate")
-        return DecodeSettings(image_size=image_size)
-    return DecodeSettings(
-        image_size=image_size,
-        frames=frames,
-        frames_per_second=options.frames_per_second or CLIP_FRAMES_PER_SECOND,
-        short_clips=options.short_clips,
-    )
-
-
-def _default_frames(items: Sequence[SourceItem]) -> int:
-    """1 where the first item that can be read is an image, else the paper's 10."""
-    complaint = None
-    for item in items:
-        try:
-            return 1 if media_kind(item.media) == "image" else CLIP_FRAMES
-        except DecodeError as error:
-            complaint = complaint or error
-    raise UserError(f"not one media file of the manifest can be read; the first: {complaint}")
-
-
-def _begin(ledger: Ledger) -> bool:
-    """Open the corpus for writing; true where there is nothing left to write."""
-    try:
+def _is_finished(ledger: Ledger, options: TokenizeOptions) -> bool:
+    """Whether nothing is to be done; `UserError` where the output folder is another corpus's."""
+    with _writing(options.output):
         ledger.check()
-        if ledger.is_finished():
-            return True
-        ledger.begin()
-    except OSError as error:
-        raise UserError(
-            f"output {ledger.folder} cannot be written: {error.strerror or error}"
-        ) from error
-    return False
+        return ledger.is_finished() and not (options.retry_failed and ledger.has_failed())
 
 
-class _Shards:
-    """Makes shards, one at a time."""
+@contextmanager
+def _only_farm(folder: FarmFolder, communicator: Communicator) -> Iterator[None]:
+    """Hold the farm's lock, on the first rank."""
+    lock = folder.locked() if communicator.rank == 0 else nullcontext()
+    on_every_rank(communicator, lock.__enter__)
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
 
-    def __init__(
-        self,
-        items: Sequence[SourceItem],
-        settings: CorpusSettings,
-        options: TokenizeOptions,
-        tools: Tools,
-    ) -> None:
-        self.settings = settings
-        self._items = items
-        self._folder = options.output
-        self._media_folder = options.source.parent
-        self._tools = tools
-        self._repeated = _repeated_rows(items)
 
-    def make(self, shard: int) -> Iterator[None]:
-        """Write one shard, yielding after each of its items; `UserError` where writing fails."""
-        encoder = BatchEncoder(self._tools.vqgan, self.settings.batch_size)
-        good: list[tuple[SourceItem, np.ndarray, int]] = []
-        failures: list[Failure] = []
-        for row in self.settings.rows(shard):
-            item = self._items[row]
-            try:
-                text = self._text(item, row)
-                frames, real = decode(item.media, self.settings.decode, item.start, item.end)
-            except UserError as error:
-                failures.append(Failure(id=item.id, reason=str(error)))
-            else:
-                encoder.add(frames)
-                good.append((item, text, real))
-            yield
-        # (frames, h, w) → one row of frame-major tokens for each item: generation order.
-        visual = encoder.finish().reshape(len(good), -1) if good else np.empty((0, 0))
-        made = [
-            self._shard_item(*parts, tokens) for parts, tokens in zip(good, visual, strict=True)
-        ]
+def _begin(
+    ledger: Ledger, plan: Plan, key: PlanKey, folder: FarmFolder, options: TokenizeOptions
+) -> Work:
+    """Open the corpus for writing, and say what is left to do."""
+    with _writing(options.output):
+        new = ledger.is_new()
         try:
-            write_shard(self._folder, shard, made, failures)
-        except OSError as error:
-            raise UserError(
-                f"output {self._folder} cannot be written: {error.strerror or error}"
-            ) from error
-
-    def _text(self, item: SourceItem, row: int) -> np.ndarray:
-        if row in self._repeated:
-            raise UserError(f"the id {item.id!r} stands in an earlier line of the manifest too")
-        if not item.captions:
-            raise UserError(
-                f'item {item.id!r} has no caption; give it "{NO_CAPTION}" where it has none'
-            )
-        truncate = self.settings.long_captions == "truncate"
-        return np.stack([self._tools.bpe.encode(text, truncate=truncate) for text in item.captions])
-
-    def _shard_item(
-        self, item: SourceItem, text: np.ndarray, real: int, visual: np.ndarray
-    ) -> ShardItem:
-        media = item.media
-        if media.is_relative_to(self._media_folder):
-            media = media.relative_to(self._media_folder)
-        return ShardItem(
-            id=item.id,
-            visual=visual,
-            text=text,
-            captions=item.captions,
-            frames=real,
-            media=media.as_posix(),
-            start=item.start,
-            end=item.end,
-        )
+            ledger.begin()
+        except OSError:
+            if new:
+                folder.discard()
+            raise
+        if options.retry_failed:
+            ledger.reopen_failed()
+    with _writing(folder.path):
+        if new or options.retry_failed:
+            attempts.forget(folder.attempts)
+        pending = ledger.pending()
+        if pending and plan.planned_items(key) is None:
+            plan.write(read_manifest(options.source), key)
+        counts = attempts.collect(folder.attempts)
+    return Work(pending, plan, ledger.settings, options.output, options.source.parent, counts)
 
 
-def _repeated_rows(items: Sequence[SourceItem]) -> set[int]:
-    seen: set[str] = set()
-    repeated = set()
-    for row, item in enumerate(items):
-        if item.id in seen:
-            repeated.add(row)
-        seen.add(item.id)
-    return repeated
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
 
 
-def _work(shards: _Shards, pending: Sequence[int], communicator: Communicator) -> None:
-    """Make this rank's share of the pending shards; the first rank shows everybody's progress."""
-    mine = pending[communicator.rank :: communicator.size]
-    if communicator.rank:
-        for _ in _own_work(shards, mine, communicator):
-            communicator.report(1)
-        return
-    total = sum(len(shards.settings.rows(shard)) for shard in pending)
-    everybody = _everybodys_work(shards, mine, communicator, total)
-    for _ in track(everybody, "tokenize", total=total):
-        pass
-
-
-def _own_work(shards: _Shards, mine: Sequence[int], communicator: Communicator) -> Iterator[None]:
-    for shard in mine:
-        for _ in shards.make(shard):
-            yield
-            if communicator.is_asked_to_stop():
-                return
-
-
-def _everybodys_work(
-    shards: _Shards, mine: Sequence[int], communicator: Communicator, total: int
-) -> Iterator[None]:
-    """Do the first rank's work, yielding once for each item that any rank has done."""
-    done = 0
-    for _ in _own_work(shards, mine, communicator):
-        others = communicator.reported()
-        done += 1 + others
-        yield from [None] * (1 + others)
-    while done < total and not communicator.is_asked_to_stop():
-        others = communicator.reported()
-        done += others
-        yield from [None] * others
-        time.sleep(0.02)
-
-
-def _finish(ledger: Ledger, options: TokenizeOptions, made: Sequence[int], began: float) -> None:
+def _finish(
+    ledger: Ledger,
+    options: TokenizeOptions,
+    folder: FarmFolder,
+    made: Sequence[int],
+    watch: Watch | None,
+    farm: _Farm,
+) -> None:
     """Commit the corpus and say what became of the items."""
-    sidecars = ledger.sidecars()
-    failures = [failure for sidecar in sidecars for failure in sidecar.failures]
-    if not any(sidecar.items for sidecar in sidecars):
-        ledger.discard()
-        raise UserError(
-            f"all {len(failures)} items of {options.source} failed, so there is no corpus; "
-            f"the first: {failures[0].reason}"
-        )
-    manifest = ledger.commit(sidecars)
-    seconds = time.monotonic() - began
-    items = sum(_handled(sidecars[shard]) for shard in made)
+    assert watch is not None
+    with _writing(options.output):
+        manifest = ledger.commit()
+        failures = ledger.first_failures(SHOWN_FAILURES)
+        if manifest is None:
+            ledger.discard()
+            folder.discard()
+            raise UserError(
+                f"all {ledger.settings.manifest_items} items of {options.source} failed, so there "
+                f"is no corpus; the first: {failures[0].reason}"
+            )
+    attempts.forget(folder.attempts)
+    folder.forget_plan()
+    _tell(options.output, manifest, len(made), watch.figures, watch.seconds)
+    for failure in failures:
+        print(f"  failed {failure.id}: {failure.reason}", flush=True)
+    if manifest.counts.failed > len(failures):
+        more = manifest.counts.failed - len(failures)
+        print(f"  and {more} more, in {options.output / FAILURES_FILE}", flush=True)
+    if options.report and farm.loop is not None and farm.encoder is not None:
+        told = write_report(folder.report, options.output, farm.loop.samples, farm.encoder, watch)
+        print(told, flush=True)
+
+
+def _tell(
+    output: Path, manifest: CorpusManifest, shards: int, figures: Figures, seconds: float
+) -> None:
     print(
-        f"corpus {options.output}: {manifest.counts.items} items, "
-        f"{manifest.counts.captions} captions, {manifest.counts.failed} failed; "
-        f"{len(made)} shards in {seconds:.1f} s, {items / seconds:.1f} items/s",
+        f"corpus {output}: {manifest.counts.items} items, {manifest.counts.captions} captions, "
+        f"{manifest.counts.failed} failed; {shards} shards in {seconds:.1f} s, "
+        f"{figures.items / seconds:.1f} items/s",
         flush=True,
     )
-    for failure in failures[:SHOWN_FAILURES]:
-        print(f"  failed {failure.id}: {failure.reason}", flush=True)
-    if len(failures) > SHOWN_FAILURES:
-        more = len(failures) - SHOWN_FAILURES
-        print(f"  and {more} more, in {options.output / FAILURES_FILE}", flush=True)
-
-
-def _handled(sidecar: Sidecar) -> int:
-    return sidecar.items + len(sidecar.failures)
-
-
-def _local_rank() -> int:
-    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0

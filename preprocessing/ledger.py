@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +17,7 @@ from megatron_nuwa.data.shards import (
     FORMAT_VERSION,
     CorpusManifest,
     Counts,
+    Failure,
     Fingerprints,
     Sidecar,
     read_json,
@@ -24,9 +26,12 @@ from megatron_nuwa.data.shards import (
     write_settings,
 )
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.files import sync, written_atomically
 from preprocessing.decoders import DecodeSettings
+from preprocessing.encoder import EncoderSettings
 
+# Raised whenever the same frames and settings would be encoded in other batches than before.
+ENCODE_RULES_VERSION = 2
 SETTINGS_FILE = "settings.json"
 FAILURES_FILE = "failures.jsonl"
 
@@ -45,6 +50,14 @@ class CorpusSettings(Settings):
     items_per_shard: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     long_captions: Literal["refuse", "truncate"]
+    # Corpora begun before the farm had these fields were made in another way.
+    encode_rules: int = 1
+    encoder: EncoderSettings = EncoderSettings(device="cpu", precision="float32", compiled=False)
+
+    @property
+    def items_per_batch(self) -> int:
+        """Items whose frames the VQ-GAN encodes together."""
+        return max(1, self.batch_size // self.decode.frames)
 
     @property
     def shards(self) -> int:
@@ -86,6 +99,21 @@ class Ledger:
         """Whether the corpus has its commit and all of its shards."""
         return (self.folder / CORPUS_FILE).exists() and not self.pending()
 
+    def is_new(self) -> bool:
+        """Whether nothing has been written yet."""
+        return not (self.folder / SETTINGS_FILE).exists()
+
+    def reopen_failed(self) -> None:
+        """Have every shard that holds a failed item made anew.
+
+        The whole shard, so that its bytes are those of a run in which the item never failed.
+        """
+        for shard in range(self.settings.shards):
+            with contextlib.suppress(UserError):
+                if read_sidecar(self._sidecar_path(shard)).failures:
+                    (self.folder / CORPUS_FILE).unlink(missing_ok=True)
+                    self._sidecar_path(shard).unlink()
+
     def begin(self) -> None:
         """Write the settings, and take back the commit and the remains of an earlier run."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -93,16 +121,29 @@ class Ledger:
         self._remove_temporary_files()
         write_settings(self.folder / SETTINGS_FILE, self.settings)
 
-    def sidecars(self) -> list[Sidecar]:
-        """The sidecars of all shards, in order."""
-        return [read_sidecar(self._sidecar_path(shard)) for shard in range(self.settings.shards)]
+    def has_failed(self) -> bool:
+        """Whether an item of the shards that are there has failed."""
+        return any(sidecar.failures for sidecar in self._sidecars())
 
-    def commit(self, sidecars: Sequence[Sidecar]) -> CorpusManifest:
-        """Write `failures.jsonl` and, last of all, `corpus.json`."""
+    def first_failures(self, count: int) -> list[Failure]:
+        """The first failures of a corpus whose shards are all there."""
+        failures = (failure for sidecar in self._sidecars() for failure in sidecar.failures)
+        return list(itertools.islice(failures, count))
+
+    def commit(self) -> CorpusManifest | None:
+        """Write `failures.jsonl` and, last of all, `corpus.json`; None where no item is good."""
         settings = self.settings
-        failures = [failure for sidecar in sidecars for failure in sidecar.failures]
-        lines = [json.dumps(failure.model_dump(), ensure_ascii=False) for failure in failures]
-        write_text_atomically(self.folder / FAILURES_FILE, "".join(line + "\n" for line in lines))
+        entries, failed = [], 0
+        with written_atomically(self.folder / FAILURES_FILE) as stream:
+            for sidecar in self._sidecars():
+                if sidecar.items:
+                    entries.append(sidecar.entry())
+                for failure in sidecar.failures:
+                    line = json.dumps(failure.model_dump(), ensure_ascii=False)
+                    stream.write(line.encode() + b"\n")
+                    failed += 1
+        if not entries:
+            return None
         frames = settings.decode.frames
         manifest = CorpusManifest(
             format_version=FORMAT_VERSION,
@@ -112,13 +153,16 @@ class Ledger:
             text_vocabulary_size=settings.text_vocabulary_size,
             fingerprints=settings.fingerprints,
             counts=Counts(
-                items=sum(sidecar.items for sidecar in sidecars),
-                captions=sum(sidecar.captions for sidecar in sidecars),
-                failed=len(failures),
+                items=sum(entry.items for entry in entries),
+                captions=sum(entry.captions for entry in entries),
+                failed=failed,
             ),
-            shards=tuple(sidecar.entry() for sidecar in sidecars if sidecar.items),
+            shards=tuple(entries),
         )
+        # The commit must not reach the disk before the names of the files that it lists.
+        sync(self.folder)
         write_settings(self.folder / CORPUS_FILE, manifest)
+        sync(self.folder)
         return manifest
 
     def discard(self) -> None:
@@ -130,6 +174,11 @@ class Ledger:
         (self.folder / SETTINGS_FILE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+    def _sidecars(self) -> Iterator[Sidecar]:
+        for shard in range(self.settings.shards):
+            if self._sidecar_path(shard).exists():
+                yield read_sidecar(self._sidecar_path(shard))
 
     def _sidecar_path(self, shard: int) -> Path:
         return self.folder / f"{shard_name(shard)}.json"
@@ -171,4 +220,4 @@ def _difference(written: CorpusSettings, asked: CorpusSettings) -> str:
 
 def _flat(settings: CorpusSettings) -> dict[str, object]:
     tree = settings.model_dump(mode="json")
-    return {**tree.pop("decode"), **tree}
+    return {**tree.pop("decode"), **tree.pop("encoder"), **tree}

@@ -1,0 +1,114 @@
+"""A shard in the making: decoded items come in any order, batches and bytes are always the same.
+
+A batch holds the frames of consecutive rows of the manifest. Where an item has failed its frames
+are black, so that an item's tokens depend neither on the order of work nor on its neighbours' luck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nuwa.data.shards import Failure, ShardItem, write_shard
+from megatron_nuwa.errors import UserError
+from preprocessing.decode_worker import Decoded
+from preprocessing.ledger import CorpusSettings
+from preprocessing.plan import PlannedItem
+
+
+class ShardAssembly:
+    """Gathers what the items of one shard have become, and writes the shard."""
+
+    def __init__(
+        self,
+        shard: int,
+        planned: Sequence[PlannedItem],
+        settings: CorpusSettings,
+        media_folder: Path,
+    ) -> None:
+        self.shard = shard
+        self.planned = planned
+        self._settings = settings
+        self._media_folder = media_folder
+        size = settings.items_per_batch
+        self._batches = [
+            range(start, min(start + size, len(planned))) for start in range(0, len(planned), size)
+        ]
+        self._missing = [len(batch) for batch in self._batches]
+        self._unencoded = len(self._batches)
+        self._frames: dict[int, np.ndarray] = {}
+        self._items: dict[int, ShardItem] = {}
+        self._made: dict[int, tuple[np.ndarray, int]] = {}
+        self._failures: dict[int, Failure] = {}
+
+    def take(self, index: int, decoded: Decoded) -> int | None:
+        """Take what item `index` of the shard has become; the batch that it completes, if any."""
+        if decoded.frames is None or decoded.text is None:
+            item = self.planned[index].item
+            self._failures[index] = Failure(id=item.id, reason=str(decoded.reason))
+        else:
+            self._frames[index] = decoded.frames
+            self._made[index] = decoded.text, decoded.real
+        batch = index // self._settings.items_per_batch
+        self._missing[batch] -= 1
+        return None if self._missing[batch] else batch
+
+    def items_in(self, batch: int) -> int:
+        """How many items, failed ones included, a batch is made of."""
+        return len(self._batches[batch])
+
+    def frames(self, batch: int) -> np.ndarray | None:
+        """Take out a complete batch's frames, uint8 (frames, H, W, 3); None where all failed."""
+        indices = self._batches[batch]
+        found = {index: self._frames.pop(index) for index in indices if index in self._frames}
+        if not found:
+            return None
+        shape = next(iter(found.values())).shape
+        frames = np.zeros((len(indices), *shape), np.uint8)
+        for index, clip in found.items():
+            frames[index - indices.start] = clip
+        return frames.reshape(-1, *shape[1:])
+
+    def put(self, batch: int, tokens: np.ndarray | None) -> bool:
+        """Put in a batch's tokens, uint16 (frames, h, w); true where it was the shard's last."""
+        self._unencoded -= 1
+        if tokens is not None:
+            # (frames, h, w) → one row of frame-major tokens for each item: generation order.
+            rows = tokens.reshape(-1, self._settings.decode.frames * tokens[0].size)
+            for place, index in enumerate(self._batches[batch]):
+                if index in self._made:
+                    self._items[index] = self._item(index, rows[place])
+        return not self._unencoded
+
+    def write(self, folder: Path) -> None:
+        """Write the shard; `UserError` where the disk refuses."""
+        try:
+            write_shard(
+                folder,
+                self.shard,
+                [self._items[index] for index in sorted(self._items)],
+                [self._failures[index] for index in sorted(self._failures)],
+            )
+        except OSError as error:
+            raise UserError(
+                f"output {folder} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def _item(self, index: int, visual: np.ndarray) -> ShardItem:
+        item = self.planned[index].item
+        text, real = self._made.pop(index)
+        media = Path(item.media)
+        if media.is_relative_to(self._media_folder):
+            media = media.relative_to(self._media_folder)
+        return ShardItem(
+            id=item.id,
+            visual=visual,
+            text=text,
+            captions=item.captions,
+            frames=real,
+            media=media.as_posix(),
+            start=item.start,
+            end=item.end,
+        )

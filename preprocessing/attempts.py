@@ -1,0 +1,134 @@
+"""Attempts at items, counted on disk before the work, so that a killed rank leaves its trace."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import write_text_atomically
+
+_COUNTS = "attempts.json"
+_JOURNALS = "journal-*"
+# The first line of a journal is the row under work, of fixed width, so that it is overwritten.
+_ROW_WIDTH = 20
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """What became of an item before: attempts that failed, and runs that ended amid one."""
+
+    failed: int = 0
+    deaths: int = 0
+
+
+class Journal:
+    """The attempts of one decode thread: the row under work, and the rows that failed."""
+
+    def __init__(self, folder: Path) -> None:
+        # Ranks of several nodes write into one folder.
+        name = f"journal-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._path = folder / name
+        try:
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+        self._end = _ROW_WIDTH
+        self._write(b"", 0)
+
+    def begin(self, row: int) -> None:
+        """Note that an attempt at a row begins."""
+        self._write(str(row).encode(), 0)
+
+    def succeed(self) -> None:
+        """Note that the attempt has ended well."""
+        self._write(b"", 0)
+
+    def fail(self, row: int) -> None:
+        """Note that the attempt has failed."""
+        self._write(str(row).encode(), self._end)
+        self._end += _ROW_WIDTH
+        self._write(b"", 0)
+
+    def close(self) -> None:
+        """Forget the row under work: the rank ends in good order."""
+        self._write(b"", 0)
+        os.close(self._file)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _write(self, text: bytes, offset: int) -> None:
+        try:
+            os.pwrite(self._file, text.ljust(_ROW_WIDTH - 1) + b"\n", offset)
+        except OSError as error:
+            raise _unwritable(self._path.parent, error) from error
+
+
+def collect(folder: Path) -> dict[int, Attempts]:
+    """Add the journals of ended runs to the counts of the runs before them, and remove them.
+
+    Only one process may call it, while no journal is open. Returns the counts by row.
+    """
+    counts, counted = _read_counts(folder / _COUNTS)
+    journals = sorted(folder.glob(_JOURNALS))
+    for journal in journals:
+        if journal.name not in counted:
+            _count(journal, counts)
+    if journals:
+        # Their names are kept: a run that ends before they are removed must not count them twice.
+        _save(folder, counts, [journal.name for journal in journals])
+    for journal in journals:
+        journal.unlink()
+    return counts
+
+
+def forget(folder: Path) -> None:
+    """Remove all counts: every item has come to its end."""
+    for path in (*folder.glob(_JOURNALS), folder / _COUNTS):
+        path.unlink(missing_ok=True)
+
+
+def _count(journal: Path, counts: dict[int, Attempts]) -> None:
+    under_work, *failed = [line.strip() for line in journal.read_bytes().splitlines()] or [b""]
+    for row in (int(text) for text in failed if text.isdigit()):
+        before = counts.get(row, Attempts())
+        counts[row] = replace(before, failed=before.failed + 1)
+    if under_work.isdigit():
+        before = counts.get(int(under_work), Attempts())
+        counts[int(under_work)] = replace(before, deaths=before.deaths + 1)
+
+
+def _save(folder: Path, counts: Mapping[int, Attempts], journals: Sequence[str]) -> None:
+    rows = {str(row): asdict(attempts) for row, attempts in sorted(counts.items())}
+    tree = {"journals": list(journals), "rows": rows}
+    write_text_atomically(folder / _COUNTS, json.dumps(tree) + "\n")
+
+
+def _read_counts(path: Path) -> tuple[dict[int, Attempts], set[str]]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        rows = {int(row): Attempts(**counts) for row, counts in tree["rows"].items()}
+        return rows, set(tree["journals"])
+    except FileNotFoundError:
+        return {}, set()
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{path} is not what a farm writes; remove it") from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"farm folder {folder} cannot be written: {error.strerror or error}")

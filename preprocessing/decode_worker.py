@@ -1,0 +1,156 @@
+"""The decode side of the farm: items become frames and text tokens, in threads."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer
+from megatron_nuwa.errors import UserError
+from preprocessing.attempts import Attempts, Journal
+from preprocessing.decoders import DecodeError, DecodeSettings
+from preprocessing.isolation import decode_alone, decode_item
+from preprocessing.plan import PlannedItem
+from preprocessing.sources import SourceItem
+
+# A rank may die for another reason than the item it was at, so deaths weigh less than failures.
+DEATHS_PER_ATTEMPT = 2
+
+
+@dataclass(frozen=True)
+class Task:
+    """One item to decode; `ticket` is the encode rank's own name for it."""
+
+    ticket: int
+    planned: PlannedItem
+    before: Attempts
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What became of a task: frames uint8 (frames, H, W, 3) and text (captions, 77), or a reason.
+
+    `seconds` were spent on decoding.
+    """
+
+    ticket: int
+    frames: np.ndarray | None
+    text: np.ndarray | None
+    real: int
+    reason: str | None
+    seconds: float
+
+
+class ItemDecoder:
+    """Decodes one item after another, with its attempts on record."""
+
+    def __init__(
+        self,
+        bpe: TextTokenizer,
+        settings: DecodeSettings,
+        truncate_captions: bool,
+        attempts: int,
+    ) -> None:
+        self._bpe = bpe
+        self._settings = settings
+        self._truncate = truncate_captions
+        self._attempts = attempts
+
+    def decode(self, task: Task, journal: Journal) -> Decoded:
+        """The task's frames and text tokens, or the reason why there are none."""
+        began = time.perf_counter()
+        planned = task.planned
+        try:
+            text = self._text(planned)
+            frames, real = self._frames(task, journal)
+        except UserError as error:
+            seconds = time.perf_counter() - began
+            return Decoded(task.ticket, None, None, 0, str(error), seconds)
+        return Decoded(task.ticket, frames, text, real, None, time.perf_counter() - began)
+
+    def _text(self, planned: PlannedItem) -> np.ndarray:
+        item = planned.item
+        if planned.repeated:
+            raise UserError(f"the id {item.id!r} stands in an earlier line of the manifest too")
+        if not item.captions:
+            raise UserError(
+                f'item {item.id!r} has no caption; give it "{NO_CAPTION}" where it has none'
+            )
+        return np.stack([self._bpe.encode(text, truncate=self._truncate) for text in item.captions])
+
+    def _frames(self, task: Task, journal: Journal) -> tuple[np.ndarray, int]:
+        item, before = task.planned.item, task.before
+        if before.deaths >= DEATHS_PER_ATTEMPT * self._attempts:
+            raise DecodeError(f"{item.media} was at work each time that the farm's ranks died")
+        action: Callable[[SourceItem, DecodeSettings], tuple[np.ndarray, int]] = (
+            decode_alone if before.deaths else decode_item
+        )
+        # The last attempt is always made again: its reason belongs into the corpus.
+        left = max(1, self._attempts - before.failed)
+        while True:
+            journal.begin(task.planned.row)
+            try:
+                result = action(item, self._settings)
+            except DecodeError as error:
+                journal.fail(task.planned.row)
+                left -= 1
+                # A decoder may know of an error that no further attempt can mend.
+                if not left or getattr(error, "permanent", False):
+                    raise
+            else:
+                journal.succeed()
+                return result
+
+
+class DecodeThreads:
+    """Threads that decode tasks; results come in the order in which they are ready."""
+
+    def __init__(self, decoder: ItemDecoder, state: Path, threads: int) -> None:
+        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[Decoded | BaseException] = queue.SimpleQueue()
+        self._decoder = decoder
+        self._state = state
+        self._stopping = threading.Event()
+        self._threads: Sequence[threading.Thread] = [
+            threading.Thread(target=self._run, name=f"decode-{number}", daemon=True)
+            for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, task: Task) -> None:
+        """Give the threads one more task."""
+        self._tasks.put(task)
+
+    def collect(self) -> Decoded | None:
+        """A result, or None where none is ready; an exception of a thread is raised here."""
+        try:
+            result = self._results.get_nowait()
+        except queue.Empty:
+            return None
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+    def close(self) -> None:
+        """Let the threads finish the item they are at, and no other."""
+        self._stopping.set()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        try:
+            with Journal(self._state) as journal:
+                while (task := self._tasks.get()) is not None and not self._stopping.is_set():
+                    self._results.put(self._decoder.decode(task, journal))
+        # Whatever it is, the main thread raises it: a silent thread would stop the farm for ever.
+        except BaseException as error:
+            self._results.put(error)

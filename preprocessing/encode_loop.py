@@ -1,0 +1,260 @@
+"""The encode side of the farm: one rank gives out work, encodes what comes back, writes shards."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from preprocessing.assembly import ShardAssembly
+from preprocessing.attempts import Attempts
+from preprocessing.communicator import Claims, Communicator, MessageKind
+from preprocessing.decode_worker import Decoded, DecodeThreads, Task
+from preprocessing.encoder import EncodedBatch, FrameEncoder
+from preprocessing.figures import Figures
+from preprocessing.ledger import CorpusSettings
+from preprocessing.plan import Plan
+from preprocessing.sources import SourceItem
+
+# Complete batches and batches in the making that may wait for the encoder.
+QUEUE_BATCHES = 4
+# While the GPU is at one batch, the next is on its way there.
+BATCHES_AT_ONCE = 2
+IDLE_SECONDS = 0.002
+SAMPLES = 6
+
+
+class Decoder(Protocol):
+    """Where an encode rank has items decoded."""
+
+    def submit(self, task: Task) -> None:
+        """Have one more task done, without waiting."""
+
+    def collect(self) -> Decoded | None:
+        """A result that is ready, or None."""
+
+
+class RemoteDecoder:
+    """Another rank's decode threads."""
+
+    def __init__(self, communicator: Communicator, rank: int) -> None:
+        self._communicator = communicator
+        self._rank = rank
+        self.results: deque[Decoded] = deque()
+
+    def submit(self, task: Task) -> None:
+        self._communicator.send(self._rank, MessageKind.TASK, task)
+
+    def collect(self) -> Decoded | None:
+        return self.results.popleft() if self.results else None
+
+    def dismiss(self) -> None:
+        """Tell the rank that there is no more work."""
+        self._communicator.send(self._rank, MessageKind.TASK, None)
+
+
+class RemoteDecoders:
+    """The decode ranks of one encode rank: results are sorted by their sender."""
+
+    def __init__(self, communicator: Communicator, ranks: Sequence[int]) -> None:
+        self._communicator = communicator
+        self.decoders = {rank: RemoteDecoder(communicator, rank) for rank in ranks}
+
+    def receive(self) -> None:
+        """Take in what the ranks have sent."""
+        while message := self._communicator.receive(MessageKind.RESULT):
+            rank, decoded = message
+            self.decoders[rank].results.append(decoded)
+
+    def dismiss(self) -> None:
+        """Tell all ranks that there is no more work."""
+        for decoder in self.decoders.values():
+            decoder.dismiss()
+
+
+def serve_encode_rank(communicator: Communicator, encode_rank: int, threads: DecodeThreads) -> None:
+    """A decode rank's work: decode what the encode rank sends until it dismisses this rank."""
+    under_work, dismissed = 0, False
+    while under_work or not dismissed:
+        moved = False
+        if message := communicator.receive(MessageKind.TASK):
+            moved = True
+            task = message[1]
+            if task is None:
+                dismissed = True
+            else:
+                threads.submit(task)
+                under_work += 1
+        while decoded := threads.collect():
+            moved = True
+            under_work -= 1
+            communicator.send(encode_rank, MessageKind.RESULT, decoded)
+        if communicator.is_asked_to_stop():
+            return
+        if not moved:
+            time.sleep(IDLE_SECONDS)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An item as the report shows it: first, middle and last frame, uint8 (frames, H, W, 3)."""
+
+    item: SourceItem
+    frames: np.ndarray
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to do, the same on all encode ranks."""
+
+    pending: Sequence[int]
+    plan: Plan
+    settings: CorpusSettings
+    output: Path
+    media_folder: Path
+    attempts: Mapping[int, Attempts]
+
+
+class EncodeLoop:
+    """Claims shards, keeps the decoders busy and encodes; memory is bounded by the queue.
+
+    An item holds its place in the queue from when it is given out until it is encoded. Items are
+    given out in the manifest's order, so the oldest batch always finds room and cannot be blocked.
+    """
+
+    def __init__(
+        self,
+        work: Work,
+        encoder: FrameEncoder,
+        decoders: Sequence[Decoder],
+        claims: Claims,
+        receive: Callable[[], None],
+    ) -> None:
+        self._work = work
+        self._encoder = encoder
+        self._decoders = decoders
+        self._receive = receive
+        self._tasks = self._all_tasks(claims)
+        self._next: Task | None = None
+        self._exhausted = False
+        self._places: dict[int, tuple[ShardAssembly, int]] = {}
+        self._given = [0] * len(decoders)
+        self._ready: deque[tuple[ShardAssembly, int]] = deque()
+        self._encoding: deque[tuple[ShardAssembly, int, EncodedBatch, float]] = deque()
+        self._held = 0
+        self._last_finish = 0.0
+        self.capacity = QUEUE_BATCHES * work.settings.items_per_batch
+        self.figures = Figures()
+        self.samples: list[Sample] = []
+
+    def take_figures(self) -> Figures:
+        """What has been counted since the last call."""
+        figures, self.figures = self.figures, Figures()
+        return figures
+
+    def run(self) -> Iterator[None]:
+        """Do the work, yielding after every step; the caller may leave at any of them."""
+        while True:
+            self._receive()
+            moved = self._give_out() | self._take_in()
+            if self._ready and len(self._encoding) < BATCHES_AT_ONCE:
+                self._encode(*self._ready.popleft())
+                moved = True
+            moved |= self._finish_batches()
+            self.figures.queue_samples += 1
+            self.figures.queue_fill += self._held / self.capacity
+            yield
+            if self._exhausted and not self._held:
+                return
+            if not moved:
+                began = time.perf_counter()
+                time.sleep(IDLE_SECONDS)
+                if not self._encoding:
+                    self.figures.starved_seconds += time.perf_counter() - began
+
+    def _all_tasks(self, claims: Claims) -> Iterator[Task]:
+        work, ticket = self._work, 0
+        while (claim := claims.claim()) < len(work.pending):
+            shard = work.pending[claim]
+            planned = work.plan.items(shard)
+            assembly = ShardAssembly(shard, planned, work.settings, work.media_folder)
+            for index, entry in enumerate(planned):
+                self._places[ticket] = assembly, index
+                yield Task(ticket, entry, work.attempts.get(entry.row, Attempts()))
+                ticket += 1
+
+    def _give_out(self) -> bool:
+        moved = False
+        limit = -(-self.capacity // len(self._decoders))
+        while self._held < self.capacity:
+            decoder = min(range(len(self._decoders)), key=self._given.__getitem__)
+            if self._given[decoder] >= limit:
+                break
+            task = next(self._tasks, None)
+            if task is None:
+                self._exhausted = True
+                break
+            self._decoders[decoder].submit(task)
+            self._given[decoder] += 1
+            self._held += 1
+            moved = True
+        return moved
+
+    def _take_in(self) -> bool:
+        moved = False
+        for number, decoder in enumerate(self._decoders):
+            while decoded := decoder.collect():
+                self._given[number] -= 1
+                self._take(decoded)
+                moved = True
+        return moved
+
+    def _take(self, decoded: Decoded) -> None:
+        assembly, index = self._places.pop(decoded.ticket)
+        self.figures.items += 1
+        self.figures.failed += decoded.frames is None
+        self.figures.decode_seconds += decoded.seconds
+        if decoded.frames is not None and len(self.samples) < SAMPLES:
+            picks = sorted({0, len(decoded.frames) // 2, len(decoded.frames) - 1})
+            self.samples.append(Sample(assembly.planned[index].item, decoded.frames[picks]))
+        batch = assembly.take(index, decoded)
+        if batch is not None:
+            self._ready.append((assembly, batch))
+
+    def _encode(self, assembly: ShardAssembly, batch: int) -> None:
+        frames = assembly.frames(batch)
+        if frames is None:
+            self._put(assembly, batch, None)
+            return
+        began = time.perf_counter()
+        encoded = self._encoder.start(frames)
+        self.figures.frames += len(frames)
+        self.figures.batches += 1
+        self._encoding.append((assembly, batch, encoded, began))
+
+    def _finish_batches(self) -> bool:
+        moved = False
+        while self._encoding and self._encoding[0][2].is_ready():
+            assembly, batch, encoded, began = self._encoding.popleft()
+            tokens = encoded.tokens()
+            now = time.perf_counter()
+            # Batches overlap on a GPU: the same second must not be counted twice.
+            self.figures.encode_seconds += now - max(began, self._last_finish)
+            self._last_finish = now
+            self._put(assembly, batch, tokens)
+            moved = True
+        return moved
+
+    def _put(self, assembly: ShardAssembly, batch: int, tokens: np.ndarray | None) -> None:
+        self._held -= assembly.items_in(batch)
+        if not assembly.put(batch, tokens):
+            return
+        began = time.perf_counter()
+        assembly.write(self._work.output)
+        self.figures.write_seconds += time.perf_counter() - began
+        self.figures.shards += 1

@@ -1,0 +1,140 @@
+"""What `tokenize` is asked for, and the settings of the corpus that follow from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_nuwa.config import Settings
+from megatron_nuwa.data.shards import Fingerprints
+from megatron_nuwa.data.text import LARGEST_VOCABULARY, TextTokenizer
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import sha256_of
+from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
+from preprocessing.decoders import DecodeError, DecodeSettings, media_kind
+from preprocessing.encoder import EncoderSettings, Precision
+from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings
+from preprocessing.plan import Plan, PlanKey
+from preprocessing.sources import SourceItem, read_manifest
+
+CLIP_FRAMES = 10
+CLIP_FRAMES_PER_SECOND = 2.5
+
+
+class TokenizeOptions(Settings):
+    """What `tokenize` is asked for; `frames` None follows the manifest's first item."""
+
+    source: Path
+    output: Path
+    vqgan: Path
+    bpe: Path
+    frames: int | None = Field(default=None, ge=1)
+    frames_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    short_clips: Literal["skip", "pad"] = "skip"
+    items_per_shard: int = Field(default=4096, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    long_captions: Literal["refuse", "truncate"] = "refuse"
+    precision: Precision | None = None
+    compiled: bool | None = None
+    attempts: int = Field(default=3, ge=1)
+    retry_failed: bool = False
+    decode_ranks_per_encoder: int = Field(default=0, ge=0)
+    decode_threads: int = Field(default=1, ge=1)
+    report: bool = True
+
+
+def load_tools(options: TokenizeOptions) -> tuple[Vqgan, TextTokenizer]:
+    """The VQ-GAN and the BPE; `UserError` where a corpus cannot hold their tokens."""
+    vqgan = load_vqgan(options.vqgan)
+    bpe = TextTokenizer.load(options.bpe)
+    if bpe.vocabulary_size > LARGEST_VOCABULARY:
+        raise UserError(
+            f"BPE {options.bpe} has {bpe.vocabulary_size:,} tokens, and a corpus holds at most "
+            f"{LARGEST_VOCABULARY:,}"
+        )
+    if vqgan.config.codebook_size > LARGEST_VOCABULARY:
+        raise UserError(
+            f"VQ-GAN {options.vqgan} has {vqgan.config.codebook_size:,} codes, and a corpus holds "
+            f"at most {LARGEST_VOCABULARY:,}"
+        )
+    return vqgan, bpe
+
+
+def plan_key(options: TokenizeOptions) -> PlanKey:
+    """What the plan of these options depends on; media paths are relative to where one stands."""
+    return PlanKey(
+        source=f"{options.source} in {Path.cwd()}",
+        manifest_sha256=_manifest_sha256(options.source),
+        items_per_shard=options.items_per_shard,
+    )
+
+
+def settle(
+    options: TokenizeOptions, plan: Plan, key: PlanKey, vqgan: Vqgan, bpe: TextTokenizer
+) -> CorpusSettings:
+    """Every setting of the corpus, defaults filled in."""
+    count = plan.planned_items(key)
+    frames = options.frames
+    if count is None:
+        items = read_manifest(options.source)
+        frames = frames or _default_frames(items)
+        count = len(items)
+    frames = frames or _default_frames(entry.item for entry in plan.items(0))
+    decode = _decode_settings(options, frames, vqgan.config.image_size)
+    return CorpusSettings(
+        manifest_sha256=key.manifest_sha256,
+        manifest_items=count,
+        decode=decode,
+        grid_side=vqgan.grid_side,
+        codebook_size=vqgan.config.codebook_size,
+        text_vocabulary_size=bpe.vocabulary_size,
+        fingerprints=Fingerprints(
+            vqgan=fingerprint(vqgan), bpe=bpe.fingerprint, decode=decode.fingerprint()
+        ),
+        items_per_shard=options.items_per_shard,
+        batch_size=options.batch_size,
+        long_captions=options.long_captions,
+        encode_rules=ENCODE_RULES_VERSION,
+        encoder=EncoderSettings.chosen(options.precision, options.compiled),
+    )
+
+
+def local_rank() -> int:
+    """This process's number on its machine, as the launcher says it."""
+    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def _manifest_sha256(source: Path) -> str:
+    # A missing file is the reader's to tell; it knows what else may be wrong.
+    return sha256_of(source) if source.is_file() else ""
+
+
+def _decode_settings(options: TokenizeOptions, frames: int, image_size: int) -> DecodeSettings:
+    if frames == 1:
+        if options.frames_per_second is not None:
+            raise UserError("--fps is given, but a corpus of images has no frame rate")
+        return DecodeSettings(image_size=image_size)
+    return DecodeSettings(
+        image_size=image_size,
+        frames=frames,
+        frames_per_second=options.frames_per_second or CLIP_FRAMES_PER_SECOND,
+        short_clips=options.short_clips,
+    )
+
+
+def _default_frames(items: Iterable[SourceItem]) -> int:
+    """1 where the first item that can be read is an image, else the paper's 10."""
+    complaint = None
+    for item in items:
+        try:
+            return 1 if media_kind(item.media) == "image" else CLIP_FRAMES
+        except DecodeError as error:
+            complaint = complaint or error
+    raise UserError(f"not one media file of the manifest can be read; the first: {complaint}")

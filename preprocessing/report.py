@@ -1,0 +1,163 @@
+"""The farm's page, `CORPUS.farm/report.html`: what went in, what came out, what failed."""
+
+from __future__ import annotations
+
+import base64
+import io
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.text import text_mask
+from megatron_nuwa.files import write_text_atomically
+from preprocessing.encode_loop import Sample
+from preprocessing.encoder import FrameEncoder
+from preprocessing.ledger import FAILURES_FILE
+from preprocessing.stats import codebook_use
+from preprocessing.watch import Watch
+
+# Of a large corpus the first groups of up to 1,024 items stand for all.
+_GROUPS = 64
+_BARS = 32
+_REASONS = 20
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a histogram; `share` is its height beside the highest."""
+
+    label: str
+    count: int
+    share: float
+
+
+def write_report(
+    path: Path, corpus_folder: Path, samples: Sequence[Sample], encoder: FrameEncoder, watch: Watch
+) -> str:
+    """Write the page and say where it is, or why there is none."""
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        return "no report: it needs jinja2 (pip install 'megatron-nuwa[demo]')"
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    corpus = Corpus(corpus_folder)
+    lengths, codes = _sums(corpus)
+    perplexity, used = codebook_use(codes)
+    page = environment.get_template("report.html.j2").render(
+        corpus=corpus_folder,
+        written=datetime.now().strftime("%d %B %Y, %H:%M"),
+        manifest=corpus.manifest,
+        cards=_cards(watch),
+        samples=[_pictures(sample, encoder) for sample in samples],
+        lengths=_histogram(lengths),
+        codes=_histogram(np.sort(codes)[::-1]),
+        perplexity=perplexity,
+        used=used,
+        sampled=sum(itertools.islice(_group_sizes(corpus), _GROUPS)),
+        reasons=_reasons(corpus_folder),
+    )
+    try:
+        write_text_atomically(path, page)
+    except OSError as error:
+        return f"no report: {path} cannot be written: {error.strerror or error}"
+    return f"report {path}"
+
+
+def _cards(watch: Watch) -> list[tuple[str, str, str]]:
+    figures, seconds = watch.figures, max(watch.seconds, 1e-9)
+    items = max(1, figures.items)
+    busy = figures.encode_seconds + figures.write_seconds + figures.starved_seconds
+    return [
+        ("items a second", f"{figures.items / seconds:,.1f}", f"{figures.items:,} in this run"),
+        ("frames a second", f"{figures.frames / seconds:,.1f}", "encoded"),
+        ("duration", str(timedelta(seconds=round(seconds))), f"{figures.shards:,} shards written"),
+        ("decoding", f"{figures.decode_seconds / items * 1e3:,.1f} ms", "an item"),
+        ("encoding", f"{figures.encode_seconds / items * 1e3:,.1f} ms", "an item"),
+        (
+            "encoders starved",
+            f"{figures.starved_seconds / max(busy, 1e-9):.0%}",
+            f"queue {figures.queue_fill / max(1, figures.queue_samples):.0%} full on average",
+        ),
+    ]
+
+
+def _sums(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    """How many captions have each number of tokens, and how often each code occurs."""
+    lengths = np.zeros(1, np.int64)
+    codes = np.zeros(corpus.manifest.codebook_size, np.int64)
+    for visual, text in itertools.islice(corpus.groups(), _GROUPS):
+        found = text_mask(text).sum(-1)
+        lengths = np.resize(lengths, text.shape[-1] + 1) if lengths.size == 1 else lengths
+        lengths += np.bincount(found, minlength=len(lengths))
+        codes += np.bincount(visual.ravel(), minlength=len(codes))
+    return lengths, codes
+
+
+def _group_sizes(corpus: Corpus) -> Any:
+    return (len(visual) for visual, _ in corpus.groups())
+
+
+def _histogram(counts: np.ndarray) -> list[Bar]:
+    """Counts by number, neighbours put together where there are too many for bars."""
+    width = -(-len(counts) // _BARS)
+    sums = [int(counts[start : start + width].sum()) for start in range(0, len(counts), width)]
+    highest = max(*sums, 1)
+    return [
+        Bar(
+            label=f"{place * width}" + (f"–{(place + 1) * width - 1}" if width > 1 else ""),
+            count=count,
+            share=count / highest,
+        )
+        for place, count in enumerate(sums)
+    ]
+
+
+def _pictures(sample: Sample, encoder: FrameEncoder) -> dict[str, Any]:
+    """A sample's frames, and what their tokens are decoded to."""
+    tokens = torch.from_numpy(encoder.start(sample.frames).tokens().astype(np.int64))
+    device = next(encoder.vqgan.parameters()).device
+    with torch.inference_mode():
+        images = encoder.vqgan.decode(tokens.to(device)).float().cpu()
+    decoded = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    reconstructed = decoded.permute(0, 2, 3, 1).numpy()
+    error = np.mean((reconstructed.astype(np.float64) - sample.frames) ** 2)
+    return {
+        "id": sample.item.id,
+        "caption": sample.item.captions[0],
+        "original": _address(np.concatenate(list(sample.frames), axis=1)),
+        "reconstruction": _address(np.concatenate(list(reconstructed), axis=1)),
+        "psnr": 10 * np.log10(255**2 / max(float(error), 1e-9)),
+    }
+
+
+def _address(picture: np.ndarray) -> str:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "WEBP", quality=85)
+    return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _reasons(folder: Path) -> list[tuple[str, int]]:
+    """Failures by reason, with names, quotations and numbers left out so that like meets like."""
+    kinds: Counter[str] = Counter()
+    with (folder / FAILURES_FILE).open(encoding="utf-8") as stream:
+        for line in stream:
+            reason = json.loads(line)["reason"]
+            kinds[re.sub(r"'[^']*'|\S*/\S+|\S+\.\w+|\b\d+\b", "…", reason)] += 1
+    return kinds.most_common(_REASONS)

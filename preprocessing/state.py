@@ -1,0 +1,62 @@
+"""What a farm keeps beside its corpus, in `CORPUS.farm`: plan, attempts, TensorBoard, report."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_nuwa.errors import UserError
+
+_LOCK = "lock"
+
+
+class FarmFolder:
+    """Paths of the farm's own files; none of them is part of the corpus."""
+
+    def __init__(self, output: Path) -> None:
+        output = output.absolute()
+        self.path = output.with_name(f"{output.name}.farm")
+        self.plan = self.path / "plan"
+        self.attempts = self.path / "attempts"
+        self.tensorboard = self.path / "tensorboard"
+        self.report = self.path / "report.html"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other farms from working at the same corpus; `UserError` where one does."""
+        try:
+            self.attempts.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"farm folder {self.path} cannot be written: {error.strerror or error}"
+            ) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(handle)
+            raise UserError(
+                f"another farm is at work on this corpus (it holds {self.path / _LOCK}); wait for "
+                f"it, or end it"
+            ) from error
+        except OSError:
+            # Some network file systems know no locks.
+            pass
+        try:
+            yield
+        finally:
+            os.close(handle)
+
+    def forget_plan(self) -> None:
+        """Remove the plan, which a finished corpus needs no more."""
+        shutil.rmtree(self.plan, ignore_errors=True)
+
+    def discard(self) -> None:
+        """Remove everything."""
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.path)

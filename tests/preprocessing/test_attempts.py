@@ -1,0 +1,177 @@
+"""Attempts that are counted on disk, items that kill their rank, failed items that come back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from farm_media import CAPTIONS, write_manifest
+from farm_runs import contents, run_farm
+
+from preprocessing.__main__ import main
+from preprocessing.attempts import Attempts, Journal, collect, forget
+
+# In every Python process: an image of this name ends whoever opens it, as a broken library would.
+POISON = """
+import os, signal
+from PIL import Image
+opened = Image.open
+def open_image(path, *more, **options):
+    if "poison" in str(getattr(path, "name", path)):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return opened(path, *more, **options)
+Image.open = open_image
+"""
+
+
+def arguments(manifest: Path, output: Path, tools: Path, *more: str) -> list[str]:
+    return [
+        *("tokenize", str(manifest), "--output", str(output), "--no-report"),
+        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
+        *("--items-per-shard", "2", *more),
+    ]
+
+
+def image_rows(count: int) -> list[dict[str, object]]:
+    return [
+        {"id": f"i{n}", "media": f"image{n}.png", "captions": CAPTIONS[:1]} for n in range(count)
+    ]
+
+
+def test_journals_tell_failures_and_deaths(tmp_path: Path) -> None:
+    with Journal(tmp_path) as ended_well:
+        ended_well.begin(3)
+        ended_well.fail(3)
+        ended_well.begin(3)
+        ended_well.fail(3)
+        ended_well.begin(4)
+        ended_well.succeed()
+        ended_well.begin(5)
+    killed = Journal(tmp_path)
+    killed.begin(123456)
+    killed.begin(7)
+    expected = {3: Attempts(failed=2), 7: Attempts(deaths=1)}
+    assert collect(tmp_path) == expected
+    assert collect(tmp_path) == expected
+    again = Journal(tmp_path)
+    again.begin(7)
+    assert collect(tmp_path)[7] == Attempts(deaths=2)
+    forget(tmp_path)
+    assert collect(tmp_path) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_journal_that_was_counted_but_not_removed_is_not_counted_again(tmp_path: Path) -> None:
+    killed = Journal(tmp_path)
+    killed.begin(7)
+    journal = next(tmp_path.glob("journal-*"))
+    kept = journal.read_bytes()
+    collect(tmp_path)
+    journal.write_bytes(kept)
+    assert collect(tmp_path) == {7: Attempts(deaths=1)}
+
+
+def test_item_that_kills_its_rank_is_found_and_the_others_go_on(
+    media: Path, tools: Path, tmp_path: Path
+) -> None:
+    shutil.copy(media / "image0.png", media / "poison.png")
+    rows = image_rows(4)
+    rows.insert(1, {"id": "poison", "media": "poison.png", "captions": CAPTIONS[:1]})
+    manifest = write_manifest(media / "poison.jsonl", rows)
+    (tmp_path / "sitecustomize.py").write_text(POISON)
+    path = f"{tmp_path}:{Path(__file__).parents[2]}"
+    command = arguments(manifest, tmp_path / "corpus", tools, "--attempts", "2")
+    assert run_farm(1, command, PYTHONPATH=path).returncode == -9
+    done = run_farm(1, command, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert "4 items, 4 captions, 1 failed" in done.stdout
+    failure = json.loads((tmp_path / "corpus" / "failures.jsonl").read_text())
+    assert failure["id"] == "poison"
+    assert "poison.png ends the process that decodes it (SIGKILL)" in failure["reason"]
+    # Without the poison it is a good image.
+    assert main([*command, "--retry-failed"]) == 0
+    assert main(arguments(manifest, tmp_path / "plain", tools)) == 0
+    assert contents(tmp_path / "corpus") == contents(tmp_path / "plain")
+
+
+def test_failed_items_are_left_alone_until_they_are_asked_for(
+    media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "media"
+    folder.mkdir()
+    for n in (0, 1, 3, 4, 5):
+        shutil.copy(media / f"image{n}.png", folder)
+    manifest = write_manifest(folder / "images.jsonl", image_rows(6))
+    output = tmp_path / "corpus"
+    command = arguments(manifest, output, tools)
+    assert main(command) == 0
+    kept = (output / "shard-000000.tar").stat().st_mtime_ns
+    before = contents(output)
+    shutil.copy(media / "image2.png", folder)
+    assert main(command) == 0
+    assert "is finished already" in capsys.readouterr().out
+    assert contents(output) == before
+    assert main([*command, "--retry-failed"]) == 0
+    assert "6 items, 6 captions, 0 failed; 1 shards" in capsys.readouterr().out
+    assert (output / "shard-000000.tar").stat().st_mtime_ns == kept
+    assert main(arguments(manifest, tmp_path / "undisturbed", tools)) == 0
+    assert contents(output) == contents(tmp_path / "undisturbed")
+    assert main([*command, "--retry-failed"]) == 0
+    assert "is finished already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("attempts", "good"), [(2, 0), (3, 1)])
+def test_item_is_tried_as_often_as_is_asked_for(
+    media: Path,
+    tools: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    attempts: int,
+    good: int,
+) -> None:
+    from preprocessing import decode_worker
+    from preprocessing.decoders import DecodeError
+
+    real, tries = decode_worker.decode_item, []
+
+    def unsteady(item, settings):  # type: ignore[no-untyped-def]
+        if item.id == "i1":
+            tries.append(item.id)
+            if len(tries) < 3:
+                raise DecodeError(f"{item.media} is on a server that is being restarted")
+        return real(item, settings)
+
+    monkeypatch.setattr(decode_worker, "decode_item", unsteady)
+    manifest = write_manifest(media / "unsteady.jsonl", image_rows(2))
+    output = tmp_path / "corpus"
+    command = arguments(manifest, output, tools, "--attempts", str(attempts))
+    assert main(command) == 0
+    assert len(tries) == attempts
+    failures = (output / "failures.jsonl").read_text().splitlines()
+    assert len(failures) == 1 - good
+
+
+def test_two_farms_never_work_at_one_corpus(
+    media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from preprocessing.state import FarmFolder
+
+    manifest = write_manifest(media / "lock.jsonl", image_rows(2))
+    output = tmp_path / "corpus"
+    with FarmFolder(output).locked():
+        assert main(arguments(manifest, output, tools)) == 2
+    assert "another farm is at work on this corpus" in capsys.readouterr().err
+    assert not output.exists()
+    assert main(arguments(manifest, output, tools)) == 0
+
+
+def test_unwritable_output_leaves_nothing_beside_it(
+    media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    manifest = write_manifest(media / "way.jsonl", image_rows(2))
+    assert main(arguments(manifest, tmp_path / "file" / "corpus", tools)) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
