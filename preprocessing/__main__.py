@@ -16,11 +16,14 @@ from megatron_nuwa.errors import UserError
 from preprocessing.communicator import Communicator, join_ranks, on_every_rank, run_ranks
 from preprocessing.farm import tokenize
 from preprocessing.options import TokenizeOptions
-from preprocessing.sources import read_manifest
+from preprocessing.sources import read_source
 from preprocessing.stats import corpus_table
 from preprocessing.verify import find_damage
 
-MANIFEST_HELP = "manifest: .jsonl, .csv or .parquet with id, media, captions [start, end, sketch]"
+SOURCE_HELP = (
+    "manifest (.jsonl, .csv or .parquet with id, media, captions [start, end, sketch]), webdataset "
+    "tars (x.tar, x-{000..041}.tar) or a folder; a path or any fsspec address (s3://…)"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -91,9 +94,9 @@ def _train_bpe(options: argparse.Namespace) -> None:
     print(f"BPE {options.output}: {bpe.vocabulary_size:,} tokens{fewer}", flush=True)
 
 
-def _captions(manifests: Sequence[Path]) -> Iterator[str]:
-    for manifest in manifests:
-        for item in read_manifest(manifest):
+def _captions(sources: Sequence[str]) -> Iterator[str]:
+    for source in sources:
+        for item in read_source(source):
             yield from item.captions
 
 
@@ -123,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "python -m preprocessing train-bpe images.jsonl clips.jsonl --output bpe.json "
         "--vocabulary-size 16384",
     )
-    bpe.add_argument("source", type=Path, nargs="+", metavar="SOURCE", help=MANIFEST_HELP)
+    bpe.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
     bpe.add_argument("--output", type=Path, required=True, help="file to write, .json")
     bpe.add_argument("--vocabulary-size", type=int, required=True, metavar="N")
     return parser
@@ -137,7 +140,7 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
         "mpirun -n 8 python -m preprocessing tokenize vatex.jsonl --output corpora/vatex "
         "--vqgan runs/vqgan --bpe bpe.json --frames 10 --fps 2.5",
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help=MANIFEST_HELP)
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("--output", type=Path, required=True, help="folder of the corpus")
     parser.add_argument(
         "--vqgan", type=Path, required=True, help="run folder or .safetensors file of the VQ-GAN"
@@ -160,9 +163,10 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     parser.add_argument(
         "--short-clips",
-        choices=("skip", "pad"),
+        choices=("skip", "pad", "faster"),
         default="skip",
-        help="what happens to a clip of too few frames; pad repeats its last (default: skip)",
+        help="what happens to a clip of too few frames; pad repeats its last, faster samples it "
+        "at a higher rate (default: skip)",
     )
     parser.add_argument(
         "--items-per-shard", type=int, default=4096, metavar="N", help="default: 4096"

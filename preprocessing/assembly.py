@@ -16,6 +16,8 @@ from megatron_nuwa.errors import UserError
 from preprocessing.decode_worker import Decoded
 from preprocessing.ledger import CorpusSettings
 from preprocessing.plan import PlannedItem
+from preprocessing.sources import media_name
+from preprocessing.sources.locations import Location
 
 
 class ShardAssembly:
@@ -26,7 +28,7 @@ class ShardAssembly:
         shard: int,
         planned: Sequence[PlannedItem],
         settings: CorpusSettings,
-        media_folder: Path,
+        media_folder: Location,
     ) -> None:
         self.shard = shard
         self.planned = planned
@@ -99,16 +101,13 @@ class ShardAssembly:
     def _item(self, index: int, visual: np.ndarray) -> ShardItem:
         item = self.planned[index].item
         text, real = self._made.pop(index)
-        media = Path(item.media)
-        if media.is_relative_to(self._media_folder):
-            media = media.relative_to(self._media_folder)
         return ShardItem(
             id=item.id,
             visual=visual,
             text=text,
             captions=item.captions,
             frames=real,
-            media=media.as_posix(),
+            media=media_name(item.media, self._media_folder),
             start=item.start,
             end=item.end,
         )

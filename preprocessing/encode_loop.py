@@ -20,6 +20,7 @@ from preprocessing.figures import Figures
 from preprocessing.ledger import CorpusSettings
 from preprocessing.plan import Plan
 from preprocessing.sources import SourceItem
+from preprocessing.sources.locations import Location
 
 # Complete batches and batches in the making that may wait for the encoder.
 QUEUE_BATCHES = 4
@@ -116,7 +117,7 @@ class Work:
     plan: Plan
     settings: CorpusSettings
     output: Path
-    media_folder: Path
+    media_folder: Location
     attempts: Mapping[int, Attempts]
 
 

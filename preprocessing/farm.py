@@ -35,9 +35,9 @@ from preprocessing.encoder import FrameEncoder
 from preprocessing.figures import Figures
 from preprocessing.ledger import FAILURES_FILE, CorpusSettings, Ledger
 from preprocessing.options import TokenizeOptions, load_tools, local_rank, plan_key, settle
-from preprocessing.plan import Plan, PlanKey
+from preprocessing.plan import Plan
 from preprocessing.report import write_report
-from preprocessing.sources import read_manifest
+from preprocessing.sources import Source, read_source
 from preprocessing.state import FarmFolder
 from preprocessing.watch import Watch
 
@@ -167,15 +167,22 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
     tools = on_every_rank(communicator, lambda: load_tools(options))
     folder = FarmFolder(options.output)
     plan = Plan(folder.plan, options.items_per_shard)
-    key = on_first_rank(communicator, lambda: plan_key(options))
-    settings = on_first_rank(communicator, lambda: settle(options, plan, key, *tools))
+    # Only the first rank reads the whole source; the others read the plan of a shard at a time.
+    is_first = communicator.rank == 0
+    source = on_every_rank(communicator, lambda: read_source(options.source) if is_first else None)
+
+    def settled() -> CorpusSettings:
+        assert source is not None
+        return settle(options, source, *tools)
+
+    settings = on_first_rank(communicator, settled)
     ledger = Ledger(options.output, settings)
     if on_first_rank(communicator, lambda: _is_finished(ledger, options)):
         if communicator.rank == 0:
             print(f"corpus {options.output} is finished already", flush=True)
         return
     with _only_farm(folder, communicator):
-        work = on_first_rank(communicator, lambda: _begin(ledger, plan, key, folder, options))
+        work = on_first_rank(communicator, lambda: _begin(ledger, plan, source, folder, options))
         claims = communicator.claims()
         farm = _Farm(options, communicator, tools, settings)
         total = sum(len(settings.rows(shard)) for shard in work.pending)
@@ -209,9 +216,15 @@ def _only_farm(folder: FarmFolder, communicator: Communicator) -> Iterator[None]
 
 
 def _begin(
-    ledger: Ledger, plan: Plan, key: PlanKey, folder: FarmFolder, options: TokenizeOptions
+    ledger: Ledger,
+    plan: Plan,
+    source: Source | None,
+    folder: FarmFolder,
+    options: TokenizeOptions,
 ) -> Work:
     """Open the corpus for writing, and say what is left to do."""
+    assert source is not None
+    key = plan_key(options, source)
     with _writing(options.output):
         new = ledger.is_new()
         try:
@@ -227,9 +240,9 @@ def _begin(
             attempts.forget(folder.attempts)
         pending = ledger.pending()
         if pending and plan.planned_items(key) is None:
-            plan.write(read_manifest(options.source), key)
+            plan.write(source, key)
         counts = attempts.collect(folder.attempts)
-    return Work(pending, plan, ledger.settings, options.output, options.source.parent, counts)
+    return Work(pending, plan, ledger.settings, options.output, source.folder, counts)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import DecodeError, DecodeSettings, decode
+from preprocessing import sources
+from preprocessing.decoders import DecodeError, DecodeSettings
 from preprocessing.item_json import item_of_tree, tree_of_item
 from preprocessing.sources import SourceItem
 
@@ -26,7 +27,8 @@ TIMEOUT_SECONDS = 600.0
 
 def decode_item(item: SourceItem, settings: DecodeSettings) -> tuple[np.ndarray, int]:
     """Frames uint8 (frames, H, W, 3) of an item, and how many are real; `UserError` for bad ones"""
-    return decode(item.media, settings, item.start, item.end)
+    decoded = sources.decode_item(item, settings)
+    return decoded.frames, decoded.real
 
 
 def decode_alone(item: SourceItem, settings: DecodeSettings) -> tuple[np.ndarray, int]:

@@ -13,13 +13,12 @@ from megatron_nuwa.config import Settings
 from megatron_nuwa.data.shards import Fingerprints
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, TextTokenizer
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import sha256_of
 from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
 from preprocessing.decoders import DecodeError, DecodeSettings, media_kind
 from preprocessing.encoder import EncoderSettings, Precision
 from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings
-from preprocessing.plan import Plan, PlanKey
-from preprocessing.sources import SourceItem, read_manifest
+from preprocessing.plan import PlanKey
+from preprocessing.sources import Source, SourceItem, local_copy
 
 CLIP_FRAMES = 10
 CLIP_FRAMES_PER_SECOND = 2.5
@@ -28,13 +27,13 @@ CLIP_FRAMES_PER_SECOND = 2.5
 class TokenizeOptions(Settings):
     """What `tokenize` is asked for; `frames` None follows the manifest's first item."""
 
-    source: Path
+    source: str | Path
     output: Path
     vqgan: Path
     bpe: Path
     frames: int | None = Field(default=None, ge=1)
     frames_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    short_clips: Literal["skip", "pad"] = "skip"
+    short_clips: Literal["skip", "pad", "faster"] = "skip"
     items_per_shard: int = Field(default=4096, ge=1)
     batch_size: int = Field(default=32, ge=1)
     long_captions: Literal["refuse", "truncate"] = "refuse"
@@ -64,30 +63,24 @@ def load_tools(options: TokenizeOptions) -> tuple[Vqgan, TextTokenizer]:
     return vqgan, bpe
 
 
-def plan_key(options: TokenizeOptions) -> PlanKey:
+def plan_key(options: TokenizeOptions, source: Source) -> PlanKey:
     """What the plan of these options depends on; media paths are relative to where one stands."""
     return PlanKey(
         source=f"{options.source} in {Path.cwd()}",
-        manifest_sha256=_manifest_sha256(options.source),
+        manifest_sha256=source.fingerprint,
         items_per_shard=options.items_per_shard,
     )
 
 
 def settle(
-    options: TokenizeOptions, plan: Plan, key: PlanKey, vqgan: Vqgan, bpe: TextTokenizer
+    options: TokenizeOptions, source: Source, vqgan: Vqgan, bpe: TextTokenizer
 ) -> CorpusSettings:
     """Every setting of the corpus, defaults filled in."""
-    count = plan.planned_items(key)
-    frames = options.frames
-    if count is None:
-        items = read_manifest(options.source)
-        frames = frames or _default_frames(items)
-        count = len(items)
-    frames = frames or _default_frames(entry.item for entry in plan.items(0))
+    frames = options.frames or _default_frames(source)
     decode = _decode_settings(options, frames, vqgan.config.image_size)
     return CorpusSettings(
-        manifest_sha256=key.manifest_sha256,
-        manifest_items=count,
+        manifest_sha256=source.fingerprint,
+        manifest_items=len(source),
         decode=decode,
         grid_side=vqgan.grid_side,
         codebook_size=vqgan.config.codebook_size,
@@ -111,11 +104,6 @@ def local_rank() -> int:
     return 0
 
 
-def _manifest_sha256(source: Path) -> str:
-    # A missing file is the reader's to tell; it knows what else may be wrong.
-    return sha256_of(source) if source.is_file() else ""
-
-
 def _decode_settings(options: TokenizeOptions, frames: int, image_size: int) -> DecodeSettings:
     if frames == 1:
         if options.frames_per_second is not None:
@@ -134,7 +122,8 @@ def _default_frames(items: Iterable[SourceItem]) -> int:
     complaint = None
     for item in items:
         try:
-            return 1 if media_kind(item.media) == "image" else CLIP_FRAMES
+            with local_copy(item.media) as path:
+                return 1 if media_kind(path) == "image" else CLIP_FRAMES
         except DecodeError as error:
             complaint = complaint or error
     raise UserError(f"not one media file of the manifest can be read; the first: {complaint}")

@@ -14,15 +14,16 @@ from preprocessing.__main__ import main
 from preprocessing.attempts import Attempts, Journal, collect, forget
 
 # In every Python process: an image of this name ends whoever opens it, as a broken library would.
+# Kills the rank itself, and not the process to which it hands what it decodes.
 POISON = """
-import os, signal
-from PIL import Image
-opened = Image.open
-def open_image(path, *more, **options):
-    if "poison" in str(getattr(path, "name", path)):
+import json, os, signal
+dumps = json.dumps
+def dump(value, *more, **options):
+    text = dumps(value, *more, **options)
+    if "poison" in text and '"task"' in text:
         os.kill(os.getpid(), signal.SIGKILL)
-    return opened(path, *more, **options)
-Image.open = open_image
+    return text
+json.dumps = dump
 """
 
 

@@ -12,10 +12,11 @@ import pytest
 from farm_media import WriteClip
 from PIL import Image
 
-from preprocessing import decoders
 from preprocessing.decoders import (
     DecodeError,
+    DecodeLimits,
     DecodeSettings,
+    backends,
     decode,
     decode_clip,
     decode_image,
@@ -65,7 +66,7 @@ def test_frame_k_is_the_one_shown_at_start_plus_k_over_f(
 def test_entering_a_long_video_late_picks_the_same_frames(
     clips: dict[str, Path], container: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoders, "SEEK_LEAD_SECONDS", 1.5)
+    monkeypatch.setattr(backends, "SEEK_LEAD_SECONDS", 1.5)
     settings = DecodeSettings(image_size=32, frames=5, frames_per_second=8)
     frames, _ = decode_clip(clips[container], settings, 3.81)
     assert shown(frames) == [math.floor((3.81 + k / 8) * 10) for k in range(5)]
@@ -74,7 +75,7 @@ def test_entering_a_long_video_late_picks_the_same_frames(
 def test_picture_held_since_before_the_entry_is_found(
     tmp_path: Path, write_clip: WriteClip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoders, "SEEK_LEAD_SECONDS", 0.5)
+    monkeypatch.setattr(backends, "SEEK_LEAD_SECONDS", 0.5)
     slides = write_clip(tmp_path / "slides.mp4", LEVELS[:5], 0.5, (64, 48), "-g", "1")
     settings = DecodeSettings(image_size=32, frames=3, frames_per_second=10)
     assert shown(decode_clip(slides, settings, 3.8)[0]) == [1, 1, 2]
@@ -228,7 +229,7 @@ def test_playlist_cannot_open_other_files(
 def test_slow_decoding_is_given_up(clips: dict[str, Path]) -> None:
     settings = DecodeSettings(image_size=32, frames=4)
     with pytest.raises(DecodeError, match=r"clip\.mp4 took longer than 0\.001 s"):
-        decode_clip(clips["mp4"], settings, timeout=0.001)
+        decode_clip(clips["mp4"], settings, limits=DecodeLimits(seconds=0.001))
 
 
 def test_sound_without_picture_is_no_clip(tmp_path: Path) -> None:

@@ -144,9 +144,9 @@ def loop_parts(media: Path, tools: Path, tmp_path: Path) -> tuple[Work, FrameEnc
     )
     vqgan, bpe = load_tools(options)
     plan = Plan(tmp_path / "plan", 10)
-    key = plan_key(options)
-    plan.write(read_manifest(manifest), key)
-    settings = settle(options, plan, key, vqgan, bpe)
+    source = read_manifest(manifest)
+    plan.write(source, plan_key(options, source))
+    settings = settle(options, source, vqgan, bpe)
     work = Work(range(settings.shards), plan, settings, tmp_path, media, {0: Attempts(failed=1)})
     return work, FrameEncoder(vqgan, settings.encoder, 4, 0)
 

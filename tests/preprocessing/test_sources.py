@@ -40,7 +40,7 @@ def test_three_formats_give_the_same_items(tmp_path: Path) -> None:
         SourceItem("7", Path("/abs/b.png"), ("vier",), sketch=tmp_path / "b.npy"),
     ]
     for name in ("m.jsonl", "m.csv", "m.parquet"):
-        assert read_manifest(tmp_path / name) == expected
+        assert list(read_manifest(tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize(

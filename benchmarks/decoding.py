@@ -1,0 +1,140 @@
+"""CPU time of the decoders against that of bare ffmpeg, for the same clips and frames.
+
+python benchmarks/decoding.py --rounds 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from launch.demo.catalogue import load_catalogue
+from launch.demo.media import find_package_file
+from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.files import write_text_atomically
+from preprocessing.decoders import DecodeSettings, decode, guard
+
+# The aim: no more than this times the CPU time of bare ffmpeg.
+AIM = 1.10
+BARE, PROJECT, PYAV = "bare ffmpeg", "ffmpeg-python", "PyAV"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python benchmarks/decoding.py --rounds 5 --json decoding.json",
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="times each clip is decoded")
+    parser.add_argument("--image-size", type=int, default=336, help="side of a frame in pixels")
+    parser.add_argument("--frames", type=int, default=10, help="frames of a clip")
+    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    options = parser.parse_args(arguments)
+    if options.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, not {options.rounds}")
+    settings = DecodeSettings(
+        image_size=options.image_size, frames=options.frames, short_clips="pad"
+    )
+    rows = {path.name: measure(path, settings, options.rounds) for path in demo_videos()}
+    ratios = {name: overall(rows, name) for name in next(iter(rows.values()))}
+    Console().print(table(rows, ratios))
+    verdict = "reached" if ratios[PROJECT] <= AIM else "missed"
+    print(f"the aim of {AIM:g} times bare ffmpeg is {verdict}: {ratios[PROJECT]:.3f}")
+    if options.json:
+        content = {"milliseconds": rows, "ratios": ratios, "aim": AIM}
+        write_text_atomically(options.json, json.dumps(content, indent=1) + "\n")
+    return 0
+
+
+def demo_videos() -> list[Path]:
+    """The real videos that the demo is cut from; `UserError` where a package is missing."""
+    return [find_package_file(video.package, video.path) for video in load_catalogue().videos]
+
+
+def measure(path: Path, settings: DecodeSettings, rounds: int) -> dict[str, float]:
+    """Median CPU milliseconds, children's included, of each way to decode a clip."""
+    pyav = settings.model_copy(update={"backend": "pyav"})
+    ways: dict[str, Callable[[], object]] = {
+        BARE: lambda: bare_ffmpeg(path, settings),
+        PROJECT: lambda: decode(path, settings),
+    }
+    if find_spec("av") is not None:
+        ways[PYAV] = lambda: decode(path, pyav)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            seconds = cpu_seconds(way)
+            if number:
+                # The first round warms the disk cache and starts PyAV's worker.
+                times[name].append(seconds)
+    return {name: 1000 * statistics.median(found) for name, found in times.items()}
+
+
+def bare_ffmpeg(path: Path, settings: DecodeSettings) -> np.ndarray:
+    """The same frames by a command typed by hand, without limits or checks."""
+    side = settings.image_size
+    graph = (
+        f"fps={settings.frames_per_second:g}:round=up:start_time=0,"
+        f"scale=w='max({side},round({side}*dar))':h='max({side},round({side}/dar))'"
+        f":flags=bicubic+accurate_rnd+full_chroma_int+bitexact,crop={side}:{side}"
+    )
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-threads", "1"]
+    command += ["-i", str(path), "-an", "-vf", graph, "-filter_threads", "1"]
+    command += ["-frames:v", str(settings.frames), "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    return np.frombuffer(done.stdout, np.uint8).reshape(-1, side, side, 3)
+
+
+def cpu_seconds(action: Callable[[], object]) -> float:
+    """CPU time that an action takes here, in children that end, and in waiting workers."""
+    before = used()
+    action()
+    return used() - before
+
+
+def used() -> float:
+    """CPU seconds of this process, of its ended children and of PyAV's workers."""
+    total = 0.0
+    for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN):
+        usage = resource.getrusage(who)
+        total += usage.ru_utime + usage.ru_stime
+    for process in guard.worker_processes():
+        # Fields 14 and 15 of the line, counted behind the name, which may hold blanks.
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
+def overall(rows: dict[str, dict[str, float]], name: str) -> float:
+    """CPU time over all clips, in units of bare ffmpeg's."""
+    return sum(row[name] for row in rows.values()) / sum(row[BARE] for row in rows.values())
+
+
+def table(rows: dict[str, dict[str, float]], ratios: dict[str, float]) -> Table:
+    """The numbers for people."""
+    made = Table(title="CPU milliseconds a clip")
+    made.add_column("clip")
+    for name in ratios:
+        made.add_column(name, justify="right")
+    for clip, row in rows.items():
+        made.add_row(clip, *(f"{value:.1f}" for value in row.values()))
+    made.add_section()
+    made.add_row("all, as a ratio", *(f"{ratio:.3f}" for ratio in ratios.values()))
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

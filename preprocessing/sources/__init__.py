@@ -1,0 +1,16 @@
+"""Where media and captions come from: manifests, webdataset tars, folders; local or remote."""
+
+from preprocessing.sources.items import Source, SourceItem, TarMember, media_name
+from preprocessing.sources.media import decode_item, local_copy
+from preprocessing.sources.opening import read_manifest, read_source
+
+__all__ = [
+    "Source",
+    "SourceItem",
+    "TarMember",
+    "decode_item",
+    "local_copy",
+    "media_name",
+    "read_manifest",
+    "read_source",
+]

@@ -1,0 +1,214 @@
+"""JSON-lines, CSV and parquet manifests, checked whole at first and then read row by row."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from megatron_nuwa.errors import UserError
+from preprocessing.sources.items import Source, SourceItem, hash_of_id
+from preprocessing.sources.locations import Location, RandomReader, open_binary, parent, readable
+from preprocessing.sources.rows import FIELDS, item_of_row
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class TextManifest(Source):
+    """What JSON-lines and CSV have in common: a row is a piece of the file."""
+
+    def __init__(self, location: Location) -> None:
+        super().__init__(array("Q"))
+        self.folder = parent(location)
+        self._name = f"manifest {location}"
+        self._reader = RandomReader(location)
+        self._starts, self._sizes = array("q"), array("l")
+        digest = hashlib.sha256()
+        with readable(self._name), open_binary(location) as stream:
+            for where, start, size, row in self._rows(_hashed(stream, digest)):
+                item = item_of_row(row, self.folder, where)
+                self._starts.append(start)
+                self._sizes.append(size)
+                self._id_hashes.append(hash_of_id(item.id))
+        self.fingerprint = digest.hexdigest()
+
+    def item(self, row: int) -> SourceItem:
+        """The item of a row."""
+        content = self._reader.read(self._starts[row], self._sizes[row])
+        where = f"{self._name}, item {row}"
+        return item_of_row(self._parse(content.decode(), where), self.folder, where)
+
+    def _rows(self, lines: Iterator[bytes]) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
+        raise NotImplementedError
+
+    def _parse(self, text: str, where: str) -> Mapping[str, Any]:
+        raise NotImplementedError
+
+
+class JsonLinesManifest(TextManifest):
+    """One JSON object a line."""
+
+    def _rows(self, lines: Iterator[bytes]) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
+        start = 0
+        for number, line in enumerate(lines, start=1):
+            mark = len(_BYTE_ORDER_MARK) if start == 0 and line.startswith(_BYTE_ORDER_MARK) else 0
+            text = line[mark:].decode()
+            if text.strip():
+                where = f"{self._name}, line {number}"
+                yield where, start + mark, len(line) - mark, self._parse(text, where)
+            start += len(line)
+
+    def _parse(self, text: str, where: str) -> Mapping[str, Any]:
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not valid JSON ({error.msg})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be a JSON object such as " + '{"id": …}')
+        return row
+
+
+class CsvManifest(TextManifest):
+    """A table with a header; a cell of captions is one text or a JSON list."""
+
+    def _rows(self, lines: Iterator[bytes]) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
+        read = 0
+
+        def texts() -> Iterator[str]:
+            nonlocal read
+            for line in lines:
+                mark = (
+                    len(_BYTE_ORDER_MARK) if not read and line.startswith(_BYTE_ORDER_MARK) else 0
+                )
+                read += len(line)
+                yield line[mark:].decode()
+
+        # A row may span lines, so its piece of the file is known once it is read.
+        reader = csv.reader(texts(), strict=True)
+        try:
+            self._columns = next(reader, [])
+            start = read
+            for cells in reader:
+                if cells:
+                    where = f"{self._name}, line {reader.line_num}"
+                    yield where, start, read - start, self._mapping(cells, where)
+                start = read
+        except csv.Error as error:
+            raise UserError(f"{self._name}, line {reader.line_num}: {error}") from error
+
+    def _parse(self, text: str, where: str) -> Mapping[str, Any]:
+        cells = next(row for row in csv.reader(io.StringIO(text, newline="")) if row)
+        return self._mapping(cells, where)
+
+    def _mapping(self, cells: list[str], where: str) -> Mapping[str, Any]:
+        if len(cells) > len(self._columns):
+            raise UserError(f"{where}: has more values than the header has columns")
+        # A CSV cell cannot say "absent" in any other way than by being empty.
+        row: dict[str, Any] = {
+            name: cell
+            for name, cell in zip(self._columns, cells, strict=False)
+            if cell or name not in FIELDS[3:]
+        }
+        if row.get("captions") is not None:
+            row["captions"] = _csv_captions(row["captions"], where)
+        return row
+
+
+class ParquetManifest(Source):
+    """A parquet file, one row group of which is held at a time."""
+
+    def __init__(self, location: Location) -> None:
+        super().__init__(array("Q"))
+        self.folder = parent(location)
+        self._location = location
+        self._name = f"manifest {location}"
+        self._group: tuple[int, Any] = (-1, None)
+        sizes = []
+        with _parquet(location, self._name) as file:
+            for number in range(file.num_row_groups):
+                table = self._table(file, number)
+                sizes.append(table.num_rows)
+                for batch in table.to_batches(max_chunksize=1024):
+                    for row in batch.to_pylist():
+                        where = f"{self._name}, row {len(self)}"
+                        item = item_of_row(row, self.folder, where)
+                        self._id_hashes.append(hash_of_id(item.id))
+        self._starts = np.cumsum([0, *sizes])
+        digest = hashlib.sha256()
+        with readable(self._name), open_binary(location) as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        self.fingerprint = digest.hexdigest()
+
+    def item(self, row: int) -> SourceItem:
+        """The item of a row."""
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        held, table = self._group
+        if held != number:
+            with _parquet(self._location, self._name) as file:
+                table = self._table(file, number)
+            self._group = (number, table)
+        place = row - int(self._starts[number])
+        where = f"{self._name}, row {row}"
+        return item_of_row(table.slice(place, 1).to_pylist()[0], self.folder, where)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": (-1, None)}
+
+    def _table(self, file: Any, number: int) -> Any:
+        columns = [name for name in file.schema_arrow.names if name in FIELDS]
+        return file.read_row_group(number, columns=columns)
+
+
+class _parquet:  # noqa: N801 - used like a function
+    """Opens a parquet file; `UserError` where pyarrow is absent or the file is none."""
+
+    def __init__(self, location: Location, name: str) -> None:
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError as error:
+            raise UserError(
+                f"{name} needs pyarrow: pip install 'megatron-nuwa[parquet]'"
+            ) from error
+        self._arrow = pyarrow
+        self._name = name
+        with readable(name):
+            self._stream = open_binary(location)
+
+    def __enter__(self) -> Any:
+        try:
+            return self._arrow.parquet.ParquetFile(self._stream)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._stream.close()
+        if isinstance(error, self._arrow.ArrowException):
+            reason = " ".join(str(error).split())
+            raise UserError(f"{self._name} is not a readable parquet file: {reason}") from error
+
+
+def _hashed(stream: Any, digest: Any) -> Iterator[bytes]:
+    for line in stream:
+        digest.update(line)
+        yield line
+
+
+def _csv_captions(cell: str, where: str) -> Any:
+    """Captions of a CSV cell: a JSON list of strings, or one plain caption."""
+    if not cell.lstrip().startswith("["):
+        return [cell]
+    try:
+        return json.loads(cell)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where}: the field 'captions' starts like a JSON list but is none ({error.msg})"
+        ) from error

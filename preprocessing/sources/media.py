@@ -1,0 +1,79 @@
+"""Media of items as frames, wherever they lie."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+
+from megatron_nuwa.errors import UserError
+from preprocessing.decoders import Decoded, DecodeError, DecodeLimits, DecodeSettings, decode_media
+from preprocessing.decoders.settings import DEFAULT_LIMITS
+from preprocessing.sources.items import Media, SourceItem, TarMember
+from preprocessing.sources.locations import Location, RandomReader, open_binary, readable
+
+_CHUNK = 1 << 20
+_OPEN_TARS = 16
+
+
+def decode_item(
+    item: SourceItem, settings: DecodeSettings, limits: DecodeLimits = DEFAULT_LIMITS
+) -> Decoded:
+    """The frames of an item; `DecodeError` names its medium as the source does."""
+    with local_copy(item.media, limits) as path:
+        try:
+            return decode_media(path, settings, item.start, item.end, limits)
+        except DecodeError as error:
+            # A copy has a name that differs from run to run.
+            raise DecodeError(str(error).replace(str(path), str(item.media))) from error
+
+
+@contextmanager
+def local_copy(media: Media, limits: DecodeLimits = DEFAULT_LIMITS) -> Iterator[Path]:
+    """A local file with the content of a medium, removed afterwards where it is a copy.
+
+    Raises `DecodeError` where there is nothing to copy, or more than the limits allow.
+    """
+    if isinstance(media, Path):
+        yield media
+        return
+    name = media.name if isinstance(media, TarMember) else media.rpartition("/")[2]
+    with tempfile.TemporaryDirectory(prefix="medium-") as folder:
+        # The suffix may have to say what kind of medium this is.
+        path = Path(folder) / f"medium{Path(name).suffix}"
+        try:
+            _copy(media, path, limits)
+        except DecodeError:
+            raise
+        except UserError as error:
+            raise DecodeError(str(error)) from error
+        yield path
+
+
+def _copy(media: TarMember | str, path: Path, limits: DecodeLimits) -> None:
+    if isinstance(media, TarMember):
+        if media.size < 0:
+            raise DecodeError(f"{media} has neither an image nor a video")
+        _check_size(media, media.size, limits)
+        path.write_bytes(_tar_reader(media.tar).read(media.offset, media.size))
+        return
+    written = 0
+    with readable(media), open_binary(media) as stream, path.open("wb") as copy:
+        while chunk := stream.read(_CHUNK):
+            written += len(chunk)
+            _check_size(media, written, limits)
+            copy.write(chunk)
+
+
+def _check_size(media: TarMember | str, size: int, limits: DecodeLimits) -> None:
+    if size > limits.download_bytes:
+        raise DecodeError(
+            f"{media} is larger than the {limits.download_gib:g} GiB that are allowed"
+        )
+
+
+@lru_cache(maxsize=_OPEN_TARS)
+def _tar_reader(tar: Location) -> RandomReader:
+    return RandomReader(tar)

@@ -1,0 +1,119 @@
+"""webdataset tars of media and captions, read through an index of where their members lie."""
+
+from __future__ import annotations
+
+import hashlib
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+
+from megatron_nuwa.errors import UserError
+from preprocessing.sources.items import Source, SourceItem, TarMember, Texts, hash_of_id
+from preprocessing.sources.locations import (
+    Location,
+    RandomReader,
+    open_binary,
+    parent,
+    readable,
+    suffix,
+)
+from preprocessing.sources.samples import CAPTIONS, MEDIA, SKETCHES, key_of, sample_item
+
+Members = dict[str, tuple[int, int]]
+
+
+class TarSource(Source):
+    """The samples of several tars, in order; an id is the tar's name and the sample's key."""
+
+    def __init__(self, tars: Sequence[Location]) -> None:
+        super().__init__(array("Q"))
+        self.folder = parent(tars[0])
+        self._tars = [RandomReader(tar) for tar in tars]
+        self._tar = array("l")
+        self._keys = Texts()
+        # Four members a sample (medium, .txt, .json, sketch), each a suffix, an offset, a size.
+        self._suffixes = Texts()
+        self._places = array("q")
+        digest = hashlib.sha256()
+        for number, tar in enumerate(tars):
+            for key, members in _samples(tar):
+                self._append(number, key, members)
+                item, sidecars = self._read(len(self))
+                self._id_hashes.append(hash_of_id(item.id))
+                medium = item.media
+                assert isinstance(medium, TarMember)
+                digest.update(repr((item.id, medium.name, medium.size, sidecars)).encode())
+        self.fingerprint = digest.hexdigest()
+
+    def item(self, row: int) -> SourceItem:
+        """The item of a row."""
+        return self._read(row)[0]
+
+    def _append(self, tar: int, key: str, members: Members) -> None:
+        media = [name for name in members if name in MEDIA]
+        sketches = [name for name in members if name in SKETCHES]
+        if len(media) > 1:
+            raise UserError(
+                f"tar {self._tars[tar].location}: the sample {key!r} has {len(media)} media "
+                f"({', '.join(media)}), and one is expected"
+            )
+        self._tar.append(tar)
+        self._keys.append(key)
+        for found in (media, *([name] for name in CAPTIONS), sketches[:1]):
+            name = found[0] if found else ""
+            self._suffixes.append(name)
+            self._places.extend(members.get(name, (0, -1)))
+
+    def _read(self, row: int) -> tuple[SourceItem, dict[str, bytes]]:
+        reader = self._tars[self._tar[row]]
+        key = self._keys[row]
+        medium, *sidecars, sketch = (self._member(row, number) for number in range(4))
+        contents = {
+            name: reader.read(member.offset, member.size)
+            for name, member in zip(CAPTIONS, sidecars, strict=True)
+            if member.size >= 0
+        }
+        stem = str(reader.location).rpartition("/")[2].removesuffix(".tar")
+        where = f"tar {reader.location}: {key}"
+        item = sample_item(
+            f"{stem}/{key}", medium, sketch if sketch.size >= 0 else None, contents, where
+        )
+        return item, contents
+
+    def _member(self, row: int, number: int) -> TarMember:
+        place = 4 * row + number
+        offset, size = self._places[2 * place], self._places[2 * place + 1]
+        name = self._keys[row] + self._suffixes[place]
+        return TarMember(self._tars[self._tar[row]].location, name, offset, size)
+
+
+def _samples(tar: Location) -> Iterator[tuple[str, Members]]:
+    """Key and members (suffix → offset, size) of each sample: neighbours with the same key."""
+    if suffix(tar) != ".tar":
+        raise UserError(f"tar {tar} must end in .tar; unpack it first where it is compressed")
+    current, members = None, Members()
+    for name, place in _files(tar):
+        key, rest = key_of(name)
+        if current is not None and key != current:
+            yield current, members
+            members = Members()
+        current = key
+        members[rest] = place
+    if current is not None:
+        yield current, members
+
+
+def _files(tar: Location) -> Iterator[tuple[str, tuple[int, int]]]:
+    with readable(f"tar {tar}"), open_binary(tar) as stream:
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as archive:
+                for member in archive:
+                    # tarfile keeps all members; a tar may have more than fit in memory.
+                    archive.members = []  # type: ignore[attr-defined]
+                    # A link could name any file of this machine.
+                    name = member.name.removeprefix("./")
+                    hidden = any(part.startswith(".") for part in name.split("/"))
+                    if member.isreg() and not hidden:
+                        yield name, (member.offset_data, member.size)
+        except tarfile.TarError as error:
+            raise UserError(f"tar {tar} is damaged: {error}") from error

@@ -1,0 +1,112 @@
+"""ffmpeg and PyAV give the same frames, and each policy does what it says."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from farm_media import WriteClip
+from hostile_images import scan_bomb
+from PIL import Image
+
+from launch.demo.catalogue import load_catalogue
+from launch.demo.media import find_package_file
+from megatron_nuwa.config import parse_settings
+from megatron_nuwa.errors import UserError
+from preprocessing.decoders import (
+    DecodeError,
+    DecodeSettings,
+    decode_clip,
+    decode_image,
+    decode_media,
+    guard,
+)
+
+LEVELS = [20 + 10 * k for k in range(20)]
+VIDEOS = [(video.package, video.path) for video in load_catalogue().videos]
+
+
+def real_video(package: str, path: str) -> Path:
+    try:
+        return find_package_file(package, path)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("package", "path"), VIDEOS, ids=[path for _, path in VIDEOS])
+def test_both_backends_give_the_same_pixels_of_real_clips(package: str, path: str) -> None:
+    pytest.importorskip("av")
+    video = real_video(package, path)
+    for start, end, fit in ((None, None, "crop"), (1.3, None, "native"), (2.0, 3.1, "crop")):
+        made = [
+            decode_clip(
+                video,
+                DecodeSettings(
+                    image_size=64, frames=8, short_clips="pad", fit=fit, backend=backend
+                ),
+                start,
+                end,
+            )
+            for backend in ("ffmpeg", "pyav")
+        ]
+        assert made[0][1] == made[1][1]
+        # Both use the same filters of ffmpeg with its bit-exact flags, so no difference is allowed.
+        np.testing.assert_array_equal(made[0][0], made[1][0])
+
+
+@pytest.mark.parametrize("backend", ["ffmpeg", "pyav"])
+def test_short_clip_is_sampled_faster(tmp_path: Path, write_clip: WriteClip, backend: str) -> None:
+    if backend == "pyav":
+        pytest.importorskip("av")
+    clip = write_clip(tmp_path / "clip.mp4", LEVELS)
+    settings = DecodeSettings(image_size=32, frames=10, short_clips="faster", backend=backend)
+    decoded = decode_media(clip, settings)
+    # 2 s hold 5 frames at 2.5 a second, and 10 at 5.
+    assert (decoded.real, decoded.frames_per_second) == (10, 5.0)
+    shown = [round((float(frame.mean()) - 20) / 10) for frame in decoded.frames]
+    assert shown == list(range(0, 20, 2))
+    decoded = decode_media(clip, settings, 0.5, 1.5)
+    assert (decoded.real, decoded.frames_per_second) == (10, 10.0)
+    shown = [round((float(frame.mean()) - 20) / 10) for frame in decoded.frames]
+    assert shown == list(range(5, 15))
+    with pytest.raises(DecodeError, match=r"has only 4 frames between 0\.5 and 0\.9 s at any rate"):
+        decode_media(clip, settings, 0.5, 0.9)
+
+
+def test_native_aspect_keeps_the_longer_side(tmp_path: Path, write_clip: WriteClip) -> None:
+    settings = DecodeSettings(image_size=32, frames=2, fit="native")
+    clip = write_clip(tmp_path / "clip.mp4", LEVELS, 10, (128, 60))
+    assert decode_clip(clip, settings)[0].shape == (2, 32, 64, 3)
+    Image.new("RGB", (60, 128)).save(tmp_path / "tall.png")
+    image = decode_image(tmp_path / "tall.png", settings)
+    assert image.shape == (1, 64, 32, 3)
+    with pytest.raises(UserError, match="must be a multiple of side_multiple"):
+        parse_settings(DecodeSettings, {"image_size": 30, "fit": "native"}, "recipe")
+
+
+def test_fingerprints_of_older_corpora_hold() -> None:
+    settings = DecodeSettings(image_size=32, frames=4)
+    assert settings.fingerprint().startswith("1e610801bc7c2756")
+    assert settings.fingerprint() != settings.model_copy(update={"fit": "native"}).fingerprint()
+    assert settings.fingerprint() != settings.model_copy(update={"backend": "pyav"}).fingerprint()
+
+
+def test_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    settings = DecodeSettings(image_size=8)
+    guard.end_workers()
+    for moment in ("idle", "busy"):
+        decode_media(tmp_path / "a.png", settings)
+        worker = guard._take()
+        guard._idle.put(worker)
+        if moment == "idle":
+            worker._process.kill()
+            worker._process.wait()
+        else:
+            bomb = scan_bomb(tmp_path / "scans.jpg", 3000)
+            threading.Timer(0.5, worker._process.kill).start()
+            with pytest.raises(DecodeError, match=r"scans\.jpg crashes its decoder"):
+                decode_media(bomb, settings)
+        assert decode_media(tmp_path / "a.png", settings).real == 1

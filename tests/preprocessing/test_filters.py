@@ -1,0 +1,151 @@
+"""Filters leave out what they say, count it, and do not depend on luck."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from farm_media import WriteClip
+from PIL import Image, ImageFilter
+
+from megatron_nuwa.config import parse_settings
+from megatron_nuwa.errors import UserError
+from preprocessing.decoders import DecodeSettings, decode_image
+from preprocessing.filters import (
+    Candidate,
+    FilterCounts,
+    FilteredError,
+    FilterSettings,
+    NearDuplicates,
+    apply_filters,
+    perceptual_hashes,
+)
+from preprocessing.sources import SourceItem
+
+
+def settings(*filters: dict[str, object]) -> FilterSettings:
+    return parse_settings(FilterSettings, {"filters": list(filters)}, "recipe")
+
+
+@pytest.fixture(scope="module")
+def items(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> dict[str, SourceItem]:
+    folder = tmp_path_factory.mktemp("filters")
+    clip = write_clip(folder / "clip.mp4", [20 * k for k in range(10)])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (300, 100)).save(folder / "wide.jpg", exif=turned)
+    return {
+        "clip": SourceItem("clip", clip, ("a dog",)),
+        "window": SourceItem("window", clip, ("a dog runs far",), 0.2, 0.6),
+        "wide": SourceItem("wide", folder / "wide.jpg", ()),
+        "gone": SourceItem("gone", folder / "gone.jpg", ("x",)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("rule", "left_out"),
+    [
+        ({"name": "minimum_size", "pixels": 48}, set()),
+        ({"name": "minimum_size", "pixels": 49}, {"clip", "window"}),
+        ({"name": "aspect_ratio", "largest": 2}, {"wide"}),
+        ({"name": "duration", "shortest": 0.5}, {"window"}),
+        ({"name": "duration", "longest": 0.9}, {"clip"}),
+        ({"name": "caption_length", "fewest": 3}, {"clip", "wide"}),
+        ({"name": "caption_length", "most": 3}, {"window", "wide"}),
+    ],
+)
+def test_each_filter_leaves_out_what_it_says(
+    items: dict[str, SourceItem], rule: dict[str, object], left_out: set[str]
+) -> None:
+    counts = FilterCounts()
+    for name in ("clip", "window", "wide"):
+        candidate = Candidate(items[name])
+        if name not in left_out:
+            apply_filters(settings(rule).filters, candidate, counts)
+            continue
+        with pytest.raises(
+            FilteredError, match=f"^filter '{rule['name']}': item '{name}': "
+        ) as met:
+            apply_filters(settings(rule).filters, candidate, counts)
+        assert str(met.value).startswith(f"filter '{rule['name']}': ")
+        assert met.value.filter == rule["name"]
+        assert str(pickle.loads(pickle.dumps(met.value))) == str(met.value)
+    assert counts.rows() == [(rule["name"], 3, len(left_out))]
+
+
+def test_filters_are_asked_in_order_and_media_only_where_needed(
+    items: dict[str, SourceItem],
+) -> None:
+    rules = settings({"name": "caption_length", "fewest": 9}, {"name": "duration"}).filters
+    counts = FilterCounts()
+    with pytest.raises(FilteredError, match="caption_length"):
+        apply_filters(rules, Candidate(items["gone"]), counts)
+    with pytest.raises(UserError, match=r"gone\.jpg does not exist"):
+        apply_filters(rules[1:], Candidate(items["gone"]), counts)
+    assert (counts + counts).rows() == [("caption_length", 2, 2)]
+
+
+def test_facts_are_those_of_the_upright_medium(items: dict[str, SourceItem]) -> None:
+    facts = Candidate(items["wide"]).facts
+    assert (facts.width, facts.height, facts.seconds) == (100, 300, None)
+    facts = Candidate(items["clip"]).facts
+    assert (facts.kind, facts.width, facts.height, facts.seconds) == ("clip", 64, 48, 1.0)
+
+
+def test_unknown_filter_is_refused() -> None:
+    with pytest.raises(UserError, match=r"filters\.0"):
+        settings({"name": "beauty"})
+    with pytest.raises(UserError, match="pixels"):
+        settings({"name": "minimum_size"})
+
+
+def test_altered_copies_are_found_and_the_first_is_kept(tmp_path: Path) -> None:
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+    pictures = [Image.fromarray(each).resize((96, 96), Image.Resampling.BICUBIC) for each in coarse]
+    copies = [
+        pictures[0],
+        pictures[1],
+        pictures[0].filter(ImageFilter.GaussianBlur(1)),
+        pictures[2],
+        pictures[1].resize((60, 60)),
+        pictures[0],
+    ]
+    hashes = []
+    for number, picture in enumerate(copies):
+        picture.save(tmp_path / f"{number}.jpg", quality=60)
+        frames = decode_image(tmp_path / f"{number}.jpg", DecodeSettings(image_size=64))
+        hashes.append(perceptual_hashes(frames))
+    assert NearDuplicates(distance=6).duplicates(np.stack(hashes)) == {2: 0, 4: 1, 5: 0}
+    known = np.array([False, True, True, True, True, True])
+    assert NearDuplicates(distance=6).duplicates(np.stack(hashes), known) == {4: 1, 5: 2}
+
+
+@pytest.mark.parametrize("distance", [0, 1, 3, 7, 15])
+def test_duplicates_are_those_that_comparing_all_pairs_finds(distance: int) -> None:
+    random = np.random.default_rng(distance)
+    base = random.integers(0, 2**63, (40, 3), np.uint64)
+    hashes = base[random.integers(0, 40, 300)]
+    for row in hashes:
+        for _ in range(random.integers(0, 2 * distance + 2)):
+            row[random.integers(0, 3)] ^= np.uint64(1) << np.uint64(random.integers(0, 64))
+    expected: dict[int, int] = {}
+    for row in range(len(hashes)):
+        for earlier in range(row):
+            bits = [
+                int(a ^ b).bit_count() for a, b in zip(hashes[row], hashes[earlier], strict=True)
+            ]
+            if earlier not in expected and max(bits) <= distance:
+                expected[row] = earlier
+                break
+    assert NearDuplicates(distance=distance).duplicates(hashes) == expected
+
+
+def test_clips_that_begin_alike_are_not_duplicates() -> None:
+    random = np.random.default_rng(1)
+    first = random.integers(0, 256, (4, 32, 32, 3), np.uint8)
+    second = np.concatenate([first[:1], random.integers(0, 256, (3, 32, 32, 3), np.uint8)])
+    hashes = np.stack([perceptual_hashes(first), perceptual_hashes(second)])
+    assert NearDuplicates().duplicates(hashes) == {}
+    assert NearDuplicates().duplicates(hashes[[0, 0]]) == {1: 0}
