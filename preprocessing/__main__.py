@@ -11,12 +11,15 @@ from typing import NoReturn
 from rich.console import Console
 
 from megatron_nuwa.config import parse_settings
+from megatron_nuwa.data.shards import CorpusManifest
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, train_bpe
 from megatron_nuwa.errors import UserError
 from preprocessing.communicator import Communicator, join_ranks, on_every_rank, run_ranks
 from preprocessing.farm import tokenize
+from preprocessing.merge import merge
 from preprocessing.options import TokenizeOptions
 from preprocessing.sources import read_source
+from preprocessing.split import split
 from preprocessing.stats import corpus_table
 from preprocessing.verify import find_damage
 
@@ -51,7 +54,7 @@ def _run(arguments: Sequence[str] | None, communicator: Communicator) -> int:
     if options.command == "stats":
         Console().print(corpus_table(options.corpus))
         return 0
-    _train_bpe(options)
+    {"merge": _merge, "split": _split, "train-bpe": _train_bpe}[options.command](options)
     return 0
 
 
@@ -74,6 +77,26 @@ def _verify(options: argparse.Namespace) -> int:
     depth = "every byte read" if options.full else "sizes and sums checked"
     print(f"corpus {options.corpus} is good ({depth})", flush=True)
     return 0
+
+
+def _merge(options: argparse.Namespace) -> None:
+    _show_made(options.output, merge(options.corpora, options.output))
+
+
+def _split(options: argparse.Namespace) -> None:
+    outputs = (options.output_train, options.output_heldout)
+    for output, made in zip(
+        outputs, split(options.corpus, options.held_out, *outputs), strict=True
+    ):
+        _show_made(output, made)
+
+
+def _show_made(folder: Path, manifest: CorpusManifest) -> None:
+    counts, shards = manifest.counts, len(manifest.shards)
+    print(
+        f"corpus {folder}: {counts.items:,} items, {counts.captions:,} captions, {shards:,} shards",
+        flush=True,
+    )
 
 
 def _train_bpe(options: argparse.Namespace) -> None:
@@ -119,6 +142,8 @@ def _parser() -> argparse.ArgumentParser:
         "python -m preprocessing stats corpora/vatex",
     )
     stats.add_argument("corpus", type=Path, help="folder of the corpus")
+    _add_merge(commands)
+    _add_split(commands)
     bpe = _add(
         commands,
         "train-bpe",
@@ -130,6 +155,39 @@ def _parser() -> argparse.ArgumentParser:
     bpe.add_argument("--output", type=Path, required=True, help="file to write, .json")
     bpe.add_argument("--vocabulary-size", type=int, required=True, metavar="N")
     return parser
+
+
+def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(
+        commands,
+        "merge",
+        "make one corpus of several that were tokenized with the same settings",
+        "python -m preprocessing merge corpora/vatex corpora/msrvtt --output corpora/clips",
+    )
+    parser.add_argument(
+        "corpora", type=Path, nargs="+", metavar="CORPUS", help="folders of the corpora, in order"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the new corpus")
+
+
+def _add_split(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(
+        commands,
+        "split",
+        "divide a corpus for training and evaluation; clips of one video stay together",
+        "python -m preprocessing split corpora/vatex --held-out 0.05 "
+        "--output-train corpora/vatex_train --output-heldout corpora/vatex_heldout",
+    )
+    parser.add_argument("corpus", type=Path, help="folder of the corpus")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the media files that is held out (default: 0.05)",
+    )
+    for side in ("train", "heldout"):
+        parser.add_argument(f"--output-{side}", type=Path, required=True, metavar="FOLDER")
 
 
 def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:

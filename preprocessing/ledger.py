@@ -20,6 +20,7 @@ from megatron_nuwa.data.shards import (
     Failure,
     Fingerprints,
     Sidecar,
+    commit_corpus,
     read_json,
     read_sidecar,
     shard_name,
@@ -133,11 +134,13 @@ class Ledger:
     def commit(self) -> CorpusManifest | None:
         """Write `failures.jsonl` and, last of all, `corpus.json`; None where no item is good."""
         settings = self.settings
-        entries, failed = [], 0
+        entries, empty, failed = [], [], 0
         with written_atomically(self.folder / FAILURES_FILE) as stream:
             for sidecar in self._sidecars():
                 if sidecar.items:
                     entries.append(sidecar.entry())
+                else:
+                    empty.append(f"{sidecar.shard}.json")
                 for failure in sidecar.failures:
                     line = json.dumps(failure.model_dump(), ensure_ascii=False)
                     stream.write(line.encode() + b"\n")
@@ -161,7 +164,7 @@ class Ledger:
         )
         # The commit must not reach the disk before the names of the files that it lists.
         sync(self.folder)
-        write_settings(self.folder / CORPUS_FILE, manifest)
+        manifest = commit_corpus(self.folder, manifest, [SETTINGS_FILE, FAILURES_FILE, *empty])
         sync(self.folder)
         return manifest
 

@@ -55,14 +55,43 @@ def _rows(corpus: Corpus) -> Iterator[tuple[str, str]]:
         "caption length",
         f"{low:.0f} shortest, {half:.0f} median, {high:.0f} 95th percentile, {top:.0f} longest",
     )
-    perplexity, share = codebook_use(corpus.visual_counts())
+    codes = corpus.visual_counts()
+    perplexity, share = codebook_use(codes)
     yield (
         "codebook",
         f"{manifest.codebook_size:,} codes, {share:.1%} in use, perplexity {perplexity:,.1f}",
     )
+    yield "code frequencies", _frequencies(codes)
+    frames, writers = _item_counts(corpus)
+    if grid.s > 1:
+        yield "real frames", ", ".join(f"{n} in {frames[n]:,} items" for n in sorted(frames))
+    for writer, number in writers.most_common(SHOWN_REASONS):
+        yield "captions by", f"{writer}: {number:,} ({number / counts.captions:.1%})"
     yield "failed", f"{counts.failed:,}"
     for reason, number in _failure_kinds(corpus.path).most_common(SHOWN_REASONS):
         yield "", f"{number:,} × {reason}"
+
+
+def _frequencies(codes: np.ndarray) -> str:
+    """How unevenly the codes occur: what the most frequent ones take of all tokens."""
+    shares = np.sort(codes)[::-1] / codes.sum()
+    top = f"most frequent code {shares[0]:.1%} of the tokens"
+    for part in (0.01, 0.1):
+        first = int(np.ceil(part * len(shares)))
+        top += f", top {part:.0%} of the codes {shares[:first].sum():.1%}"
+    return top
+
+
+def _item_counts(corpus: Corpus) -> tuple[Counter[int], Counter[str]]:
+    """Items by their number of real frames, and captions by who wrote them."""
+    frames: Counter[int] = Counter()
+    writers: Counter[str] = Counter()
+    for index in range(len(corpus)):
+        item = corpus.item(index)
+        frames[item["frames"]] += 1
+        unknown = [None] * len(item["captions"])
+        writers.update(name or "unknown" for name in item.get("provenance", unknown))
+    return frames, writers
 
 
 def _failure_kinds(folder: Path) -> Counter[str]:

@@ -7,19 +7,21 @@ import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megatron_nuwa.data.corpus import Corpus, check_shard
 from megatron_nuwa.data.shards import (
+    CORPUS_FILE,
     ITEMS,
     TEXT,
     VISUAL,
     CorpusManifest,
     ShardEntry,
     Sidecar,
+    is_intact,
     read_manifest,
-    read_sidecar,
 )
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sha256_of
@@ -27,20 +29,27 @@ from megatron_nuwa.grid import Grid
 from preprocessing.ledger import FAILURES_FILE
 
 ITEM_FIELDS = {"id", "captions", "first_caption", "frames", "media", "start", "end"}
+OPTIONAL_FIELDS = {"provenance"}
 
 
 def find_damage(folder: Path, full: bool = False) -> list[str]:
     """What is wrong with a corpus: sentences naming the file, none for a good corpus.
 
-    `full` reads every byte: sha256 sums, array headers, token ranges and counts. Raises
-    `UserError` where there is no corpus to check.
+    Every file but the tars is held against its checksum, the tars against their sizes. `full`
+    reads every byte: sha256 sums, array headers, token ranges and counts. Raises `UserError` where
+    there is no corpus to check.
     """
-    manifest = read_manifest(folder)
-    damage = list(_sums(folder, manifest))
+    try:
+        manifest = read_manifest(folder)
+        grid = Grid.of(manifest.grid)
+    except (UserError, ValueError) as error:
+        if not (folder / CORPUS_FILE).is_file():
+            raise
+        return [str(error) if isinstance(error, UserError) else f"{folder / CORPUS_FILE}: {error}"]
+    damage = [*_sums(folder, manifest), *_other_files(folder, manifest)]
     for entry in manifest.shards:
         try:
-            sidecar = read_sidecar(folder / f"{entry.name}.json")
-            check_shard(folder / f"{entry.name}.tar", entry, sidecar, Grid(*manifest.grid))
+            sidecar = check_shard(folder / f"{entry.name}.tar", entry, grid)
             if full:
                 damage += _shard_damage(folder, entry, sidecar, manifest)
         except UserError as error:
@@ -48,6 +57,19 @@ def find_damage(folder: Path, full: bool = False) -> list[str]:
     if full and not damage:
         damage += _item_damage(folder)
     return damage
+
+
+def _other_files(folder: Path, manifest: CorpusManifest) -> Iterator[str]:
+    names = sorted(manifest.files)
+    for path in (folder / name for name in names):
+        try:
+            if sha256_of(path) != manifest.files[path.name]:
+                yield f"{path} has other bytes than were written (its sha256 differs)"
+        except OSError as error:
+            yield f"{path} cannot be read: {error.strerror}"
+    path = folder / CORPUS_FILE
+    if not is_intact(path.read_bytes()):
+        yield f"{path} has other bytes than were written (its sha256 differs)"
 
 
 def _sums(folder: Path, manifest: CorpusManifest) -> Iterator[str]:
@@ -113,10 +135,16 @@ def _item_damage(folder: Path) -> Iterator[str]:
         except (UserError, json.JSONDecodeError) as error:
             yield f"corpus {folder}, item {index}: {error}"
             return
-        if set(item) != ITEM_FIELDS or len(item["captions"]) != len(corpus.texts(index)):
+        if not _is_complete(item, len(corpus.texts(index))):
             yield f"corpus {folder}, item {index} has other fields or captions than it should"
         elif not 1 <= item["frames"] <= corpus.grid.s:
             yield f"corpus {folder}, item {index} counts {item['frames']} of {corpus.grid.s} frames"
         elif item["id"] in seen:
             yield f"corpus {folder} holds the id {item['id']!r} twice"
         seen.add(str(item.get("id")))
+
+
+def _is_complete(item: dict[str, Any], captions: int) -> bool:
+    if set(item) - OPTIONAL_FIELDS != ITEM_FIELDS or len(item["captions"]) != captions:
+        return False
+    return "provenance" not in item or len(item["provenance"]) == captions

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_nuwa.data.corpus import Corpus
-from megatron_nuwa.data.sampling import Pick, SamplingOrder, even_sizes, rank_slice
+from megatron_nuwa.data.sampling import Pick, Picks, SamplingOrder, even_sizes
 from megatron_nuwa.data.text import NO_CAPTION, TEXT_TOKENS, TextTokenizer, text_mask
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context
@@ -58,6 +58,10 @@ class TaskBatches:
     `corpus_weights` are the corpora's shares of the samples; None for shares by size. A replica
     cuts its samples of a step into micro-batches of at most `micro_batch_tokens` target tokens
     (but at least one sample), or into `accumulation` of them where that is None.
+
+    With `shuffle_window` the items are shuffled among that many shards at a time, for corpora
+    far away or on a slow disk. Of a remote corpus the shards of `read_ahead` steps from now are
+    brought here meanwhile.
     """
 
     def __init__(
@@ -72,11 +76,17 @@ class TaskBatches:
         corpus_weights: Sequence[float] | None = None,
         micro_batch_tokens: int | None = None,
         accumulation: int = 1,
+        shuffle_window: int | None = None,
+        read_ahead: int = 16,
     ) -> None:
         self.task = task
         self.grid = corpora[0].grid
         sizes = [len(corpus) for corpus in corpora]
-        self.order = SamplingOrder(seed, task, sizes, batch_size, corpus_weights)
+        shards = [corpus.shard_sizes for corpus in corpora]
+        self.order = SamplingOrder(
+            seed, task, sizes, batch_size, corpus_weights, shuffle_window, shards
+        )
+        self._read_ahead = read_ahead
         self._micro_batch_tokens = micro_batch_tokens
         self._accumulation = accumulation
         self._corpora = corpora
@@ -95,34 +105,43 @@ class TaskBatches:
 
         Raises `ValueError` where the batch does not divide by the replicas.
         """
-        picks = rank_slice(self.order.batch(step), rank, ranks)
+        if self._read_ahead and any(corpus.is_remote for corpus in self._corpora):
+            self._expect(self.order.rank_picks(step + self._read_ahead, rank, ranks))
+        picks = self.order.rank_picks(step, rank, ranks)
         sizes = even_sizes(len(picks), self.micro_batch_count(ranks))
         return [
-            replace(self.assemble(picks[end - size : end]), share=size / len(picks))
+            replace(self.assemble(picks.part(end - size, end)), share=size / len(picks))
             for size, end in zip(sizes, accumulate(sizes), strict=True)
         ]
 
     def item_names(self, step: int, rank: int, ranks: int) -> list[str]:
         """`CORPUS:ID` of the samples that a data-parallel replica reads in a step."""
-        picks = rank_slice(self.order.batch(step), rank, ranks)
+        picks = list(self.order.rank_picks(step, rank, ranks))
         corpora = [self._corpora[pick.corpus] for pick in picks]
         return [
-            f"{corpus.path}:{corpus.item(pick.item)['id']}"
+            f"{corpus.address}:{corpus.item(pick.item)['id']}"
             for corpus, pick in zip(corpora, picks, strict=True)
         ]
 
-    def assemble(self, picks: Sequence[Pick]) -> TokenBatch:
+    def assemble(self, picks: Picks | Sequence[Pick]) -> TokenBatch:
         """Read the picked items."""
-        text = np.stack([self._text(pick) for pick in picks]).astype(np.int64)
-        target = np.stack([self._corpora[p.corpus].visual(p.item) for p in picks]).astype(np.int64)
+        if not isinstance(picks, Picks):
+            picks = Picks.of(picks)
+        text = np.empty((len(picks), TEXT_TOKENS), np.int64)
+        target = np.empty((len(picks), self.grid.cells), np.int64)
+        is_dropped = picks.dropout_draw < self._caption_dropout
+        text[is_dropped] = self._no_caption
+        for number, corpus in enumerate(self._corpora):
+            mine = np.flatnonzero(picks.corpus == number)
+            corpus.read_visual(picks.item[mine], target, mine)
+            read = mine[~is_dropped[mine]]
+            corpus.read_captions(picks.item[read], picks.caption_draw[read], text, read)
         ids, cells, mask = (torch.from_numpy(array) for array in (text, target, text_mask(text)))
         return TokenBatch(self.task, ids, cells, self.grid, mask)
 
-    def _text(self, pick: Pick) -> np.ndarray:
-        if pick.dropout_draw < self._caption_dropout:
-            return self._no_caption
-        captions = self._corpora[pick.corpus].texts(pick.item)
-        return captions[int(pick.caption_draw * len(captions))]
+    def _expect(self, picks: Picks) -> None:
+        for number, corpus in enumerate(self._corpora):
+            corpus.expect(picks.item[picks.corpus == number])
 
 
 def interleave(batches: Mapping[TaskName, Sequence[TokenBatch]]) -> list[TokenBatch]:

@@ -8,47 +8,19 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
-_ROUNDS = 6
-_GOLDEN = 0x9E3779B97F4A7C15
-_WORD = (1 << 64) - 1
+from megatron_nuwa.data.permutation import mix, mixed, permuted_all
+
 # Weights of corpora are kept to the nearest whole share of this many positions.
 SHARE_PERIOD = 1 << 16
-
-
-def mix(*values: int) -> int:
-    """A 64-bit hash of integers (splitmix64, chained)."""
-    state = 0
-    for value in values:
-        state = (state ^ (value & _WORD)) & _WORD
-        state = (state + _GOLDEN) & _WORD
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _WORD
-        state ^= state >> 31
-    return state
-
-
-def permuted(position: int, count: int, key: int) -> int:
-    """Where a position goes in the permutation of `range(count)` that `key` names.
-
-    A Feistel network over the next power of four, walked until it lands inside: the memory is
-    constant, whatever the count.
-    """
-    if not 0 <= position < count:
-        raise ValueError(f"position must be in 0 … {count - 1}, not {position}")
-    half = max((count - 1).bit_length() + 1, 2) // 2
-    low = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & low
-        for round_number in range(_ROUNDS):
-            left, right = right, left ^ (mix(key, round_number, right) & low)
-        position = (left << half) | right
-        if position < count:
-            return position
+# Positions are worked out this many at a time, fewer for a handful of items, in many short epochs,
+# and few such blocks are remembered.
+_LARGEST_BLOCK, _SMALLEST_BLOCK, _BLOCKS_KEPT = 1 << 12, 1 << 6, 4
 
 
 @dataclass(frozen=True)
@@ -61,6 +33,45 @@ class Pick:
     dropout_draw: float
 
 
+@dataclass(frozen=True)
+class Picks:
+    """Samples in a row, as arrays: what a list of `Pick` says, column by column."""
+
+    corpus: np.ndarray
+    item: np.ndarray
+    caption_draw: np.ndarray
+    dropout_draw: np.ndarray
+
+    @classmethod
+    def of(cls, picks: Sequence[Pick]) -> Picks:
+        """The columns of single picks."""
+        return cls(
+            np.array([pick.corpus for pick in picks], np.int64),
+            np.array([pick.item for pick in picks], np.int64),
+            np.array([pick.caption_draw for pick in picks], np.float64),
+            np.array([pick.dropout_draw for pick in picks], np.float64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __iter__(self) -> Iterator[Pick]:
+        for row in zip(*(column.tolist() for column in self._columns()), strict=True):
+            yield Pick(*row)
+
+    def part(self, start: int, end: int) -> Picks:
+        """Those from `start` to before `end`."""
+        return Picks(*(column[start:end] for column in self._columns()))
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        return self.corpus, self.item, self.caption_draw, self.dropout_draw
+
+    @staticmethod
+    def joined(parts: Sequence[Picks]) -> Picks:
+        """One after the other."""
+        return Picks(*map(np.concatenate, zip(*(part._columns() for part in parts), strict=True)))
+
+
 class SamplingOrder:
     """The endless stream of one task's samples, cut into global batches.
 
@@ -68,7 +79,11 @@ class SamplingOrder:
     With weights each corpus has epochs of its own, and its positions are spread as evenly as whole
     numbers allow, their shares exact over every `SHARE_PERIOD` positions.
 
-    Raises `ValueError` for an empty corpus and for weights that do not fit the corpora.
+    With `shuffle_window` an epoch goes through the shards in a permuted order, that many at a time,
+    and through the items of these in a permuted order, so that a reader far from its shards holds
+    few of them at once; it needs `shard_sizes`, the items of each corpus's shards.
+
+    Raises `ValueError` for an empty corpus and for weights or shards that do not fit the corpora.
     """
 
     def __init__(
@@ -78,16 +93,31 @@ class SamplingOrder:
         corpus_sizes: Sequence[int],
         batch_size: int,
         weights: Sequence[float] | None = None,
+        shuffle_window: int | None = None,
+        shard_sizes: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        if not corpus_sizes or min(corpus_sizes) < 1:
+        sizes = [int(size) for size in corpus_sizes]
+        if not sizes or min(sizes) < 1:
             raise ValueError(f"corpus_sizes must be at least 1 each, not {list(corpus_sizes)}")
-        if weights is not None and len(weights) != len(corpus_sizes):
-            raise ValueError(f"{len(corpus_sizes)} corpora need as many weights, not {weights}")
+        if weights is not None and len(weights) != len(sizes):
+            raise ValueError(f"{len(sizes)} corpora need as many weights, not {weights}")
         self._key = mix(seed, zlib.crc32(task.encode()))
-        self._sizes = [int(size) for size in corpus_sizes]
-        self._starts = np.concatenate([[0], np.cumsum(np.asarray(corpus_sizes, dtype=np.int64))])
-        self._shares = None if weights is None else whole_shares(weights, SHARE_PERIOD)
+        self._starts = np.concatenate([[0], np.cumsum(np.array(sizes, np.int64))])
         self.batch_size = batch_size
+        shards: Sequence[Sequence[int] | None] = [None] * len(sizes)
+        if shuffle_window is not None:
+            shards = _checked_shards(shuffle_window, shard_sizes, sizes)
+        self._deal: _Deal | None = None
+        if weights is not None:
+            self._deal = _Deal(whole_shares(weights, SHARE_PERIOD))
+            self._epochs = [
+                _Epochs(size, shuffle_window, own) for size, own in zip(sizes, shards, strict=True)
+            ]
+        else:
+            every = [size for own in shards if own is not None for size in own]
+            self._epochs = [_Epochs(self.items, shuffle_window, every)]
+        self._block_size = min(max(self.items, _SMALLEST_BLOCK), _LARGEST_BLOCK)
+        self._blocks: dict[int, Picks] = {}
 
     @property
     def items(self) -> int:
@@ -96,29 +126,147 @@ class SamplingOrder:
 
     def batch(self, step: int) -> list[Pick]:
         """The global batch of a step, 0-based."""
-        first = step * self.batch_size
-        return [self.pick(first + offset) for offset in range(self.batch_size)]
+        return list(self.picks(step * self.batch_size, self.batch_size))
 
     def pick(self, position: int) -> Pick:
         """The sample at a place of the stream."""
-        if self._shares is None:
-            corpus, item = self._by_size(position)
+        [pick] = self.picks(position, 1)
+        return pick
+
+    def picks(self, first: int, count: int) -> Picks:
+        """`count` samples from the place `first` of the stream on."""
+        end, size = first + count, self._block_size
+        parts = []
+        for number in range(first // size, -(-end // size)):
+            start = number * size
+            parts.append(self._block(number).part(max(first - start, 0), end - start))
+        return parts[0] if len(parts) == 1 else Picks.joined(parts or [Picks.of([])])
+
+    def rank_picks(self, step: int, rank: int, ranks: int) -> Picks:
+        """A rank's consecutive share of a step's batch, which must divide evenly."""
+        _check_share(self.batch_size, ranks)
+        share = self.batch_size // ranks
+        return self.picks(step * self.batch_size + rank * share, share)
+
+    def _block(self, number: int) -> Picks:
+        block = self._blocks.get(number)
+        if block is None:
+            size = self._block_size
+            block = self._computed(np.arange(number * size, (number + 1) * size))
+            # A new dictionary, since another thread may read the old one.
+            kept = list(self._blocks.items())[1 - _BLOCKS_KEPT :]
+            self._blocks = dict([*kept, (number, block)])
+        return block
+
+    def _computed(self, positions: np.ndarray) -> Picks:
+        if self._deal is None:
+            index = self._epochs[0].items(positions, self._key, ())
+            corpus = np.searchsorted(self._starts, index, side="right") - 1
+            item = index - self._starts[corpus]
         else:
-            corpus, item = self._by_weight(position, self._shares)
-        draws = (mix(self._key, position, salt) / (1 << 64) for salt in (1, 2))
-        return Pick(corpus, item, *draws)
+            corpus, occurrence = self._deal(positions)
+            item = np.empty_like(positions)
+            for number, epochs in enumerate(self._epochs):
+                mine = corpus == number
+                item[mine] = epochs.items(occurrence[mine], self._key, (number,))
+        draws = [self._draws(positions, salt) for salt in (1, 2)]
+        return Picks(corpus, item, *draws)
 
-    def _by_size(self, position: int) -> tuple[int, int]:
-        epoch, place = divmod(position, self.items)
-        index = permuted(place, self.items, mix(self._key, epoch))
-        corpus = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return corpus, index - int(self._starts[corpus])
+    def _draws(self, positions: np.ndarray, salt: int) -> np.ndarray:
+        # mix(key, position, salt): both forms apply "xor the next value, then stir" in turn.
+        hashed = mixed(salt, mixed(mix(self._key), positions))
+        return hashed.astype(np.float64) * 2.0**-64
 
-    def _by_weight(self, position: int, shares: Sequence[int]) -> tuple[int, int]:
-        corpus, occurrence = dealt(position, shares)
-        epoch, place = divmod(occurrence, self._sizes[corpus])
-        key = mix(self._key, epoch, corpus)
-        return corpus, permuted(place, self._sizes[corpus], key)
+
+class _Epochs:
+    """Permutations of the same items, one an epoch, each whole or window by window."""
+
+    def __init__(
+        self, count: int, window: int | None = None, shards: Sequence[int] | None = None
+    ) -> None:
+        self._count, self._window = count, window
+        self._sizes = np.array(shards or [count], np.int64)
+        self._firsts = np.cumsum(self._sizes) - self._sizes
+        self._tour = lru_cache(maxsize=2)(self._new_tour)
+
+    def __reduce__(self) -> tuple[type, tuple[int, int | None, list[int]]]:
+        # A remembered tour stays behind.
+        return _Epochs, (self._count, self._window, self._sizes.tolist())
+
+    def items(self, positions: np.ndarray, key: int, salts: tuple[int, ...]) -> np.ndarray:
+        """The items at ascending positions of the endless row of epochs, int64."""
+        epochs, places = np.divmod(positions, self._count)
+        keys = mixed(mix(key), epochs)
+        for salt in salts:
+            keys = mixed(salt, keys)
+        if self._window is None:
+            one_epoch = len(keys) > 0 and epochs[0] == epochs[-1]
+            return permuted_all(places, self._count, keys[0] if one_epoch else keys)
+        result = np.empty_like(positions)
+        for epoch_key in np.unique(keys).tolist():
+            mine = keys == epoch_key
+            result[mine] = self._windowed(places[mine], epoch_key)
+        return result
+
+    def _windowed(self, places: np.ndarray, key: int) -> np.ndarray:
+        """The items at places of the epoch that has this key."""
+        assert self._window is not None
+        shards, starts = self._tour(key)
+        edges = np.append(starts[: -1 : self._window], starts[-1])
+        windows = np.searchsorted(edges, places, side="right") - 1
+        # Salted, so that no window repeats the permutation of the shards.
+        keys = mixed(mix(key, 1), windows)
+        sizes = np.diff(edges)[windows]
+        shuffled = edges[windows] + permuted_all(places - edges[windows], sizes, keys)
+        visit = np.searchsorted(starts, shuffled, side="right") - 1
+        return self._firsts[shards[visit]] + shuffled - starts[visit]
+
+    def _new_tour(self, key: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in their order of this epoch, and where each begins, with the end."""
+        shards = permuted_all(np.arange(len(self._sizes)), len(self._sizes), mix(key, 0))
+        return shards, np.concatenate([[0], np.cumsum(self._sizes[shards])])
+
+
+class _Deal:
+    """`dealt` of arrays of positions, from a table of one period."""
+
+    def __init__(self, shares: Sequence[int]) -> None:
+        self._shares = np.array(shares, np.int64)
+        self._period = int(self._shares.sum())
+        self._owner, self._before = _deal_table(tuple(shares))
+
+    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Who owns each position, and how many it owned before."""
+        period, place = np.divmod(positions, self._period)
+        owner = self._owner[place]
+        return owner, period * self._shares[owner] + self._before[place]
+
+
+@lru_cache(maxsize=16)
+def _deal_table(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`dealt` of every position of one period."""
+    left = sum(shares)
+    owners, counts = np.full(left, -1), np.zeros(left, np.int64)
+    places = positions = np.arange(left)
+    for owner, share in enumerate(shares):
+        before = positions * share // left
+        taken = (positions + 1) * share // left > before
+        owners[places[taken]], counts[places[taken]] = owner, before[taken]
+        places, positions = places[~taken], (positions - before)[~taken]
+        left -= share
+    return owners, counts
+
+
+def _checked_shards(
+    window: int, shards: Sequence[Sequence[int]] | None, sizes: Sequence[int]
+) -> Sequence[Sequence[int]]:
+    if window < 1:
+        raise ValueError(f"shuffle_window must be at least 1, not {window}")
+    if shards is None or [sum(own) for own in shards] != list(sizes):
+        raise ValueError("shuffle_window needs shard_sizes that add up to the corpora's sizes")
+    if any(size < 1 for own in shards for size in own):
+        raise ValueError("shard_sizes must be at least 1 each")
+    return shards
 
 
 def dealt(position: int, shares: Sequence[int]) -> tuple[int, int]:
@@ -162,7 +310,11 @@ def even_sizes(count: int, parts: int) -> list[int]:
 
 def rank_slice(batch: Sequence[Pick], rank: int, ranks: int) -> Sequence[Pick]:
     """A rank's consecutive share of a global batch; the batch must divide evenly."""
-    if len(batch) % ranks:
-        raise ValueError(f"a batch of {len(batch)} does not divide by {ranks} ranks")
+    _check_share(len(batch), ranks)
     share = len(batch) // ranks
     return batch[rank * share : (rank + 1) * share]
+
+
+def _check_share(size: int, ranks: int) -> None:
+    if size % ranks:
+        raise ValueError(f"a batch of {size} does not divide by {ranks} ranks")

@@ -47,17 +47,25 @@ class Counts(Settings):
 
 
 class ShardEntry(Settings):
-    """One shard in `corpus.json`; `bytes` and `sha256` are those of its tar."""
+    """One shard in `corpus.json`; `bytes` and `sha256` are those of its tar.
+
+    `sidecar_sha256` is that of its sidecar's bytes; corpora of the first releases have none.
+    """
 
     name: str = Field(pattern=r"^shard-\d{6}$")
     items: int = Field(ge=1)
     captions: int = Field(ge=1)
     bytes: int = Field(ge=0)
     sha256: str
+    sidecar_sha256: str | None = None
 
 
 class CorpusManifest(Settings):
-    """`corpus.json`, the last file of a corpus to appear and so its commit."""
+    """`corpus.json`, the last file of a corpus to appear and so its commit.
+
+    `files` has the sha256 of the corpus's other files, `sha256` the one of this file without its
+    own last field; corpora of the first releases have neither.
+    """
 
     format_version: int
     grid: tuple[int, int, int]
@@ -67,6 +75,12 @@ class CorpusManifest(Settings):
     fingerprints: Fingerprints
     counts: Counts
     shards: tuple[ShardEntry, ...]
+    files: dict[str, str] = Field(default_factory=dict)
+    sha256: str | None = None
+
+    def sealed(self) -> CorpusManifest:
+        """The manifest with the checksum of all its other fields."""
+        return self.model_copy(update={"sha256": _seal(self.model_dump(mode="json"))})
 
 
 class Member(Settings):
@@ -113,6 +127,7 @@ class Sidecar(Settings):
             captions=self.captions,
             bytes=self.bytes,
             sha256=self.sha256,
+            sidecar_sha256=hashlib.sha256(settings_text(self).encode()).hexdigest(),
         )
 
 
@@ -121,6 +136,8 @@ class ShardItem:
     """One tokenized item: `visual` (h·w·s,) in generation order, `text` (captions, 77), uint16.
 
     `frames` counts the real ones, without padding; `start` and `end` are seconds of the media.
+    `provenance` says of each caption who wrote it: "original", the name of a captioning model, or
+    None where nobody knows; it is None as a whole where the manifest says nothing.
     """
 
     id: str
@@ -131,6 +148,7 @@ class ShardItem:
     media: str
     start: float | None = None
     end: float | None = None
+    provenance: tuple[str | None, ...] | None = None
 
 
 def shard_name(number: int) -> str:
@@ -176,10 +194,49 @@ def write_shard(
     return sidecar
 
 
+def settings_text(settings: Settings) -> str:
+    """The one way in which these settings are written down."""
+    # Absent means null, but a manifest of the first releases says null.
+    keeps_none = isinstance(settings, CorpusManifest)
+    return _json_text(settings.model_dump(mode="json", exclude_none=not keeps_none))
+
+
+def is_intact(content: bytes) -> bool:
+    """Whether every byte of a `corpus.json` is as it was written; true where it has no seal.
+
+    It goes by the file's own fields, so that a corpus stays intact when this program learns more.
+    """
+    tree = parse_json(content, CORPUS_FILE)
+    if tree.get("sha256") is None:
+        return True
+    return tree["sha256"] == _seal(tree) and content == _json_text(tree).encode()
+
+
+def _seal(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(_json_text({**tree, "sha256": None}).encode()).hexdigest()
+
+
+def _json_text(tree: dict[str, Any]) -> str:
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_settings(path: Path, settings: Settings) -> None:
-    """Write one of the corpus's JSON files atomically."""
-    tree = settings.model_dump(mode="json", exclude_none=not isinstance(settings, CorpusManifest))
-    write_text_atomically(path, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")
+    """Write one of the corpus's JSON files atomically; a manifest gets its seal."""
+    if isinstance(settings, CorpusManifest):
+        settings = settings.sealed()
+    write_text_atomically(path, settings_text(settings))
+
+
+def commit_corpus(folder: Path, manifest: CorpusManifest, files: Sequence[str]) -> CorpusManifest:
+    """Write `corpus.json` with the checksums of the folder's other files; returns what it says.
+
+    `files` names those that belong to the corpus beside its shards; absent ones are left out.
+    """
+    present = [name for name in files if (folder / name).is_file()]
+    sums = {name: sha256_of(folder / name) for name in sorted(present)}
+    manifest = manifest.model_copy(update={"files": sums}).sealed()
+    write_settings(folder / CORPUS_FILE, manifest)
+    return manifest
 
 
 def read_manifest(folder: Path) -> CorpusManifest:
@@ -187,13 +244,18 @@ def read_manifest(folder: Path) -> CorpusManifest:
     path = folder / CORPUS_FILE
     if not path.is_file():
         raise UserError(f"corpus {folder} is missing or unfinished: it has no {CORPUS_FILE}")
-    tree = read_json(path)
+    return parse_manifest(_read(path), str(path))
+
+
+def parse_manifest(content: bytes, origin: str) -> CorpusManifest:
+    """`corpus.json` from its bytes; `UserError` naming `origin` where it is not one of ours."""
+    tree = parse_json(content, origin)
     version = tree.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format_version {version!r}, and this program reads {FORMAT_VERSION}"
+            f"{origin} has format_version {version!r}, and this program reads {FORMAT_VERSION}"
         )
-    return parse_settings(CorpusManifest, tree, str(path))
+    return parse_settings(CorpusManifest, tree, origin)
 
 
 def read_sidecar(path: Path) -> Sidecar:
@@ -203,15 +265,25 @@ def read_sidecar(path: Path) -> Sidecar:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; `UserError` naming the file where there is none."""
+    return parse_json(_read(path), str(path))
+
+
+def parse_json(content: bytes, origin: str) -> dict[str, Any]:
+    """A JSON object from bytes; `UserError` naming `origin` where there is none."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(content.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin} is not valid JSON") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin} must hold a JSON object")
+    return tree
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return tree
 
 
 def _check_item(item: ShardItem, visual_shape: tuple[int, ...]) -> None:
@@ -225,6 +297,11 @@ def _check_item(item: ShardItem, visual_shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"text of item {item.id!r} must be uint16 {text_shape} with at least one caption, "
             f"not {item.text.dtype} {item.text.shape}"
+        )
+    if item.provenance is not None and len(item.provenance) != len(item.captions):
+        raise ValueError(
+            f"provenance of item {item.id!r} must have one entry a caption, "
+            f"{len(item.captions)}, not {len(item.provenance)}"
         )
 
 
@@ -271,7 +348,7 @@ def _item_lines(group: Sequence[ShardItem]) -> bytes:
     lines = []
     first_caption = 0
     for item in group:
-        line = {
+        line: dict[str, Any] = {
             "id": item.id,
             "captions": list(item.captions),
             "first_caption": first_caption,
@@ -280,6 +357,8 @@ def _item_lines(group: Sequence[ShardItem]) -> bytes:
             "start": item.start,
             "end": item.end,
         }
+        if item.provenance is not None:
+            line["provenance"] = list(item.provenance)
         # ASCII only: some readers would split a line at Unicode's other line separators.
         lines.append(json.dumps(line) + "\n")
         first_caption += len(item.captions)

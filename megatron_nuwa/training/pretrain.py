@@ -118,6 +118,8 @@ class Pretraining:
                 corpus_weights=settings.corpus_weights,
                 micro_batch_tokens=recipe.data.micro_batch_tokens,
                 accumulation=recipe.data.accumulation,
+                shuffle_window=recipe.data.shuffle_window,
+                read_ahead=recipe.data.read_ahead,
             )
             for task, settings in recipe.data.tasks.items()
         }

@@ -55,6 +55,10 @@ class DataSettings(Settings):
     # or into micro-batches of at most this many target tokens, but at least one sample.
     micro_batch_tokens: int | None = Field(None, ge=1)
     caption_dropout: float = Field(0.1, ge=0, le=1)
+    # Shards whose items are shuffled with one another, for remote corpora; null for all of them.
+    shuffle_window: int | None = Field(None, ge=1)
+    # Steps from now whose shards of remote corpora are fetched already.
+    read_ahead: int = Field(16, ge=0)
 
     @model_validator(mode="after")
     def _cut_one_way(self) -> DataSettings:

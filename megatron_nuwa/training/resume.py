@@ -71,6 +71,7 @@ def describe(
         "data": {
             "accumulation": recipe.data.accumulation,
             "micro_batch_tokens": recipe.data.micro_batch_tokens,
+            "shuffle_window": recipe.data.shuffle_window,
             "caption_dropout": recipe.data.caption_dropout,
             "corpus_weights": {task: s.corpus_weights for task, s in recipe.data.tasks.items()},
             "batch_sizes": {task: s.batch_size for task, s in recipe.data.tasks.items()},

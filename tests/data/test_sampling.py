@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_nuwa.data.permutation import permuted
 from megatron_nuwa.data.sampling import (
     SHARE_PERIOD,
     SamplingOrder,
     dealt,
-    permuted,
     rank_slice,
     whole_shares,
 )

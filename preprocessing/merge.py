@@ -1,0 +1,100 @@
+"""Several corpora of the same settings become one, without a token being written again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.shards import (
+    CorpusManifest,
+    Sidecar,
+    read_sidecar,
+    shard_name,
+    write_settings,
+)
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import sync
+from preprocessing.ledger import FAILURES_FILE
+from preprocessing.whole_corpus import check_output, commit, made_whole, sound_manifest
+
+# Their names have six digits.
+_MOST_SHARDS = 1_000_000
+
+
+def merge(corpora: Sequence[Path], output: Path) -> CorpusManifest:
+    """Make one corpus of several, in their order; the shards are links to the same files.
+
+    On another file system they are copies. Raises `UserError`, and writes nothing, where the
+    corpora differ in a setting, which it names, or hold the same item.
+    """
+    if len(corpora) < 2:
+        raise UserError("merge needs at least two corpora")
+    check_output(output, "--output")
+    manifests = [sound_manifest(folder) for folder in corpora]
+    for folder, manifest in zip(corpora[1:], manifests[1:], strict=True):
+        field = _difference(manifests[0], manifest)
+        if field:
+            raise UserError(
+                f"corpora {corpora[0]} and {folder} differ in {field}; only corpora of the same "
+                f"settings can be merged"
+            )
+    if sum(len(manifest.shards) for manifest in manifests) > _MOST_SHARDS:
+        raise UserError(f"the corpora have more than {_MOST_SHARDS:,} shards together")
+    _check_ids(corpora)
+    with made_whole([output]) as [draft]:
+        sidecars: list[Sidecar] = []
+        for folder, manifest in zip(corpora, manifests, strict=True):
+            for entry in manifest.shards:
+                sidecars.append(_take_over(folder, entry.name, draft, len(sidecars)))
+        return commit(draft, manifests[0], sidecars, list(_failures(corpora)))
+
+
+def _take_over(folder: Path, name: str, draft: Path, number: int) -> Sidecar:
+    """Give the new corpus one shard under its new number."""
+    new = shard_name(number)
+    sidecar = read_sidecar(folder / f"{name}.json").model_copy(update={"shard": new})
+    _link_or_copy(folder / f"{name}.tar", draft / f"{new}.tar")
+    write_settings(draft / f"{new}.json", sidecar)
+    return sidecar
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    with contextlib.suppress(OSError):
+        os.link(source.resolve(), target)
+        return
+    shutil.copyfile(source, target)
+    sync(target)
+
+
+def _difference(one: CorpusManifest, other: CorpusManifest) -> str:
+    """The first setting that differs; empty where none does."""
+    first, second = _settings(one), _settings(other)
+    return next((name for name in first if first[name] != second[name]), "")
+
+
+def _settings(manifest: CorpusManifest) -> dict[str, Any]:
+    tree = manifest.model_dump()
+    prints = {f"fingerprints.{name}": value for name, value in tree["fingerprints"].items()}
+    names = ("grid", "frames_per_second", "codebook_size", "text_vocabulary_size")
+    return {**prints, **{name: tree[name] for name in names}}
+
+
+def _check_ids(corpora: Sequence[Path]) -> None:
+    owners: dict[str, Path] = {}
+    for folder in corpora:
+        corpus = Corpus(folder)
+        for index in range(len(corpus)):
+            name = corpus.item(index)["id"]
+            if name in owners:
+                raise UserError(f"corpora {owners[name]} and {folder} both hold the item {name!r}")
+            owners[name] = folder
+
+
+def _failures(corpora: Sequence[Path]) -> Iterator[str]:
+    for folder in corpora:
+        yield from (folder / FAILURES_FILE).read_text(encoding="utf-8").splitlines()

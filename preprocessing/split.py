@@ -1,0 +1,83 @@
+"""One corpus becomes two, for training and held out, with no video on both sides."""
+
+from __future__ import annotations
+
+import hashlib
+import posixpath
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.shards import CorpusManifest, ShardItem, Sidecar, write_shard
+from megatron_nuwa.errors import UserError
+from preprocessing.whole_corpus import check_output, commit, made_whole, sound_manifest
+
+
+def split(
+    folder: Path, held_out: float, output_train: Path, output_heldout: Path
+) -> tuple[CorpusManifest, CorpusManifest]:
+    """Divide a corpus by a hash of each item's media path; returns the two manifests.
+
+    The path alone decides, so that other clips of the same video fall on the same side, also in
+    other corpora and when the corpus grows. Raises `UserError`, and writes nothing, where one side
+    would be empty.
+    """
+    if not 0 < held_out < 1:
+        raise UserError(f"--held-out must lie between 0 and 1, not {held_out:g}")
+    if output_train.resolve() == output_heldout.resolve():
+        raise UserError("--output-train and --output-heldout must be different folders")
+    check_output(output_train, "--output-train")
+    check_output(output_heldout, "--output-heldout")
+    manifest = sound_manifest(folder)
+    corpus = Corpus(folder)
+    sides: tuple[list[int], list[int]] = ([], [])
+    for index in range(len(corpus)):
+        sides[is_held_out(corpus.item(index)["media"], held_out)].append(index)
+    for name, side in zip(("training", "held-out"), sides, strict=True):
+        if not side:
+            raise UserError(
+                f"the {name} side of corpus {folder} would be empty with --held-out {held_out:g}; "
+                f"it takes whole media files, and the corpus has too few"
+            )
+    with made_whole([output_train, output_heldout]) as drafts:
+        train, held = (
+            commit(draft, manifest, _write_side(draft, corpus, side))
+            for draft, side in zip(drafts, sides, strict=True)
+        )
+        return train, held
+
+
+def is_held_out(media: str, share: float) -> bool:
+    """Whether the items of a media file belong to the held-out share of all files."""
+    digest = hashlib.sha256(posixpath.normpath(media).encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * (1 << 64)
+
+
+def _write_side(folder: Path, corpus: Corpus, indices: list[int]) -> list[Sidecar]:
+    items_per_shard = max(corpus.shard_sizes)
+    items = (_shard_item(corpus, index) for index in indices)
+    return list(_write_shards(folder, items, items_per_shard))
+
+
+def _write_shards(folder: Path, items: Iterator[ShardItem], size: int) -> Iterator[Sidecar]:
+    number = 0
+    while part := list(islice(items, size)):
+        yield write_shard(folder, number, part)
+        number += 1
+
+
+def _shard_item(corpus: Corpus, index: int) -> ShardItem:
+    line = corpus.item(index)
+    provenance = line.get("provenance")
+    return ShardItem(
+        id=line["id"],
+        visual=corpus.visual(index),
+        text=corpus.texts(index),
+        captions=tuple(line["captions"]),
+        frames=line["frames"],
+        media=line["media"],
+        start=line["start"],
+        end=line["end"],
+        provenance=None if provenance is None else tuple(provenance),
+    )

@@ -1,0 +1,75 @@
+"""Corpora made from others: a folder that is absent until it is whole."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_nuwa.data.shards import CorpusManifest, Counts, Sidecar, commit_corpus, read_manifest
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import sync, write_text_atomically
+from preprocessing.ledger import FAILURES_FILE
+from preprocessing.verify import find_damage
+
+
+def sound_manifest(folder: Path) -> CorpusManifest:
+    """A corpus's manifest; `UserError` where the corpus is unfinished or plainly damaged."""
+    manifest = read_manifest(folder)
+    damage = find_damage(folder)
+    if damage:
+        raise UserError(f"corpus {folder} is damaged: {damage[0]}")
+    return manifest
+
+
+def check_output(output: Path, option: str) -> None:
+    """`UserError` naming the option where the folder is there already, with something in it."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{option} {output} exists already; name another folder")
+
+
+@contextmanager
+def made_whole(outputs: Sequence[Path]) -> Iterator[list[Path]]:
+    """Folders to write into, which take the outputs' places together when the block ends.
+
+    Nothing stays behind where it fails. Raises `UserError` where an output cannot be written.
+    """
+    drafts: list[Path] = []
+    placed: list[Path] = []
+    try:
+        for output in outputs:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            drafts.append(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.")))
+        yield drafts
+        for draft, output in zip(drafts, outputs, strict=True):
+            # A temporary folder is private; a corpus is as readable as its neighbours.
+            draft.chmod(0o755)
+            sync(draft)
+            draft.replace(output)
+            placed.append(output)
+            sync(output.parent)
+    except BaseException as error:
+        for folder in (*drafts, *placed):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            names = ", ".join(map(str, outputs))
+            reason = error.strerror or error
+            raise UserError(f"output {names} cannot be written: {reason}") from error
+        raise
+
+
+def commit(
+    folder: Path, like: CorpusManifest, sidecars: Sequence[Sidecar], failures: Sequence[str] = ()
+) -> CorpusManifest:
+    """Write `failures.jsonl`, of these lines, and `corpus.json`, with the settings of another."""
+    write_text_atomically(folder / FAILURES_FILE, "".join(line + "\n" for line in failures))
+    counts = Counts(
+        items=sum(sidecar.items for sidecar in sidecars),
+        captions=sum(sidecar.captions for sidecar in sidecars),
+        failed=len(failures),
+    )
+    shards = tuple(sidecar.entry() for sidecar in sidecars)
+    manifest = like.model_copy(update={"counts": counts, "shards": shards})
+    return commit_corpus(folder, manifest, [FAILURES_FILE])

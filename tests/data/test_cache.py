@@ -1,0 +1,187 @@
+"""The cache of shards from afar: bounded, whole, shared by processes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import IO
+
+import pytest
+from filelock import FileLock
+
+from megatron_nuwa.data.cache import BYTES_VARIABLE, FOLDER_VARIABLE, ShardCache
+from megatron_nuwa.errors import UserError
+
+
+def content(number: int, size: int = 1000) -> bytes:
+    return bytes([number]) * size
+
+
+def name(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Far:
+    """A far place that counts what is fetched from it."""
+
+    def __init__(self) -> None:
+        self.fetched = 0
+
+    def read(self, cache: ShardCache, data: bytes) -> bytes:
+        def fetch() -> IO[bytes]:
+            self.fetched += 1
+            return io.BytesIO(data)
+
+        with cache.open(name(data), len(data), "far/shard.tar", fetch) as stream:
+            return stream.read()
+
+
+def stored(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+
+
+def test_second_reading_fetches_nothing(tmp_path: Path) -> None:
+    far, cache = Far(), ShardCache(tmp_path, 10_000)
+    for _ in range(3):
+        assert far.read(cache, content(1)) == content(1)
+    assert far.fetched == 1
+
+
+def test_least_recently_opened_leaves_first_and_the_bound_holds(tmp_path: Path) -> None:
+    far, cache = Far(), ShardCache(tmp_path, 3000)
+    for number in (1, 2, 3):
+        far.read(cache, content(number))
+        time.sleep(0.01)
+    far.read(cache, content(1))
+    far.read(cache, content(4))
+    assert stored(tmp_path) == 3000
+    assert far.fetched == 4
+    far.read(cache, content(1))
+    assert far.fetched == 4
+    far.read(cache, content(2))
+    assert far.fetched == 5
+
+
+@pytest.mark.parametrize("damage", [b"", content(9), content(1)[:-1], content(1) + b"x"])
+def test_what_arrives_damaged_is_refused_and_not_kept(tmp_path: Path, damage: bytes) -> None:
+    good = content(1)
+    with pytest.raises(UserError, match=r"far/shard\.tar has other bytes than were written"):
+        ShardCache(tmp_path, 9000).open(
+            name(good), 1000, "far/shard.tar", lambda: io.BytesIO(damage)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["locks"]
+
+
+def test_failing_reads_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
+    def fails() -> IO[bytes]:
+        raise ConnectionError("no route\nto host")
+
+    with pytest.raises(UserError, match=r"^far/shard\.tar cannot be read: no route to host$"):
+        ShardCache(tmp_path, 9000).open("ab" * 32, 1000, "far/shard.tar", fails)
+    assert [path.name for path in tmp_path.iterdir()] == ["locks"]
+
+
+def test_shard_larger_than_the_cache_names_the_setting(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="more than the 999 of the cache .* set " + BYTES_VARIABLE):
+        Far().read(ShardCache(tmp_path, 999), content(1))
+
+
+def test_settings_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER_VARIABLE, str(tmp_path / "shards"))
+    monkeypatch.setenv(BYTES_VARIABLE, "12345")
+    cache = ShardCache.default()
+    assert (cache.folder, cache.max_bytes) == (tmp_path / "shards", 12345)
+    monkeypatch.setenv(BYTES_VARIABLE, "64 GB")
+    with pytest.raises(UserError, match=BYTES_VARIABLE):
+        ShardCache.default()
+
+
+READER = """
+import hashlib, io, random, sys, time
+from pathlib import Path
+from megatron_nuwa.data.cache import ShardCache
+folder, seed = Path(sys.argv[1]), int(sys.argv[2])
+cache, order, fetched = ShardCache(folder, 5000), random.Random(seed), 0
+class Slow(io.BytesIO):
+    def read(self, *size):
+        time.sleep(0.002)
+        return super().read(min(100, *size))
+def fetch(data):
+    global fetched
+    fetched += 1
+    return Slow(data)
+for _ in range(60):
+    data = bytes([order.randrange(12)]) * 1000
+    name = hashlib.sha256(data).hexdigest()
+    with cache.open(name, 1000, "far", lambda: fetch(data)) as stream:
+        assert stream.read() == data
+print(fetched)
+"""
+
+
+def start_reader(folder: Path, seed: int) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", READER, str(folder), str(seed)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_processes_share_it_within_the_bound_though_one_is_killed(tmp_path: Path) -> None:
+    readers = [start_reader(tmp_path, seed) for seed in range(4)]
+    largest, killed = 0, False
+    while any(reader.poll() is None for reader in readers):
+        if not killed and list(tmp_path.glob("*.part")):
+            readers[0].send_signal(signal.SIGKILL)
+            killed = True
+        largest = max(largest, taken(tmp_path))
+    assert killed
+    assert largest <= 5000
+    for reader in readers[1:]:
+        output, errors = reader.communicate()
+        assert reader.returncode == 0, errors
+        assert 1 <= int(output) <= 60
+    readers[0].communicate()
+    # What the killed one left goes with the next arrival, and the cache still works.
+    Far().read(ShardCache(tmp_path, 5000), content(99))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def taken(folder: Path) -> int:
+    """Bytes of whole files and of the room that arriving ones will take.
+
+    While nobody can make room, so that the sum is that of one moment.
+    """
+    total = 0
+    (folder / "locks").mkdir(exist_ok=True)
+    with FileLock(folder / "locks" / "room"):
+        for path in list(folder.iterdir()):
+            with contextlib.suppress(FileNotFoundError):
+                size = path.stat().st_size if path.is_file() else 0
+                total += int(path.name.split(".")[1]) if path.suffix == ".part" else size
+    return total
+
+
+def test_threads_that_want_the_same_shard_fetch_it_once(tmp_path: Path) -> None:
+    far, cache, seen = Far(), ShardCache(tmp_path, 5000), []
+    threads = [
+        threading.Thread(target=lambda: seen.append(far.read(cache, content(1)))) for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == [content(1)] * 8
+    assert far.fetched == 1
