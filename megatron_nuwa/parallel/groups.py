@@ -23,9 +23,12 @@ def import_deepspeed() -> Any:
     # DeepSpeed calls collectives by the names that torch is about to rename.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*")
     import deepspeed
+    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # Python 3.11.0 to 3.11.3 would pickle it as a call of getattr, which no safe reader allows.
+    ZeroStageEnum.__reduce_ex__ = lambda stage, _protocol: (ZeroStageEnum, (stage.value,))
     if not torch.cuda.is_available():
         # Its shared-memory collectives take a minute to compile and bring nothing to gloo runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
