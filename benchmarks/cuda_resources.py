@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -25,13 +26,14 @@ from benchmarks.harness.cases import Case, cases
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.ops import build, warp_tables
-from megatron_nuwa.ops.tilings import TILE_ROWS, WARPS
+from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS
 
 OUTPUT = Path(__file__).parent / "results" / "cuda_resources.json"
 HEAD_SIZES = (32, 64, 128)
 # Shared memory of a multiprocessor in KiB, and warps; both have 65,536 registers and 32 blocks.
 _PROCESSORS = {"sm_80": (164, 64), "sm_90a": (228, 64)}
 _REGISTERS, _BLOCKS = 65_536, 32
+_DIRECT_WARPS = 8
 # The driver keeps a KiB of every block's shared memory.
 _RESERVED_BYTES = 1024
 
@@ -43,12 +45,21 @@ _SHARED_PROGRAM = """
 #include "backward.cuh"
 #include "forward.cuh"
 using namespace megatron_nuwa;
-template <int size> void print() {
-  std::printf("%d %d %d %d\\n", size, Memory<Forward<bf16, size>>::kBytes,
-              Memory<Backward<bf16, size, false>>::kBytes,
-              Memory<Backward<bf16, size, true>>::kBytes);
+template <int size, bool is_large> void print() {
+  std::printf("%s %d %d %d %d\\n", is_large ? "sm_90a" : "sm_80", size,
+              Memory<Forward<bf16, size>, is_large>::kBytes,
+              Memory<Backward<bf16, size, false>, is_large>::kBytes,
+              Memory<Backward<bf16, size, true>, is_large>::kBytes);
 }
-int main() { print<32>(); print<64>(); print<128>(); }
+template <bool is_large> void print_all() {
+  print<32, is_large>();
+  print<64, is_large>();
+  print<128, is_large>();
+}
+int main() {
+  print_all<false>();
+  print_all<true>();
+}
 """
 
 
@@ -72,6 +83,13 @@ class Kernel:
         if "backward" in kind:
             kind += " dK dV" if "Lb1E" in self.symbol else " dQ"
         return f"{kind} {dtype} {size[1] if size else ''}".strip()
+
+    @property
+    def warps(self) -> int:
+        """Warps of a block."""
+        if not self.is_tensor_core:
+            return _DIRECT_WARPS
+        return warp_tables.shape_of(int(self.title.split()[-1]), "dK" in self.title, True).warps
 
     @property
     def is_tensor_core(self) -> bool:
@@ -103,8 +121,8 @@ def compiled_kernels(folder: Path) -> list[Kernel]:
         return [k for report in pool.map(compile_one, commands) for k in kernels_of(report)]
 
 
-def shared_bytes(folder: Path) -> dict[str, int]:
-    """Dynamic shared memory of every tensor-core kernel by the start of its title and its size."""
+def shared_bytes(folder: Path) -> dict[tuple[str, str], int]:
+    """Dynamic shared memory of every tensor-core kernel by architecture and title."""
     source, program = folder / "shared.cu", folder / "shared"
     source.write_text(_SHARED_PROGRAM)
     nvcc = build.cuda_compile_commands(folder)[0][0]
@@ -115,52 +133,50 @@ def shared_bytes(folder: Path) -> dict[str, int]:
     printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     found = {}
     for line in printed.splitlines():
-        size, *values = map(int, line.split())
+        architecture, size, *values = line.split()
         for kind, value in zip(("forward", "backward dQ", "backward dK dV"), values, strict=True):
             for dtype in ("bf16", "fp16"):
-                found[f"{kind} {dtype} {size}"] = value
+                found[architecture, f"{kind} {dtype} {size}"] = int(value)
     return found
 
 
 def blocks_a_processor(kernel: Kernel, shared: int) -> tuple[int, str]:
-    """Blocks of eight warps that fit one multiprocessor, and what runs out first."""
+    """Blocks that fit one multiprocessor, and what runs out first."""
     kib, warps = _PROCESSORS[kernel.architecture]
+    own_warps = kernel.warps
     # Registers are given out 256 at a time to a warp.
     registers_a_warp = -(-kernel.registers * 32 // 256) * 256
     limits = {
-        "registers": _REGISTERS // (registers_a_warp * WARPS),
+        "registers": _REGISTERS // (registers_a_warp * own_warps),
         "shared memory": kib * 1024 // (shared + _RESERVED_BYTES),
-        "warps": min(warps // WARPS, _BLOCKS),
+        "warps": min(warps // own_warps, _BLOCKS),
     }
     scarce = min(limits, key=lambda name: limits[name])
     return limits[scarce], scarce
 
 
-def table_figures(case: Case, mirrored: bool, chunk: int) -> dict[str, float]:
+def table_figures(case: Case, mirrored: bool) -> dict[str, float]:
     """How well the tables of one case fill the matrix instructions, and what they re-read."""
     device, grids = torch.device("cpu"), (case.geometry.grid, case.geometry.context_grid)
     warp_tables.warp_tables.cache_clear()
     start = time.perf_counter()
-    tables = warp_tables.warp_tables(case.geometry, mirrored, chunk, device)
+    shape = warp_tables.shape_of(64, mirrored, True)
+    tables = warp_tables.warp_tables(case.geometry, mirrored, shape, device)
     seconds = time.perf_counter() - start
-    block_chunks, columns, rows, starts, ends, entries = (t.numpy() for t in tables)
+    block_chunks, columns, rows, starts, _, entries = (t.numpy() for t in tables)
     groups = len(entries) - 1
-    # The warps of a block meet after every step, so the slowest one counts.
-    longest = 0
-    for block in range(len(block_chunks) - 1):
-        steps = ends.reshape(-1, WARPS)[block_chunks[block] : block_chunks[block + 1]]
-        first = starts.reshape(-1, WARPS)[block]
-        longest += int((steps - [first, *steps[:-1]]).max(1).sum())
+    # A block ends with its slowest warp.
+    of_tile = np.diff([*starts, groups]).reshape(-1, shape.warps)
     # Rows that `ldmatrix` fetches at once from one group of banks wait for one another.
-    octets = (entries[:-1, :16].astype("uint16") & 0xFF).reshape(-1, 8)
+    octets = (entries[:-1] & 0xFFFF).reshape(-1, 8) // shape.row_bytes
     waits = sum(max(len({*o[o % 8 == bank]}) for bank in range(8)) for o in octets)
     return {
         "blocks": len(block_chunks) - 1,
         "groups": groups,
-        "efficiency": case.pairs / (groups * TILE_ROWS * warp_tables.GROUP),
+        "efficiency": case.pairs / (groups * TILE_ROWS * GROUP),
         "filled_rows": float((rows >= 0).sum() / ((rows.reshape(-1, 16) >= 0).any(1).sum() * 16)),
         "rereads": float((columns >= 0).sum() / grids[not mirrored].cells),
-        "balance": groups / (longest * WARPS),
+        "balance": groups / int(of_tile.max(1).sum() * shape.warps),
         "bank_conflicts": waits / len(octets),
         "table_bytes": sum(t.numel() * t.element_size() for t in tables),
         "build_seconds": seconds,
@@ -183,19 +199,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shared = shared_bytes(Path(folder))
     resources = []
     for kernel in sorted(kernels, key=lambda k: (k.architecture, k.title)):
-        blocks, scarce = blocks_a_processor(kernel, shared.get(kernel.title, 0))
+        taken = shared.get((kernel.architecture, kernel.title), 0)
+        blocks, scarce = blocks_a_processor(kernel, taken)
         resources.append(
             asdict(kernel)
-            | {"title": kernel.title, "shared_bytes": shared.get(kernel.title, 0)}
+            | {"title": kernel.title, "shared_bytes": taken}
             | {"blocks_a_processor": blocks, "limited_by": scarce}
         )
     figures = {
-        f"{case.name}{' mirrored' if mirrored else ''}": table_figures(case, mirrored, 64)
+        f"{case.name}{' mirrored' if mirrored else ''}": table_figures(case, mirrored)
         for case in cases(False)
         for mirrored in (False, True)
     }
     _show(console, resources, figures)
-    report = {"kernels": resources, "tables_with_chunks_of_64": figures}
+    report = {"kernels": resources, "tables_of_head_size_64": figures}
     write_text_atomically(options.output, json.dumps(report, indent=2) + "\n")
     return 0
 

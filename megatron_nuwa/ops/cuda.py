@@ -8,12 +8,16 @@ from torch import Tensor
 
 from megatron_nuwa.ops.native import operators, why_missing
 from megatron_nuwa.ops.tables import Geometry
-from megatron_nuwa.ops.warp_tables import chunk_columns, row_tables, warp_tables
+from megatron_nuwa.ops.warp_tables import row_tables, shape_of, warp_tables
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)
-# Bytes of shared memory that the most demanding tensor-core kernel of a head size takes.
-SHARED_BYTES = {32: 34_816, 64: 67_584, 128: 132_096}
+# Bytes of shared memory that the most demanding tensor-core kernel of a head size takes, where a
+# multiprocessor has that of compute capability 9.0 (True) and where it has less.
+SHARED_BYTES = {
+    False: {32: 35_072, 64: 66_048, 128: 132_352},
+    True: {32: 52_480, 64: 101_632, 128: 165_632},
+}
 
 
 def why_not(query: Tensor) -> str | None:
@@ -35,6 +39,8 @@ def forward(
     Raises `ValueError` where tensors have other numbers of tokens than the geometry.
     """
     _check_tokens(query, key, geometry)
+    if scale < 0:  # the kernels keep the largest product, not the largest score
+        return forward(-query, key, value, mask, geometry, -scale)
     size = query.shape[-1]
     query, key, value = _prepared(query, key, value)
     output, log_sum = operators("cuda").cuda_forward(
@@ -78,7 +84,8 @@ def tables(query: Tensor, geometry: Geometry, mirrored: bool) -> list[Tensor]:
     """The tables that the kernels for this dtype and head size walk, on the query's device."""
     if query.dtype == torch.float32:
         return list(row_tables(geometry, mirrored, query.device))
-    return list(warp_tables(geometry, mirrored, chunk_columns(query.shape[-1]), query.device))
+    shape = shape_of(query.shape[-1], mirrored, _is_large(query.device))
+    return list(warp_tables(geometry, mirrored, shape, query.device))
 
 
 def _why_not_device(query: Tensor) -> str | None:
@@ -90,7 +97,7 @@ def _why_not_device(query: Tensor) -> str | None:
             f"{device.major}.{device.minor}"
         )
     # The driver keeps a KiB of every block's.
-    needed = SHARED_BYTES[_built_size(query.shape[-1])] + 1024
+    needed = SHARED_BYTES[_is_large(query.device)][_built_size(query.shape[-1])] + 1024
     there = device.shared_memory_per_multiprocessor
     if query.dtype != torch.float32 and there < needed:
         return (
@@ -98,6 +105,11 @@ def _why_not_device(query: Tensor) -> str | None:
             f"{query.device} has {there:,}"
         )
     return None
+
+
+def _is_large(device: torch.device) -> bool:
+    """Whether the kernels' deeper ring is the one that is built for this device."""
+    return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 9
 
 
 def _built_size(head_dim: int) -> int:

@@ -1,4 +1,4 @@
-"""How a grid is cut into blocks of 128 rows and tiles of 16 for the tensor-core kernels.
+"""How a grid is cut into blocks of a few tiles of 16 rows for the tensor-core kernels.
 
 The fewer columns a tile sees beyond those that each of its rows sees, the less is computed in
 vain; the fewer a block sees in all, the less is gathered. Both depend on geometry in ways that
@@ -17,11 +17,11 @@ import numpy.typing as npt
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.ops.tables import Geometry
 
-WARPS = 8
 TILE_ROWS = 16
-_BLOCK_ROWS = WARPS * TILE_ROWS
-# A group of 16 columns takes a warp about as long as gathering three columns takes its block.
-_GROUP_COST = 3
+# Columns that a warp computes at once.
+GROUP = 32
+# A group takes a warp about as long as gathering so many columns takes its block.
+_GROUP_COST = 6
 _TRIED_SHAPES = 10
 _SAMPLED_BLOCKS = 6
 
@@ -82,13 +82,19 @@ def places(grid: Grid, cells: Array) -> tuple[Array, Array, Array]:
     return cells // grid.w % grid.h, cells % grid.w, cells // (grid.h * grid.w)
 
 
-def best_blocks(visibility: Visibility) -> list[Array]:
-    """The rows of each block, 16 consecutive ones a tile, in the cheapest cut among those tried."""
-    shapes = sorted(_block_shapes(visibility.grid), key=lambda s: _columns_estimate(visibility, s))
+def best_blocks(visibility: Visibility, warps: int) -> list[Array]:
+    """The rows of each block, 16 consecutive ones a tile, in the cheapest cut among those tried.
+
+    A block has at most `warps` tiles.
+    """
+    shapes = sorted(
+        _block_shapes(visibility.grid, warps * TILE_ROWS),
+        key=lambda s: _columns_estimate(visibility, s),
+    )
     costs = {
         (shape, strip): cost
         for shape in shapes[:_TRIED_SHAPES]
-        for strip, cost in _costs_of_strips(visibility, shape).items()
+        for strip, cost in _costs_of_strips(visibility, shape, warps).items()
     }
     shape, strip = min(costs, key=lambda cut: costs[cut])
     return [
@@ -119,16 +125,16 @@ def strip_order(grid: Grid, shape: Grid, strip: Strip, block: Array) -> Array:
     return np.lexsort(keys + [inside[axis] // strip.section[axis] for axis in across])
 
 
-def _block_shapes(grid: Grid) -> list[Grid]:
-    """Shapes of at most 128 cells that cannot grow along one axis to the next width in question."""
+def _block_shapes(grid: Grid, most: int) -> list[Grid]:
+    """Shapes of `most` cells at most that cannot grow along one axis to the next width to try."""
     options = [
         sorted(
-            {min(width, side) for width in (1, 2, 3, 4, 6, 8, 16, 32, 64, 128)}
+            {min(width, side) for width in (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 192)}
             | {-(-side // parts) for parts in (1, 2, 3)}
         )
         for side in grid
     ]
-    fitting = {Grid(*shape) for shape in product(*options) if np.prod(shape) <= _BLOCK_ROWS}
+    fitting = {Grid(*shape) for shape in product(*options) if np.prod(shape) <= most}
     larger = {
         smaller
         for shape in fitting
@@ -163,7 +169,7 @@ def _columns_estimate(visibility: Visibility, shape: Grid) -> float:
     return gathered * (1 + tiles * TILE_ROWS / visibility.grid.cells)
 
 
-def _costs_of_strips(visibility: Visibility, shape: Grid) -> dict[Strip, float]:
+def _costs_of_strips(visibility: Visibility, shape: Grid, warps: int) -> dict[Strip, float]:
     """Cost a row, for every strip of a block shape, over some blocks spread over the grid."""
     blocks = blocks_of(visibility.grid, shape)
     strips = _strips(shape)
@@ -175,9 +181,9 @@ def _costs_of_strips(visibility: Visibility, shape: Grid) -> dict[Strip, float]:
             order = strip_order(visibility.grid, shape, strip, block)
             tiles = np.arange(0, len(block), TILE_ROWS)
             by_tile = np.logical_or.reduceat(seen[order], tiles, axis=0)
-            groups = -(-by_tile.sum(1) // TILE_ROWS)
+            groups = -(-by_tile.sum(1) // GROUP)
             # All warps of a block wait for its slowest, and another block fills some of the gaps.
-            computed = (groups.sum() + WARPS * groups.max()) / 2
+            computed = (groups.sum() + warps * groups.max()) / 2
             costs[strip] += len(columns) + _GROUP_COST * computed
     rows = sum(len(blocks[i]) for i in sample)
     return {strip: cost / rows for strip, cost in costs.items()}

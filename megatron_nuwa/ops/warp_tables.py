@@ -1,13 +1,14 @@
 """Tables for the tensor-core kernels: what each warp of each thread block gathers and computes.
 
-A *tile* is 16 rows, the height of one matrix instruction, and belongs to one warp; a *block* is
-eight tiles that lie close together and share one gathered list of columns. Rows are queries and
+A *tile* is 16 rows, the height of one matrix instruction, and belongs to one warp; a *block* is a
+few tiles that lie close together and share one gathered list of columns. Rows are queries and
 columns keys; in the mirrored tables, which the gradients of keys and values walk, rows are keys and
 columns queries. Borders, causality and the scaling between grids live here alone.
 
-A block's columns pass through a ring of `STAGES` chunks in shared memory. At step `t` chunks `t-1`
-and `t` may be read while `t+1` and `t+2` arrive, so a warp's columns are packed 16 to a *group* as
-long as they lie in two neighbouring chunks, and the group is computed at the step of its last one.
+A block's columns pass through a ring of a few stages in shared memory, a chunk each. At step `t`
+chunks `t-1` and `t` may be read while others arrive, so a warp's columns are packed 32 to a *group*
+as long as they lie in two neighbouring chunks, and the group is computed at the step of its last
+one. Nothing overwrites the last chunks of a block, one a stage, so those may all meet in one group.
 """
 
 from __future__ import annotations
@@ -21,28 +22,48 @@ import torch
 from torch import Tensor
 
 from megatron_nuwa.ops.tables import Geometry, key_table, query_table
-from megatron_nuwa.ops.tilings import TILE_ROWS, WARPS, Visibility, best_blocks
+from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS, Visibility, best_blocks
 
-STAGES = 4
-GROUP = 16
-_LANES = 32
 # Rows of shared memory whose slots differ modulo this lie in different groups of banks.
 _BANKS = 8
 _CACHED_GEOMETRIES = 64
 
 Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Shape(NamedTuple):
+    """What the tables must know of a kernel.
+
+    Warps a block, columns a chunk, stages of the ring, bytes a column.
+    """
+
+    warps: int
+    chunk: int
+    stages: int
+    row_bytes: int
+
+    def offsets(self, slots: Array) -> Array:
+        """Where ring slots start in shared memory, with the turn of their 16-byte segments.
+
+        It is `swizzled(slot, 0)` of tile_walk.cuh; other segments differ by exclusive or.
+        """
+        turns = slots >> 1 & 3 if self.row_bytes == 64 else slots & 7
+        return slots * self.row_bytes + (turns << 4)
 
 
 class WarpTables(NamedTuple):
-    """What the tensor-core kernels walk; all int32, but `entries`, which is int16.
+    """What the tensor-core kernels walk; all int32.
 
     `block_chunks` (blocks + 1): first chunk of each block in `columns`.
-    `columns` (chunks · chunk): the column behind every place of the ring, -1 = none.
-    `rows` (blocks · 128): the row behind every row of the tiles, -1 = none.
-    `group_starts` (blocks · 8): first group of each tile.
-    `group_ends` (chunks · 8): one past the last group of each warp that is ready at this step.
-    `entries` (groups + 1, 32): for each lane the ring slot (low byte) of column `lane % 16`, and
-    one bit for each of its eight scores (high byte): is the pair visible? One spare group ends it.
+    `columns` ((chunks + 1) · chunk): the column behind every place of the ring, -1 = none.
+    `rows` (blocks · warps · 16): the row behind every row of the tiles, -1 = none.
+    `group_starts` (blocks · warps): first group of each tile.
+    `group_ends` ((chunks + 1) · warps): one past the last group of each warp ready at this step.
+    `entries` (groups + 1, 32): for each lane the offset in the ring of column `lane` (low half),
+    and one bit for each of its sixteen scores (high half): is the pair visible?
+
+    Kernels read ahead: a spare chunk and a spare group end the tables.
     """
 
     block_chunks: Tensor
@@ -67,17 +88,24 @@ class RowTables(NamedTuple):
     columns: Tensor
 
 
-def chunk_columns(head_dim: int) -> int:
-    """Columns of one chunk: as many as keep the ring at 64 KiB or less."""
-    return 32 if head_dim > 64 else 64
+def shape_of(head_dim: int, mirrored: bool, is_large: bool) -> Shape:
+    """The kernel for a head size that is built: `Shape` and `Depth` of tile_walk.cuh.
+
+    `is_large`: does a multiprocessor have the shared memory of compute capability 9.0?
+    """
+    if mirrored and head_dim == 64:
+        return Shape(6, 96 if is_large else 48, 4, 2 * head_dim)
+    return Shape(8, 32 if head_dim > 64 else 64, 6 if is_large else 4, 2 * head_dim)
 
 
 @lru_cache(maxsize=_CACHED_GEOMETRIES)
-def warp_tables(geometry: Geometry, mirrored: bool, chunk: int, device: torch.device) -> WarpTables:
+def warp_tables(
+    geometry: Geometry, mirrored: bool, shape: Shape, device: torch.device
+) -> WarpTables:
     """The tables of a geometry on a device; made once."""
     if device.type != "cpu":
-        return warp_tables(geometry, mirrored, chunk, torch.device("cpu")).to(device)
-    return _build(Visibility.of(geometry, mirrored), chunk)
+        return warp_tables(geometry, mirrored, shape, torch.device("cpu")).to(device)
+    return _build(Visibility.of(geometry, mirrored), shape)
 
 
 @lru_cache(maxsize=_CACHED_GEOMETRIES)
@@ -89,91 +117,161 @@ def row_tables(geometry: Geometry, mirrored: bool, device: torch.device) -> RowT
     return RowTables(starts.to(device), table.index[table.valid].int().to(device))
 
 
-def _build(visibility: Visibility, chunk: int) -> WarpTables:
-    block_chunks, columns, rows, tile_groups, slots, masks, ends = [0], [], [], [], [], [], []
-    for block in best_blocks(visibility):
-        seen_columns, seen = visibility.of_rows(block)
-        chunks = max(-(-len(seen_columns) // chunk), 1)
-        block_chunks.append(block_chunks[-1] + chunks)
-        columns.append(_padded(seen_columns[_dealt(len(seen_columns), chunks)], chunks * chunk))
-        rows.append(_padded(block, WARPS * TILE_ROWS))
-        # From here on a column is its place in the dealt order.
-        seen = seen[:, _dealt(len(seen_columns), chunks)]
-        block_ends = np.zeros((chunks, WARPS), np.int64)
-        for warp in range(WARPS):
-            tile = seen[warp * TILE_ROWS : (warp + 1) * TILE_ROWS]
-            tile_slots, tile_masks, steps = _groups_of_tile(tile, chunk)
-            slots.append(tile_slots)
+def _build(visibility: Visibility, shape: Shape) -> WarpTables:
+    warps, chunk, stages, _ = shape
+    blocks = [_Block.of(visibility, rows, shape) for rows in best_blocks(visibility, warps)]
+    # From here on a column is its place among its block's chunks.
+    turned = np.split(
+        _turned(np.concatenate([block.by_warp for block in blocks])),
+        np.cumsum([len(block.by_warp) for block in blocks])[:-1],
+    )
+    tile_groups, places, masks, ends = [], [], [], []
+    for block, order in zip(blocks, turned, strict=True):
+        block.reorder(order)
+        block_ends = np.zeros((block.chunks, warps), np.int64)
+        for warp in range(warps):
+            tile = block.seen[warp * TILE_ROWS : (warp + 1) * TILE_ROWS]
+            tile_places, tile_masks, steps = _groups_of_tile(tile, chunk, block.chunks - stages)
+            places.append(tile_places)
             masks.append(tile_masks)
             tile_groups.append(len(steps))
-            block_ends[:, warp] = np.searchsorted(steps, np.arange(chunks), side="right")
+            block_ends[:, warp] = np.searchsorted(steps, np.arange(block.chunks), side="right")
         ends.append(block_ends)
 
     starts = np.concatenate([[0], np.cumsum(tile_groups)])
-    first = starts[:-1].reshape(-1, WARPS)
+    first = starts[:-1].reshape(-1, warps)
     group_ends = np.concatenate([end + first[i] for i, end in enumerate(ends)])
-    entries = _entries(np.concatenate(slots), np.concatenate(masks))
+    slots = np.concatenate(places) % (stages * chunk)
     return WarpTables(
-        _int32(np.array(block_chunks)),
-        _int32(np.concatenate(columns)),
-        _int32(np.concatenate(rows)),
+        _int32(np.cumsum([0, *(block.chunks for block in blocks)])),
+        _int32(np.concatenate([*(block.columns for block in blocks), np.full(chunk, -1)])),
+        _int32(np.concatenate([_padded(block.rows, warps * TILE_ROWS) for block in blocks])),
         _int32(starts[:-1]),
-        _int32(group_ends.reshape(-1)),
-        torch.from_numpy(entries.view(np.int16)),
+        _int32(np.concatenate([group_ends.reshape(-1), np.zeros(warps, np.int64)])),
+        torch.from_numpy(_entries(shape, slots, np.concatenate(masks)).view(np.int32)),
     )
 
 
-def _dealt(count: int, chunks: int) -> Array:
-    """The order in which a block's columns fill its chunks: dealt like cards.
+class _Block:
+    """A block's rows, the columns (chunks · chunk,) that they see, and who sees which.
 
-    Raster order would keep one warp busy at one step and its neighbour at the next, and all meet
-    at a barrier between two steps; dealt, every chunk holds a like share of every warp's columns.
+    `seen` bool (rows, chunks · chunk); `by_warp` bool (chunks, chunk, warps).
     """
-    return np.concatenate([np.arange(start, count, chunks) for start in range(chunks)])
+
+    def __init__(self, rows: Array, columns: Array, seen: BoolArray, shape: Shape) -> None:
+        self.rows, self.columns, self.seen = rows, columns, seen
+        self.chunks = len(columns) // shape.chunk
+        tiles = np.zeros((shape.warps, TILE_ROWS, len(columns)), np.bool_)
+        tiles.reshape(-1, len(columns))[: len(rows)] = seen
+        self.by_warp = tiles.any(1).T.reshape(self.chunks, shape.chunk, shape.warps)
+
+    @classmethod
+    def of(cls, visibility: Visibility, rows: Array, shape: Shape) -> _Block:
+        """Columns are dealt to the chunks like cards.
+
+        Raster order would keep one warp busy at one step and its neighbour at the next; dealt,
+        every chunk holds a like share of every warp's columns.
+        """
+        columns, seen = visibility.of_rows(rows)
+        chunks = max(-(-len(columns) // shape.chunk), 1)
+        dealt = np.full((chunks, shape.chunk), -1)
+        for first in range(chunks):
+            own = np.arange(first, len(columns), chunks)
+            dealt[first, : len(own)] = own
+        order = dealt.reshape(-1)
+        is_real = order >= 0
+        if not len(columns):
+            columns, seen = np.zeros(1, np.int64), np.zeros((len(rows), 1), np.bool_)
+        return cls(rows, np.where(is_real, columns[order], -1), seen[:, order] & is_real, shape)
+
+    def reorder(self, order: Array) -> None:
+        """Let each chunk's columns stand in the order `order` (chunks, chunk)."""
+        flat = (order + np.arange(self.chunks)[:, None] * order.shape[1]).reshape(-1)
+        self.columns, self.seen = self.columns[flat], self.seen[:, flat]
 
 
-def _groups_of_tile(tile: npt.NDArray[np.bool_], chunk: int) -> tuple[Array, Array, Array]:
-    """Ring slots (groups, 16), row masks (groups, 16) and step (groups,) of one tile's columns."""
-    places = _spread(np.flatnonzero(tile.any(0)), chunk)
-    chunk_of = places // chunk
-    # One past the last column that may share a group with this one.
-    limits = np.searchsorted(chunk_of, chunk_of + 2).tolist()
-    bounds = [0]
-    while bounds[-1] < len(places):
-        bounds.append(min(bounds[-1] + GROUP, limits[bounds[-1]]))
-    start, last = np.array(bounds[:-1], np.int64), np.array(bounds[1:], np.int64) - 1
-    index = start[:, None] + np.arange(GROUP)
-    is_real = index <= last[:, None]
+def _turned(by_warp: BoolArray) -> Array:
+    """An order (chunks, chunk) of each chunk's columns that spreads every warp's over all banks.
+
+    A column's bank is its place modulo 8. Columns choose one after another the bank in which the
+    warps that see them have seen the fewest so far, and of which the chunk has places left.
+    """
+    chunks, chunk, warps = by_warp.shape
+    counts = np.zeros((chunks, warps, _BANKS), np.int32)
+    taken = np.zeros((chunks, _BANKS), np.int64)
+    order, every = np.zeros((chunks, chunk), np.int64), np.arange(chunks)
+    for column in range(chunk):
+        sees = by_warp[:, column]
+        cost = (counts * sees[:, :, None]).sum(1) * chunk + taken
+        bank = np.where(taken < chunk // _BANKS, cost, np.iinfo(np.int64).max).argmin(1)
+        order[every, taken[every, bank] * _BANKS + bank] = column
+        taken[every, bank] += 1
+        counts[every, :, bank] += sees
+    return order
+
+
+def _groups_of_tile(tile: BoolArray, chunk: int, kept: int) -> tuple[Array, Array, Array]:
+    """Places (groups, 32), row masks (groups, 32) and step (groups,) of one tile's columns.
+
+    Chunks from `kept` on are never overwritten.
+    """
+    left = np.flatnonzero(tile.any(0))
+    groups = []
+    while len(left):
+        chunk_of = left // chunk
+        # The first chunk must go before it is overwritten; others fill the group up.
+        due = int(np.searchsorted(chunk_of, chunk_of[0] + 1))
+        newest = chunk_of[0] + 1
+        if chunk_of[0] >= kept:
+            newest = max(newest, chunk_of[min(GROUP, len(left)) - 1])
+        end = int(np.searchsorted(chunk_of, newest + 1))
+        if due >= GROUP:
+            chosen = _over_banks(left[:due], GROUP)
+        else:
+            chosen = np.concatenate(
+                [np.arange(due), due + _over_banks(left[due:end], GROUP - due, left[:due])]
+            )
+        groups.append(left[chosen])
+        left = np.delete(left, chosen)
+    groups.sort(key=lambda group: group.max() // chunk)
     # Padding repeats a column that is there, so that no row is read that was never gathered.
-    index = np.minimum(index, last[:, None])
-    bits = (1 << np.arange(tile.shape[0])) @ tile[:, places]
-    return places[index] % (STAGES * chunk), bits[index] * is_real, chunk_of[last]
+    places = np.array(
+        [np.pad(group, (0, GROUP - len(group)), "edge") for group in groups], np.int64
+    )
+    places = places.reshape(-1, GROUP)
+    is_real = np.arange(GROUP) < np.array([len(group) for group in groups], np.int64)[:, None]
+    bits = (1 << np.arange(tile.shape[0])) @ tile[:, places.reshape(-1)]
+    steps = np.array([group.max() // chunk for group in groups], np.int64)
+    return places, bits.reshape(places.shape) * is_real, steps
 
 
-def _spread(places: Array, chunk: int) -> Array:
-    """Reorder the places within each chunk so that every run of them falls on all banks alike."""
-    kind = places // chunk * _BANKS + places % _BANKS
-    by_kind = np.argsort(kind, kind="stable")
-    first = np.searchsorted(kind[by_kind], kind[by_kind])
-    last = np.searchsorted(kind[by_kind], kind[by_kind], side="right")
-    share = np.empty(len(places))
-    share[by_kind] = (np.arange(len(places)) - first + 0.5) / (last - first)
-    return places[np.lexsort((places % _BANKS, share, places // chunk))]
+def _over_banks(places: Array, most: int, beside: Array | None = None) -> Array:
+    """Which of the places to take, `most` at most, for as few as can be of one bank.
+
+    Those `beside` them are taken already.
+    """
+    bank = places % _BANKS
+    taken = np.bincount(() if beside is None else beside % _BANKS, minlength=_BANKS)
+    by_bank = np.argsort(bank, kind="stable")
+    first = np.searchsorted(bank[by_bank], bank[by_bank])
+    height = np.empty(len(places), np.int64)
+    height[by_bank] = np.arange(len(places)) - first + taken[bank[by_bank]]
+    return np.sort(np.argsort(height, kind="stable")[:most])
 
 
-def _entries(slots: Array, masks: Array) -> npt.NDArray[np.uint16]:
-    """Pack slots and masks (groups, 16) as the lanes read them."""
-    # `ldmatrix` reads eight rows at once: those that meet in a bank go to different halves.
+def _entries(shape: Shape, slots: Array, masks: Array) -> npt.NDArray[np.uint32]:
+    """Pack slots and masks (groups, 32) as the lanes read them."""
+    # `ldmatrix` reads eight rows at once: those that meet in a bank go to different octets.
     order = np.argsort(slots % _BANKS, axis=1, kind="stable")
-    order = np.concatenate([order[:, 0::2], order[:, 1::2]], axis=1)
+    order = np.concatenate([order[:, first :: GROUP // 8] for first in range(GROUP // 8)], axis=1)
     slots, masks = np.take_along_axis(slots, order, 1), np.take_along_axis(masks, order, 1)
-    lane, element = np.arange(_LANES)[:, None], np.arange(8)
+    lane, element = np.arange(GROUP)[:, None], np.arange(GROUP // 2)
     row = lane // 4 + 8 * (element // 2 % 2)
     column = 8 * (element // 4) + 2 * (lane % 4) + element % 2
     visible = masks[:, column] >> row & 1
-    entries = slots[:, np.arange(_LANES) % GROUP] | (visible << np.arange(8)).sum(2) << 8
-    spare = np.zeros((1, _LANES), np.int64)
-    return np.concatenate([entries, spare]).astype(np.uint16, order="C")
+    entries = shape.offsets(slots) | (visible << element).sum(2) << 16
+    spare = np.zeros((1, GROUP), np.int64)
+    return np.concatenate([entries, spare]).astype(np.uint32, order="C")
 
 
 def _padded(values: Array, length: int) -> Array:

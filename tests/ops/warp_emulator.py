@@ -12,64 +12,69 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_nuwa.ops.tilings import TILE_ROWS, WARPS
-from megatron_nuwa.ops.warp_tables import GROUP, STAGES, WarpTables
+from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS
+from megatron_nuwa.ops.warp_tables import Shape, WarpTables
 
 LAG = 8.0
 LOG2E = 1.4426950408889634
 
-# rows of a tile, gathered columns (images, 16, …) one a tensor, visible (images, 16, 16)
+# gathered columns (images, 32, …) one a tensor, visible (16, 32)
 Add = Callable[[list[Tensor], Tensor], None]
 
 
-def decode(entry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slots (16,) and visible (16 rows, 16 columns) of one group, as the lanes' fragments lie."""
-    entry = entry.astype(np.int64) & 0xFFFF
-    slots, bits = entry & 0xFF, entry >> 8
-    assert (slots[:GROUP] == slots[GROUP:]).all()
+def decode(shape: Shape, entry: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Slots (32,) and visible (16 rows, 32 columns) of one group, as the lanes' fragments lie."""
+    entry = entry.astype(np.int64) & 0xFFFFFFFF
+    offsets, bits = entry & 0xFFFF, entry >> 16
+    slots = offsets // shape.row_bytes
+    assert np.array_equal(shape.offsets(slots), offsets)
     visible = np.zeros((TILE_ROWS, GROUP), bool)
-    for lane in range(32):
-        for element in range(8):
+    for lane in range(GROUP):
+        for element in range(16):
             row = lane // 4 + 8 * (element % 4 // 2)
             column = 8 * (element // 4) + 2 * (lane % 4) + element % 2
             visible[row, column] = bits[lane] >> element & 1
-    return slots[:GROUP], visible
+    return slots, visible
 
 
 def walk(
     tables: WarpTables,
-    chunk: int,
+    shape: Shape,
     columns: list[Tensor],
     start: Callable[[Tensor], tuple[Add, Callable[[], None]]],
 ) -> None:
     """For every tile, `start(rows)` gives what to do with each group and what at the end."""
+    warp_count, chunk, stages, _ = shape
     block_chunks, ring_columns, rows, starts, ends, entries = (t.numpy() for t in tables)
     for block in range(len(block_chunks) - 1):
         first, last = block_chunks[block], block_chunks[block + 1]
         of_block = ring_columns[first * chunk : last * chunk]
         # What was never gathered is NaN, so that reading it shows.
-        ring = [t.new_full((t.shape[0], STAGES * chunk, *t.shape[2:]), torch.nan) for t in columns]
+        ring = [t.new_full((t.shape[0], stages * chunk, *t.shape[2:]), torch.nan) for t in columns]
 
         def gather(step: int, of_block: np.ndarray = of_block, ring: list[Tensor] = ring) -> None:
             here = of_block[step * chunk : (step + 1) * chunk]
-            slots = step % STAGES * chunk + np.flatnonzero(here >= 0)
+            if not len(here):
+                return
+            slots = step % stages * chunk + np.flatnonzero(here >= 0)
             for target, source in zip(ring, columns, strict=True):
-                target[:, step % STAGES * chunk : (step % STAGES + 1) * chunk] = torch.nan
+                target[:, step % stages * chunk : (step % stages + 1) * chunk] = torch.nan
                 target[:, slots] = source[:, here[here >= 0]]
 
         warps = [
             start(torch.from_numpy(of_tile))
-            for of_tile in rows.reshape(-1, WARPS, TILE_ROWS)[block].astype(np.int64)
+            for of_tile in rows.reshape(-1, warp_count, TILE_ROWS)[block].astype(np.int64)
         ]
-        group = starts.reshape(-1, WARPS)[block].copy()
-        gather(0)
-        gather(1)
+        group = starts.reshape(-1, warp_count)[block].copy()
+        for step in range(stages - 2):
+            gather(step)
         for step in range(last - first):
-            gather(step + 2)
+            # The soonest that a kernel may: every warp is done with the step before.
+            gather(step + stages - 2)
             for warp, (add, _) in enumerate(warps):
-                end = ends.reshape(-1, WARPS)[first + step, warp]
+                end = ends.reshape(-1, warp_count)[first + step, warp]
                 for entry in entries[group[warp] : end]:
-                    slots, visible = decode(entry)
+                    slots, visible = decode(shape, entry)
                     add([t[:, slots] for t in ring], torch.from_numpy(visible))
                 group[warp] = max(group[warp], end)
         for _, finish in warps:
@@ -82,7 +87,7 @@ def forward(
     value: Tensor,
     shown: Tensor,
     tables: WarpTables,
-    chunk: int,
+    shape: Shape,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Output and log_sum; `shown` (images, columns) is the context mask, 1.0 where seen."""
@@ -122,7 +127,7 @@ def forward(
 
         return add, finish
 
-    walk(tables, chunk, [key, value, shown], start)
+    walk(tables, shape, [key, value, shown], start)
     return output, log_sum
 
 
@@ -132,7 +137,7 @@ def backward(
     statistics: tuple[Tensor, Tensor],
     shown: Tensor,
     tables: WarpTables,
-    chunk: int,
+    shape: Shape,
     scale: float,
     mirrored: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -170,5 +175,5 @@ def backward(
 
         return add, finish
 
-    walk(tables, chunk, [*columns_of, *beside], start)
+    walk(tables, shape, [*columns_of, *beside], start)
     return results

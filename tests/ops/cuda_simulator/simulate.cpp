@@ -69,22 +69,24 @@ struct WalkTables {
   ~WalkTables() {
     for (Guarded* copy : copies) delete copy;
   }
-  Tables walk(int32_t blocks) const {
+  Tables walk() const {
     return {copies[0]->as<int32_t>(), copies[1]->as<int32_t>(), copies[2]->as<int32_t>(),
-            copies[3]->as<int32_t>(), copies[4]->as<int32_t>(), copies[5]->as<uint16_t>(), blocks};
+            copies[3]->as<int32_t>(), copies[4]->as<int32_t>(), copies[5]->as<uint32_t>()};
   }
   RowTables direct() const { return {copies[0]->as<int64_t>(), copies[1]->as<int32_t>()}; }
   std::vector<Guarded*> copies;
 };
 
 template <class Pass>
-void run(const typename Pass::Arguments& arguments, const Tables& tables, int images) {
+void run(const typename Pass::Arguments& arguments, const WalkTables& tables, int blocks,
+         int batch) {
   static_assert(Memory<Pass>::kBytes <= kSharedBytesLimit);
-  run_kernel(static_cast<int64_t>(images) * tables.blocks, kThreads,
-             [&] { walk<Pass>(arguments, tables); });
+  run_kernel({blocks, arguments.problem.heads, batch},
+             Shape<Pass::kSize, Pass::kMirrored>::kThreads,
+             [&] { walk<Pass>(arguments, tables.walk()); });
 }
 
-int64_t direct_blocks(int64_t warps) { return (warps + kDirectWarps - 1) / kDirectWarps; }
+int direct_blocks(int64_t warps) { return (warps + kDirectWarps - 1) / kDirectWarps; }
 
 template <class T, int size>
 void simulate(const Call& call) {
@@ -102,40 +104,38 @@ void simulate(const Call& call) {
   const Problem problem{call.heads, call.queries, call.keys, call.scale, mask.as<bool>()};
   const Problem mirror{call.heads, call.keys, call.queries, call.scale, mask.as<bool>()};
   const T *q = query.as<T>(), *k = key.as<T>(), *v = value.as<T>(), *g = grad.as<T>();
-  const float2* of_query = statistics.as<float2>();
   const auto direct = [&](const Problem& p) {
     return DirectProblem{p.heads, p.row_tokens, p.column_tokens,
                          static_cast<int64_t>(images) * p.row_tokens, p.scale, p.context_mask};
   };
   const int64_t rows = static_cast<int64_t>(images) * call.queries;
 
+  float2* of_query = statistics.as<float2>();
   if constexpr (std::is_same_v<T, float>) {
     const DirectForward arguments{direct(problem), q, k, v, output.as<T>(), log_sum.as<float>()};
-    run_kernel(direct_blocks(rows), 32 * kDirectWarps,
+    run_kernel({direct_blocks(rows)}, 32 * kDirectWarps,
                [&] { direct_forward<size>(arguments, tables.direct()); });
-  } else {
-    run<Forward<T, size>>({problem, {q}, {k, v}, output.as<T>(), log_sum.as<float>()},
-                          tables.walk(call.blocks), images);
-  }
-  const StatisticsArguments<T> sums{g, output.as<T>(), log_sum.as<float>(),
-                                    statistics.as<float2>(), rows, call.queries, call.heads};
-  run_kernel(direct_blocks((rows * (size / 8) + 31) / 32), 32 * kDirectWarps,
-             [&] { query_statistics<T, size>(sums); });
-  if constexpr (std::is_same_v<T, float>) {
-    const DirectBackward arguments{
+    const Statistics sums{g, output.as<T>(), log_sum.as<float>(), of_query, rows, call.queries,
+                          call.heads};
+    run_kernel({direct_blocks((rows * (size / 8) + 31) / 32)}, 32 * kDirectWarps,
+               [&] { query_statistics<size>(sums); });
+    const DirectBackward backward{
         direct(problem), {q, g}, {k, v}, of_query, {grad_query.as<T>(), nullptr}};
-    run_kernel(direct_blocks(rows), 32 * kDirectWarps,
-               [&] { direct_backward<size, false>(arguments, tables.direct()); });
-    const DirectBackward mirrored_arguments{
+    run_kernel({direct_blocks(rows)}, 32 * kDirectWarps,
+               [&] { direct_backward<size, false>(backward, tables.direct()); });
+    const DirectBackward mirrored_backward{
         direct(mirror), {k, v}, {q, g}, of_query, {grad_key.as<T>(), grad_value.as<T>()}};
-    run_kernel(direct_blocks(static_cast<int64_t>(images) * call.keys), 32 * kDirectWarps,
-               [&] { direct_backward<size, true>(mirrored_arguments, mirrored.direct()); });
+    run_kernel({direct_blocks(static_cast<int64_t>(images) * call.keys)}, 32 * kDirectWarps,
+               [&] { direct_backward<size, true>(mirrored_backward, mirrored.direct()); });
   } else {
-    run<Backward<T, size, false>>({problem, {q, g}, {k, v}, of_query, {grad_query.as<T>()}},
-                                  tables.walk(call.blocks), images);
+    run<Forward<T, size>>({problem, {q}, {k, v}, output.as<T>(), log_sum.as<float>()}, tables,
+                          call.blocks, call.batch);
+    run<Backward<T, size, false>>({problem, {q, g}, {k, v}, of_query, {grad_query.as<T>()},
+                                   output.as<T>(), log_sum.as<float>()},
+                                  tables, call.blocks, call.batch);
     run<Backward<T, size, true>>(
-        {mirror, {k, v}, {q, g}, of_query, {grad_key.as<T>(), grad_value.as<T>()}},
-        mirrored.walk(call.mirrored_blocks), images);
+        {mirror, {k, v}, {q, g}, of_query, {grad_key.as<T>(), grad_value.as<T>()}, nullptr, nullptr},
+        mirrored, call.mirrored_blocks, call.batch);
   }
 }
 

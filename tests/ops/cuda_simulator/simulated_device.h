@@ -14,6 +14,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <vector>
 
 #include <ucontext.h>
@@ -27,7 +28,7 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 struct Index {
-  unsigned x;
+  unsigned x, y, z;
 };
 struct alignas(8) float2 {
   float x, y;
@@ -206,15 +207,56 @@ inline void commit_copies() {
   fiber.groups.push_back(std::move(fiber.open_group));
   fiber.open_group.clear();
 }
-template <int pending>
-void wait_for_copies() {
+inline void finish(const std::vector<Copy>& copies) {
+  for (const Copy& copy : copies) {
+    if (copy.is_real) std::memcpy(memory + copy.target, copy.source, copy.bytes);
+    else std::memset(memory + copy.target, 0, copy.bytes);
+  }
+}
+inline void wait_for_copies() {
   auto& groups = device.fibers[device.current].groups;
-  while (groups.size() > pending) {
-    for (const Copy& copy : groups.front()) {
-      if (copy.is_real) std::memcpy(memory + copy.target, copy.source, copy.bytes);
-      else std::memset(memory + copy.target, 0, copy.bytes);
+  for (const std::vector<Copy>& group : groups) finish(group);
+  groups.clear();
+}
+
+// --- barriers in shared memory ------------------------------------------------------------------
+
+struct Barrier {
+  int expected = 0, arrived = 0, phase = 0;
+  std::vector<std::vector<Copy>> awaited;  // copies whose threads arrive when they have come
+};
+
+inline std::map<uint32_t, Barrier> barriers;
+
+inline Barrier& barrier_at(uint32_t address) {
+  require(barriers.count(address), "a barrier is used before it has started");
+  return barriers[address];
+}
+inline void start_barrier(uint32_t address, int expected) {
+  require(address % 8 == 0 && address + 8 <= kSharedBytesLimit, "barrier misses shared memory");
+  barriers[address] = {expected};
+}
+inline void arrive(Barrier& barrier) {
+  if (++barrier.arrived < barrier.expected) return;
+  barrier.arrived = 0;
+  ++barrier.phase;
+}
+inline void arrive(uint32_t address) { arrive(barrier_at(address)); }
+inline void arrive_with_copies(uint32_t address) {
+  Fiber& fiber = device.fibers[device.current];
+  barrier_at(address).awaited.push_back(std::move(fiber.open_group));
+  fiber.open_group.clear();
+}
+inline void wait_for_phase(uint32_t address, int parity) {
+  for (;;) {
+    Barrier& barrier = barrier_at(address);
+    for (const std::vector<Copy>& copies : barrier.awaited) {
+      finish(copies);
+      arrive(barrier);
     }
-    groups.erase(groups.begin());
+    barrier.awaited.clear();
+    if (barrier.phase % 2 != parity) return;
+    switch_to_scheduler();
   }
 }
 
@@ -265,6 +307,13 @@ uint32_t pack(float low, float high) {
 }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float log2_fast(float x) { return std::log2(x); }
+inline float inverse_fast(float x) { return 1 / x; }
+
+template <class T>
+float2 unpack(uint32_t word) {
+  return {widen(bf16{static_cast<uint16_t>(word)}), widen(bf16{static_cast<uint16_t>(word >> 16)})};
+}
 
 // --- launches ---------------------------------------------------------------------------------
 
@@ -274,14 +323,20 @@ inline void fiber_body() {
   switch_to_scheduler();
 }
 
+struct Blocks {
+  int x, y = 1, z = 1;
+};
+
 template <class Kernel>
-void run_kernel(int64_t blocks, unsigned threads, Kernel kernel) {
+void run_kernel(Blocks blocks, unsigned threads, Kernel kernel) {
   device.fibers.resize(threads);
   device.body = [](void* argument) { (*static_cast<Kernel*>(argument))(); };
   device.argument = &kernel;
   blockDim.x = threads;
-  for (int64_t block = 0; block < blocks; ++block) {
+  const int64_t all = static_cast<int64_t>(blocks.x) * blocks.y * blocks.z;
+  for (int64_t block = 0; block < all; ++block) {
     std::memset(memory, 0xff, sizeof(memory));
+    barriers.clear();
     for (Fiber& fiber : device.fibers) {
       fiber.is_done = false;
       fiber.warp_turns = fiber.block_turns = 0;
@@ -292,7 +347,9 @@ void run_kernel(int64_t blocks, unsigned threads, Kernel kernel) {
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, fiber_body, 0);
     }
-    blockIdx.x = static_cast<unsigned>(block);
+    blockIdx.x = block % blocks.x;
+    blockIdx.y = block / blocks.x % blocks.y;
+    blockIdx.z = block / blocks.x / blocks.y;
     for (bool is_running = true; is_running;) {
       is_running = false;
       for (unsigned i = 0; i < threads; ++i) {

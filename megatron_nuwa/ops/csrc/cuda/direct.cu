@@ -28,11 +28,11 @@ cudaError_t launch_direct_backward(const DirectBackward& arguments, const RowTab
   return cudaGetLastError();
 }
 
-template <class T, int size>
-cudaError_t launch_statistics(const StatisticsArguments<T>& arguments, cudaStream_t stream) {
+template <int size>
+cudaError_t launch_statistics(const Statistics& arguments, cudaStream_t stream) {
   constexpr int kRowsAWarp = 32 / (size / 8);
   const unsigned blocks = blocks_for((arguments.rows + kRowsAWarp - 1) / kRowsAWarp);
-  query_statistics<T, size><<<blocks, 32 * kDirectWarps, 0, stream>>>(arguments);
+  query_statistics<size><<<blocks, 32 * kDirectWarps, 0, stream>>>(arguments);
   return cudaGetLastError();
 }
 
@@ -43,12 +43,7 @@ cudaError_t launch_statistics(const StatisticsArguments<T>& arguments, cudaStrea
                                                            const RowTables&, cudaStream_t);     \
   template cudaError_t launch_direct_backward<size, true>(const DirectBackward&,                \
                                                           const RowTables&, cudaStream_t);      \
-  template cudaError_t launch_statistics<float, size>(const StatisticsArguments<float>&,        \
-                                                      cudaStream_t);                            \
-  template cudaError_t launch_statistics<bf16, size>(const StatisticsArguments<bf16>&,          \
-                                                     cudaStream_t);                             \
-  template cudaError_t launch_statistics<fp16, size>(const StatisticsArguments<fp16>&,          \
-                                                     cudaStream_t)
+  template cudaError_t launch_statistics<size>(const Statistics&, cudaStream_t)
 
 MEGATRON_NUWA_INSTANTIATE(32);
 MEGATRON_NUWA_INSTANTIATE(64);

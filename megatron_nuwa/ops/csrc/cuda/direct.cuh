@@ -41,15 +41,6 @@ __device__ __forceinline__ void load_eight(float (&values)[8], const float* sour
   values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 }
 
-template <class T>
-__device__ __forceinline__ void load_eight(float (&values)[8], const T* source) {
-  const uint4 packed = *reinterpret_cast<const uint4*>(source);
-  T unpacked[8];
-  memcpy(unpacked, &packed, sizeof(packed));
-#pragma unroll
-  for (int i = 0; i < 8; ++i) values[i] = widen(unpacked[i]);
-}
-
 __device__ __forceinline__ void store_eight(float* target, const float (&values)[8]) {
   reinterpret_cast<float4*>(target)[0] = make_float4(values[0], values[1], values[2], values[3]);
   reinterpret_cast<float4*>(target)[1] = make_float4(values[4], values[5], values[6], values[7]);
@@ -206,18 +197,17 @@ __global__ void __launch_bounds__(32 * kDirectWarps, 2)
 }
 
 // (log2(e) · log_sum, Σ grad · output) of each query; one warp a few rows.
-template <class T>
-struct StatisticsArguments {
-  const T *grad, *output;    // (batch, tokens, heads, size)
-  const float* log_sum;      // (batch, heads, tokens)
-  float2* statistics;        // (batch, heads, tokens)
-  int64_t rows;              // batch · tokens · heads
+struct Statistics {
+  const float *grad, *output;  // (batch, tokens, heads, size)
+  const float* log_sum;        // (batch, heads, tokens)
+  float2* statistics;          // (batch, heads, tokens)
+  int64_t rows;                // batch · tokens · heads
   int32_t tokens, heads;
 };
 
-template <class T, int size>
+template <int size>
 __global__ void __launch_bounds__(32 * kDirectWarps)
-    query_statistics(const __grid_constant__ StatisticsArguments<T> arguments) {
+    query_statistics(const __grid_constant__ Statistics arguments) {
   constexpr int kLanes = size / 8;
   const int64_t number =
       (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kLanes;

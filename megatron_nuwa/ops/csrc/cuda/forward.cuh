@@ -23,41 +23,58 @@ class Forward {
     float* log_sum;  // (batch, heads, queries)
   };
 
-  __device__ Forward(const Arguments& arguments, const int32_t* rows, const Place& place)
-      : arguments_(arguments), rows_(rows), place_(place) {}
+  __device__ Forward(const Arguments& arguments, const TileRows& rows, const Place& place)
+      : arguments_(arguments), rows_(rows), place_(place),
+        // Not 0, which would make NaN of the products that are not to be seen.
+        to_log2_(fmaxf(arguments.problem.scale * kLog2E, 1e-30f)) {}
 
-  __device__ __forceinline__ void add(Group& columns, uint32_t address, const char* is_seen) {
-    if (arguments_.problem.context_mask != nullptr) columns.hide(is_seen, place_.lane);
-    float scores[2][4] = {};
-    add_products<T, size>(scores, tile[0], address);
-    const float to_log2 = arguments_.problem.scale * kLog2E;
+  __device__ __forceinline__ void start() {}
+
+  __device__ __forceinline__ void add(const Group& columns, uint32_t ring, const char* is_seen) {
+    const uint32_t visible = arguments_.problem.context_mask == nullptr
+                                 ? columns.visible()
+                                 : columns.template visible<2 * size>(is_seen);
+    float products[kGroup / 8][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      add_products<T, size>(products[2 * half], products[2 * half + 1], tile[0], ring,
+                            columns.as_columns(half));
     float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int octet = 0; octet < kGroup / 8; ++octet)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        scores[half][i] = columns.sees(half, i) ? scores[half][i] * to_log2 : -INFINITY;
-        high[i / 2] = fmaxf(high[i / 2], scores[half][i]);
+        float& product = products[octet][i];
+        product = visible >> (4 * octet + i) & 1 ? product : -INFINITY;
+        high[i / 2] = fmaxf(high[i / 2], product);
       }
-    // A reference that lags behind by a factor of 2^8 is as good; it saves most rescaling.
-    const bool is_far = high[0] > reference_[0] + kLag || high[1] > reference_[1] + kLag;
-    if (__any_sync(kAllLanes, is_far)) raise_reference(high);
+    // A reference that lags behind by a factor of 2^8 is as good; it saves most rescaling. Weights
+    // are found without waiting for the answer, and seldom once more.
+    float weights[kGroup / 8][4];
+    weigh(weights, products);
+    const bool is_far = (high[0] - reference_[0]) * to_log2_ > kLag ||
+                        (high[1] - reference_[1]) * to_log2_ > kLag;
+    if (__any_sync(kAllLanes, is_far)) {
+      raise_reference(high);
+      weigh(weights, products);
+    }
+#pragma unroll
+    for (int octet = 0; octet < kGroup / 8; ++octet)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum_[i / 2] += weights[octet][i];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[half][i] = exp2_fast(scores[half][i] - reference_[i / 2]);
-        sum_[i / 2] += scores[half][i];
-      }
-    add_weighted<T, size>(output_, scores, address + Ring<Forward>::kTensorBytes);
+      add_weighted<T, size>(output_, weights[2 * half], weights[2 * half + 1],
+                            ring + Memory<Forward>::kTensor, columns.as_rows(half));
   }
 
-  __device__ __forceinline__ void store(char* staging) {
+  __device__ __forceinline__ void store(char* staging, const TileTokens<size>& tokens) {
     const Problem& problem = arguments_.problem;
+    float* log_sum = place_.statistics(arguments_.log_sum, problem, problem.row_tokens);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = sum_of_row(sum_[half]);
-      const float inverse = sum > 0 ? 1 / sum : 0;
+      const float inverse = sum > 0 ? inverse_fast(sum) : 0;
 #pragma unroll
       for (int n = 0; n < size / 8; ++n) {
         output_[n][2 * half] *= inverse;
@@ -65,10 +82,10 @@ class Forward {
       }
       const int token = rows_[place_.lane / 4 + 8 * half];
       if (token >= 0 && place_.lane % 4 == 0)
-        arguments_.log_sum[place_.statistic(problem, problem.row_tokens, token)] =
-            sum > 0 ? (reference_[half] + log2f(sum)) * kLn2 : INFINITY;
+        log_sum[token] =
+            sum > 0 ? (reference_[half] * to_log2_ + log2_fast(sum)) * kLn2 : INFINITY;
     }
-    store_tile<size>(arguments_.output, output_, staging, rows_, problem, place_);
+    store_tile<size>(arguments_.output, output_, staging, tokens, problem, place_);
   }
 
   TileFragments<size, kInRegisters> tile[kRowTensors];
@@ -76,11 +93,21 @@ class Forward {
  private:
   static constexpr float kLag = 8;
 
+  __device__ __forceinline__ void weigh(float (&weights)[kGroup / 8][4],
+                                        const float (&products)[kGroup / 8][4]) const {
+    const float shift[2] = {-reference_[0] * to_log2_, -reference_[1] * to_log2_};
+#pragma unroll
+    for (int octet = 0; octet < kGroup / 8; ++octet)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        weights[octet][i] = exp2_fast(fmaf(products[octet][i], to_log2_, shift[i / 2]));
+  }
+
   __device__ __forceinline__ void raise_reference(const float (&high)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float raised = fmaxf(reference_[half], max_of_row(high[half]));
-      const float factor = exp2_fast(reference_[half] - raised);
+      const float factor = exp2_fast((reference_[half] - raised) * to_log2_);
       reference_[half] = raised;
       sum_[half] *= factor;
 #pragma unroll
@@ -92,10 +119,12 @@ class Forward {
   }
 
   const Arguments& arguments_;
-  const int32_t* rows_;
+  const TileRows rows_;
   const Place& place_;
-  // Of rows lane / 4 and lane / 4 + 8, in units of log2. Finite from the start: -inf - -inf is NaN.
-  float reference_[2] = {-FLT_MAX, -FLT_MAX};
+  const float to_log2_;
+  // The largest product seen, or one not far below, of rows lane / 4 and lane / 4 + 8. Finite from
+  // the start, as is its product with to_log2_: -inf - -inf is NaN.
+  float reference_[2] = {-1e30f, -1e30f};
   float sum_[2] = {};  // this lane's share
   float output_[size / 8][4] = {};
 };

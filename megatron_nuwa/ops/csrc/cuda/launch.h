@@ -10,10 +10,10 @@
 
 namespace megatron_nuwa {
 
-// One block of threads for each of the tables' blocks and each of `images` = batch · heads.
+// One block of threads for each of the tables' blocks and each head of each batch item.
 template <class Pass>
-cudaError_t launch(const typename Pass::Arguments& arguments, const Tables& tables, int64_t images,
-                   cudaStream_t stream);
+cudaError_t launch(const typename Pass::Arguments& arguments, const Tables& tables, int64_t blocks,
+                   int64_t batch, cudaStream_t stream);
 
 template <int size>
 cudaError_t launch_direct_forward(const DirectForward& arguments, const RowTables& tables,
@@ -23,7 +23,7 @@ template <int size, bool mirrored>
 cudaError_t launch_direct_backward(const DirectBackward& arguments, const RowTables& tables,
                                    cudaStream_t stream);
 
-template <class T, int size>
-cudaError_t launch_statistics(const StatisticsArguments<T>& arguments, cudaStream_t stream);
+template <int size>
+cudaError_t launch_statistics(const Statistics& arguments, cudaStream_t stream);
 
 }  // namespace megatron_nuwa

@@ -74,6 +74,7 @@ struct Call {
       : query(query), key(key), value(value), batch(query.size(0)), queries(query.size(1)),
         keys(key.size(1)), heads(query.size(2)), scale(scale), stream(current_stream(query)) {
     check_like("query", query, query, queries);
+    STD_TORCH_CHECK(heads * query.size(3) < INT32_MAX / 4, "query has too many heads");
     check_like("key", key, query, keys);
     check_like("value", value, query, keys);
     if (!mask) return;
@@ -102,20 +103,21 @@ void check_tables(const std::vector<Tensor>& tables, size_t count) {
     STD_TORCH_CHECK(table.is_cuda() && table.is_contiguous(), "tables must be on the device");
 }
 
-Tables tables_of(const std::vector<Tensor>& tables, int chunk) {
+template <class Pass>
+Tables tables_of(const std::vector<Tensor>& tables) {
+  using S = Shape<Pass::kSize, Pass::kMirrored>;
   check_tables(tables, 6);
-  const int64_t blocks = tables[0].numel() - 1, chunks = tables[1].numel() / chunk;
-  for (int i = 0; i < 5; ++i)
-    STD_TORCH_CHECK(tables[i].scalar_type() == ScalarType::Int, "a table is not int32");
-  STD_TORCH_CHECK(tables[1].numel() == chunks * chunk &&
-                      tables[2].numel() == blocks * kWarps * kTileRows &&
-                      tables[3].numel() == blocks * kWarps &&
-                      tables[4].numel() == chunks * kWarps &&
-                      tables[5].scalar_type() == ScalarType::Short,
+  const int64_t blocks = tables[0].numel() - 1, chunks = tables[4].numel() / S::kWarps - 1;
+  for (const Tensor& table : tables)
+    STD_TORCH_CHECK(table.scalar_type() == ScalarType::Int, "a table is not int32");
+  STD_TORCH_CHECK(tables[1].numel() == (chunks + 1) * S::kChunk &&
+                      tables[2].numel() == blocks * S::kWarps * kTileRows &&
+                      tables[3].numel() == blocks * S::kWarps &&
+                      tables[4].numel() == (chunks + 1) * S::kWarps &&
+                      tables[5].numel() % kGroup == 0,
                   "tables do not fit each other or the head size");
   return {read<int32_t>(tables[0]), read<int32_t>(tables[1]), read<int32_t>(tables[2]),
-          read<int32_t>(tables[3]), read<int32_t>(tables[4]), read<uint16_t>(tables[5]),
-          static_cast<int32_t>(blocks)};
+          read<int32_t>(tables[3]), read<int32_t>(tables[4]), read<uint32_t>(tables[5])};
 }
 
 RowTables row_tables_of(const std::vector<Tensor>& tables, int64_t rows) {
@@ -126,43 +128,37 @@ RowTables row_tables_of(const std::vector<Tensor>& tables, int64_t rows) {
   return {read<int64_t>(tables[0]), read<int32_t>(tables[1])};
 }
 
-template <class T, int size>
-Tensor statistics_of(const Call& call, const Tensor& grad, const Tensor& output,
-                     const Tensor& log_sum) {
-  Tensor statistics = torch::stable::new_empty(
-      log_sum, {call.batch, call.heads, call.queries, 2}, ScalarType::Float);
-  check(launch_statistics<T, size>(
-      {read<T>(grad), read<T>(output), read<float>(log_sum), written<float2>(statistics),
-       call.batch * call.queries * call.heads, static_cast<int32_t>(call.queries),
-       static_cast<int32_t>(call.heads)},
-      call.stream));
-  return statistics;
+template <class Pass>
+void walk_with(const Call& call, const std::vector<Tensor>& tables,
+               const typename Pass::Arguments& arguments) {
+  check(launch<Pass>(arguments, tables_of<Pass>(tables), tables[0].numel() - 1, call.batch,
+                     call.stream));
 }
 
 template <class T, int size>
 struct Kernels {
   static void forward(const Call& call, const std::vector<Tensor>& tables, const Tensor& output,
                       const Tensor& log_sum) {
-    check(launch<Forward<T, size>>({call.problem(false), {read<T>(call.query)},
-                                    {read<T>(call.key), read<T>(call.value)}, written<T>(output),
-                                    written<float>(log_sum)},
-                                   tables_of(tables, Shape<size>::kChunk),
-                                   call.batch * call.heads, call.stream));
+    walk_with<Forward<T, size>>(
+        call, tables,
+        {call.problem(false), {read<T>(call.query)}, {read<T>(call.key), read<T>(call.value)},
+         written<T>(output), written<float>(log_sum)});
   }
 
   static void backward(const Call& call, const std::vector<Tensor>& tables,
                        const std::vector<Tensor>& mirrored, const Tensor& grad,
-                       const Tensor& statistics, const Tensor (&grads)[3]) {
+                       const Tensor& output, const Tensor& log_sum, const Tensor& statistics,
+                       const Tensor (&grads)[3]) {
     const T *query = read<T>(call.query), *key = read<T>(call.key), *value = read<T>(call.value);
-    const float2* of_query = read<float2>(statistics);
-    check(launch<Backward<T, size, false>>(
+    float2* of_query = written<float2>(statistics);
+    walk_with<Backward<T, size, false>>(
+        call, tables,
         {call.problem(false), {query, read<T>(grad)}, {key, value}, of_query,
-         {written<T>(grads[0])}},
-        tables_of(tables, Shape<size>::kChunk), call.batch * call.heads, call.stream));
-    check(launch<Backward<T, size, true>>(
+         {written<T>(grads[0])}, read<T>(output), read<float>(log_sum)});
+    walk_with<Backward<T, size, true>>(
+        call, mirrored,
         {call.problem(true), {key, value}, {query, read<T>(grad)}, of_query,
-         {written<T>(grads[1]), written<T>(grads[2])}},
-        tables_of(mirrored, Shape<size>::kChunk), call.batch * call.heads, call.stream));
+         {written<T>(grads[1]), written<T>(grads[2])}, nullptr, nullptr});
   }
 };
 
@@ -178,10 +174,16 @@ struct Kernels<float, size> {
 
   static void backward(const Call& call, const std::vector<Tensor>& tables,
                        const std::vector<Tensor>& mirrored, const Tensor& grad,
-                       const Tensor& statistics, const Tensor (&grads)[3]) {
+                       const Tensor& output, const Tensor& log_sum, const Tensor& statistics,
+                       const Tensor (&grads)[3]) {
     const float *query = read<float>(call.query), *key = read<float>(call.key);
     const float *value = read<float>(call.value), *change = read<float>(grad);
-    const float2* of_query = read<float2>(statistics);
+    float2* of_query = written<float2>(statistics);
+    check(launch_statistics<size>(
+        {change, read<float>(output), read<float>(log_sum), of_query,
+         call.batch * call.queries * call.heads, static_cast<int32_t>(call.queries),
+         static_cast<int32_t>(call.heads)},
+        call.stream));
     check(launch_direct_backward<size, false>(
         {call.direct_problem(false), {query, change}, {key, value}, of_query,
          {written<float>(grads[0]), nullptr}},
@@ -242,8 +244,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor query, Tensor ke
                            torch::stable::empty_like(value)};
   if (query.numel() > 0)
     dispatch(query, [&]<class T, int size>() {
-      const Tensor statistics = statistics_of<T, size>(call, grad, output, log_sum);
-      Kernels<T, size>::backward(call, tables, mirrored, grad, statistics, grads);
+      const Tensor statistics = torch::stable::new_empty(
+          log_sum, {call.batch, call.heads, call.queries, 2}, ScalarType::Float);
+      Kernels<T, size>::backward(call, tables, mirrored, grad, output, log_sum, statistics, grads);
     });
   return {grads[0], grads[1], grads[2]};
 }

@@ -39,10 +39,42 @@ __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Wait until at most `pending` of this thread's newest committed groups are under way.
-template <int pending>
+// Wait until all committed groups of this thread have come.
 __device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
+}
+
+// Barriers in shared memory, of 8 bytes each, whose phases end after `arrivals` arrivals.
+__device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier)
+               : "memory");
+}
+
+// Arrive as soon as all copies that this thread has started so far have come.
+__device__ __forceinline__ void arrive_with_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Wait until the barrier's phase of this parity has ended; one later may have begun, not two.
+__device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
+  uint32_t has_ended;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+        "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+#else
+        "mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n"
+#endif
+        "selp.b32 %0, 1, 0, p;\n}"
+        : "=r"(has_ended)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  } while (!has_ended);
 }
 
 // Four 8×8 matrices of 16-bit values; lane l names row l % 8 of matrix l / 8.
@@ -107,6 +139,27 @@ __device__ __forceinline__ float exp2_fast(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+}
+
+// log2(x) and 1 / x, both good to two units in the last place of fp32, for x that is not denormal.
+__device__ __forceinline__ float log2_fast(float x) {
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+__device__ __forceinline__ float inverse_fast(float x) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The two values of a word, as `pack` packs them.
+template <class T>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  T values[2];
+  memcpy(values, &word, sizeof(word));
+  return make_float2(widen(values[0]), widen(values[1]));
 }
 
 }  // namespace megatron_nuwa
