@@ -138,12 +138,16 @@ class WholeEngine(Engine):
         """Hand the model, with its starting weights, over to DeepSpeed."""
         settings = self._recipe.optimizer
         self.deepspeed = _initialize(self._loss, settings, self._config, self.place.mpu)
+        if self.place.layout.tensor == 1:
+            _measure_gradients_at_once(self.deepspeed.optimizer)
 
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
         self._losses = []
         scales = self._scales(batches, self._weights)
-        for number, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
-            loss = self.deepspeed(batch.to(self.device), seed + number)
+        # All at once: a copy in the middle of the step would wait for what is queued before it.
+        here = [batch.to(self.device) for batch in batches]
+        for number, (batch, scale) in enumerate(zip(here, scales, strict=True)):
+            loss = self.deepspeed(batch, seed + number)
             self._losses.append(Loss(batch.task, loss.detach(), batch.share))
             self.deepspeed.backward(loss * scale)
             self.deepspeed.step()
@@ -316,7 +320,11 @@ def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
         model = Nuwa(recipe.model)
     if place.layout.tensor > 1:
         split_model(model, place.tensor, place.layout.sequence_parallel)
-    taken = fuse_norms(recipe.training.norm, model, device)
+    if recipe.training.compile:
+        model.cross_entropy.compile(dynamic=False)
+    # A compiler cannot look into apex's.
+    norm = "torch" if recipe.training.compile else recipe.training.norm
+    taken = fuse_norms(norm, model, device)
     if dist.get_rank() == 0:
         print(f"norms {taken}", flush=True)
     return model
@@ -325,12 +333,25 @@ def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
 def _units_of(model: Nuwa, recipe: Recipe, place: Place) -> Units:
     # With sequence parallelism the processes of a tensor group hold different tokens.
     stream = place.tensor.rank if place.layout.sequence_parallel else 0
-    return Units(model, recipe.training.checkpoint_activations, stream)
+    settings = recipe.training
+    return Units(model, settings.checkpoint_activations, stream, compiled=settings.compile)
 
 
 def _task_weights(recipe: Recipe) -> dict[TaskName, float]:
     assert recipe.data is not None
     return {task: settings.weight for task, settings in recipe.data.tasks.items()}
+
+
+def _measure_gradients_at_once(optimizer: Any) -> None:
+    """Have DeepSpeed's bf16 optimizer find the norm of all gradients and clip them as one tensor.
+
+    They lie side by side in one. Weight by weight it starts a thousand tiny kernels a step.
+    """
+    flat = getattr(optimizer, "fp32_groups_gradients_flat", None)
+    if flat is not None:
+        optimizer.get_grads_for_norm = lambda for_clipping=False: (
+            flat if for_clipping else (flat, {})
+        )
 
 
 def _initialize(
