@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -202,7 +202,7 @@ def _report(
             "device_used_gib": (whole - free) / GIB,
             "device_gib": whole / GIB,
         }
-    seconds = median(step.seconds for step in steps)
+    seconds = median_low(step.seconds for step in steps)
     tokens = sum(batch.tokens for batch in expected.step.micro_batches)
     forward, backward, _ = step_flops(expected.step)
     rate = (forward + backward) / seconds

@@ -19,12 +19,12 @@ from rich.table import Table
 _CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
 # The first that a kernel's name matches is its kind.
 _KINDS = {
+    "compiled": r"^triton_",
     "nearby attention": r"\bwalk<|\bdirect_(forward|backward)|nuwa",
     "other attention": r"fmha|flash|attention|sdpa|mha_",
     "matrix products": r"gemm|nvjet|xmma|cutlass|cublas|splitk",
     "optimizer": r"adam|multi_tensor_apply",
     "norms": r"layer_norm|LayerNorm|GammaBeta",
-    "compiled": r"triton_",
     "communication": r"nccl",
     "copies": r"memcpy|memset|copy_kernel|direct_copy",
     "reductions": r"reduce",
