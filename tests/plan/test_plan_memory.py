@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
 from megatron_nuwa.parallel.layout import Layout
+from megatron_nuwa.parallel.units import Flow, Recomputation, Units
 from megatron_nuwa.plan.activations import layer_bytes
 from megatron_nuwa.plan.devices import DEVICES, GIB
 from megatron_nuwa.plan.memory import Step, kept_bytes, stage_memory
@@ -156,6 +159,37 @@ def test_recomputation_keeps_less_and_a_layer_only_its_input() -> None:
     products = (4 + 2 + 4 + 1) * x + 2 * 77 * 1280 * 2
     attention = 2 * x + 2 * 20 * 4410 * 4
     assert found.kept("selective") == x + products + attention
+
+
+@pytest.mark.parametrize("recomputation", ["none", "selective", "layer"])
+def test_a_compiled_layer_keeps_no_more(
+    recomputation: Recomputation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the compiler's own choice of what to keep; the code that it makes keeps nothing."""
+    config, grid = small(), Grid(6, 6, 4)
+    compile_with = partial(torch.compile, backend="aot_eager_decomp_partition", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compile_with)
+    torch._dynamo.reset()
+    units = Units(Nuwa(config), recomputation, compiled=True)
+    words = torch.zeros(1, TEXT_GRID.cells, dtype=torch.int64)
+    context = Context("text", words, TEXT_GRID, words == 0)
+    target = torch.zeros(1, grid.cells, dtype=torch.int64)
+    # Decoder layers only.
+    first = units.names.index("decoder.0")
+    flow = units.run(Flow.of(context, target, grid), 0, first)
+    seen: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        seen.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        units.run(flow, first, first + 1)
+    elsewhere = {t.untyped_storage()._cdata for t in (*units.model.parameters(), flow.context)}
+    saved = sum(t.untyped_storage().nbytes() for key, t in seen.items() if key not in elsewhere)
+    kept = layer_bytes(config, "decoder", grid, torch.float32).kept(recomputation)
+    # Where attention is run a second time, the state of the random numbers is kept for it.
+    assert 0.85 * kept < saved < 1.03 * kept + 8192
 
 
 def test_tensor_parallelism_splits_the_inner_activations() -> None:
