@@ -20,6 +20,7 @@ from megatron_nuwa.parallel.cut import cut, stage_table
 from megatron_nuwa.parallel.groups import Place, import_deepspeed
 from megatron_nuwa.parallel.tensor import split_model, whole_weight
 from megatron_nuwa.parallel.units import Flow, Units
+from megatron_nuwa.training.bf16_optimizer import streamline
 from megatron_nuwa.training.fused import fuse_norms, make_adam
 from megatron_nuwa.training.recipe import OptimizerSettings, Recipe
 
@@ -138,8 +139,7 @@ class WholeEngine(Engine):
         """Hand the model, with its starting weights, over to DeepSpeed."""
         settings = self._recipe.optimizer
         self.deepspeed = _initialize(self._loss, settings, self._config, self.place.mpu)
-        if self.place.layout.tensor == 1:
-            _measure_gradients_at_once(self.deepspeed.optimizer)
+        streamline(self.deepspeed.optimizer, norm_at_once=self.place.layout.tensor == 1)
 
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
         self._losses = []
@@ -201,6 +201,7 @@ class StageEngine(Engine):
         settings = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
         config = {**self._config, "pipeline": settings}
         self.deepspeed = _initialize(pipeline, self._recipe.optimizer, config, None)
+        streamline(self.deepspeed.optimizer, norm_at_once=False)
         # DeepSpeed reuses receive buffers whatever their type was.
         self.deepspeed._allocate_or_extend_buffers = self._new_buffer
 
@@ -340,18 +341,6 @@ def _units_of(model: Nuwa, recipe: Recipe, place: Place) -> Units:
 def _task_weights(recipe: Recipe) -> dict[TaskName, float]:
     assert recipe.data is not None
     return {task: settings.weight for task, settings in recipe.data.tasks.items()}
-
-
-def _measure_gradients_at_once(optimizer: Any) -> None:
-    """Have DeepSpeed's bf16 optimizer find the norm of all gradients and clip them as one tensor.
-
-    They lie side by side in one. Weight by weight it starts a thousand tiny kernels a step.
-    """
-    flat = getattr(optimizer, "fp32_groups_gradients_flat", None)
-    if flat is not None:
-        optimizer.get_grads_for_norm = lambda for_clipping=False: (
-            flat if for_clipping else (flat, {})
-        )
 
 
 def _initialize(
