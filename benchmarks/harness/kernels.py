@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 # What runs on the GPU, in the words of the profiler's trace.
 _CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -107,10 +108,11 @@ def show_profile(console: Console, profile: Profile, rows: int = 25) -> None:
     total = sum(kernel.milliseconds for kernel in profile.kernels) or 1.0
     for kernel in profile.kernels[:rows]:
         share = f"{kernel.milliseconds / total:.1%}"
-        name = kernel.name[:_NAME_WIDTH]
+        # Names hold brackets, which are no markup.
+        name = Text(kernel.name[:_NAME_WIDTH])
         row = (f"{kernel.milliseconds:.2f}", share, f"{kernel.calls}", kernel.kind, name)
         table.add_row(*row)
-    console.print(table, markup=False)
+    console.print(table)
     for kind, milliseconds in profile.kinds().items():
         print(f"{kind:>20} {milliseconds:9.2f} ms  {milliseconds / total:6.1%}")
     span = profile.span_ms or 1.0

@@ -21,6 +21,7 @@ TRACE = [
     event("nvjet_tst_128x256_64x4", 1000, 4000),
     event("nvjet_tst_128x256_64x4", 7000, 2000),
     event("void megatron_nuwa::walk<megatron_nuwa::Forward<64> >(Arguments)", 8000, 3000),
+    event("elementwise_kernel<direct_copy(x)::[lambda()#3]::operator()[/b]>", 7500, 500),
     event("Memcpy HtoD (Pageable -> Device)", 10_500, 500, "gpu_memcpy"),
     {"name": "process_name", "ph": "M"},
 ]
@@ -32,13 +33,15 @@ def test_a_profile_adds_up_kernels_and_the_time_in_which_any_ran() -> None:
         ("matrix products", 2, 6.0),
         ("nearby attention", 1, 3.0),
         ("copies", 1, 0.5),
+        ("copies", 1, 0.5),
     ]
     assert profile.span_ms == pytest.approx(10)
     # From 1 to 5 ms and from 7 to 11; the copy ran beside attention.
     assert profile.busy_ms == pytest.approx(8)
     shown = StringIO()
-    show_profile(Console(file=shown, width=200), profile, rows=2)
+    show_profile(Console(file=shown, width=200), profile, rows=3)
     assert "megatron_nuwa::walk" in shown.getvalue()
+    assert "[lambda()#3]::operator()[/b]" in shown.getvalue()
     assert "Memcpy" not in shown.getvalue()
 
 
