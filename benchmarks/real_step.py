@@ -1,7 +1,7 @@
 """Take optimizer steps of the real 870 M recipe: speed, MFU and memory beside `plan`'s. Examples:
 
 OMP_NUM_THREADS=2 python -m benchmarks.real_step --output benchmarks/results/real_step_cpu.json
-python -m benchmarks.real_step --largest --clip-batches 4 --profile \\
+python -m benchmarks.real_step --largest --clips 2 --images 4 --clip-batches 4 --profile \\
     training.checkpoint_activations=none training.compile=true      # on a GPU
 
 Videos and images of random tokens, bf16 with fp32 gradients and master weights. The second step is
@@ -317,7 +317,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--largest",
         action="store_true",
-        help="find out how many clips fit in a micro-batch, images in proportion, and take those",
+        help="find out how many clips fit in a micro-batch and take those, with --images for each "
+        "--clips of them",
     )
     parser.add_argument(
         "--profile",

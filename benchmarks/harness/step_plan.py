@@ -45,7 +45,8 @@ class Mix:
 
     def scaled(self, clips: int) -> Mix:
         """The same with so many clips a micro-batch, and images in proportion."""
-        return replace(self, clips=clips, images=self.images * clips // self.clips)
+        images = max(self.images * clips // self.clips, min(self.images, 1))
+        return replace(self, clips=clips, images=images)
 
 
 class StepPlan:

@@ -53,6 +53,8 @@ def test_a_mix_grows_with_its_images_in_proportion_and_its_shares_are_whole() ->
     model = load_recipe(ROOT / "launch/recipes/nuwa_870m.yaml").model
     assert model is not None
     mix = Mix(clips=2, images=4, count=3).scaled(12)
+    assert Mix(clips=8, images=4, count=1).scaled(1) == Mix(1, 1, 1)
+    assert Mix(clips=8, images=0, count=1).scaled(1) == Mix(1, 0, 1)
     sizes = mix.sizes(model)
     assert [(size.task, size.samples) for size in sizes] == [
         *(("v2v", 12), ("t2v", 12), ("v2v", 12), ("t2i", 24))
