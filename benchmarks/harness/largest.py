@@ -16,7 +16,7 @@ from megatron_nuwa.plan.devices import GIB
 from megatron_nuwa.training.engine import Engine
 
 # What `fits` may try beyond the guess, each a forward and a backward pass.
-_TRIES = 8
+_TRIES = 12
 
 
 def largest_mix(
@@ -67,21 +67,25 @@ def largest_mix(
 def largest(fits: Callable[[int], bool], guess: int) -> int:
     """The largest number for which `fits` is true, tried out from a guess on; 0 where not even 1.
 
-    `fits` must be true up to some number and false from there on. After eight tries the largest
+    `fits` must be true up to some number and false from there on. After `_TRIES` tries the largest
     that was seen to fit is taken.
     """
     known, too_many, number = 0, None, max(guess, 1)
+    # Ever farther away from the guess until it lies between two tries, then halfway.
+    stride = max(1, number // 8)
     for _ in range(_TRIES):
         if fits(number):
             known = number
         else:
             too_many = number
         if too_many is None:
-            number = known + max(1, known // 8)
+            number, stride = known + stride, 2 * stride
         elif too_many - known <= 1:
             break
+        elif known:
+            number = (known + too_many) // 2
         else:
-            number = (known + too_many) // 2 if known else max(1, too_many * 3 // 4)
+            number, stride = max(1, too_many - stride), 2 * stride
     return known
 
 
