@@ -1,10 +1,11 @@
-"""Take optimizer steps of the real 870 M recipe and hold `plan`'s memory against them. Example:
+"""Take optimizer steps of the real 870 M recipe: speed, MFU and memory beside `plan`'s. Examples:
 
 OMP_NUM_THREADS=2 python -m benchmarks.real_step --output benchmarks/results/real_step_cpu.json
+python -m benchmarks.real_step --largest --clips 2 --images 4 --clip-batches 4 --profile \\
+    training.checkpoint_activations=none training.compile=true      # on a GPU
 
-One video and ten images a step, random tokens, bf16 with fp32 gradients and master weights. The
-second step is the first with all of the optimizer's state. It needs 22 GiB on a machine without a
-GPU, and some minutes.
+Videos and images of random tokens, bf16 with fp32 gradients and master weights. The second step is
+the first with all of the optimizer's state. Without a GPU it needs 22 GiB, and some minutes.
 """
 
 from __future__ import annotations
@@ -17,31 +18,34 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.kernels import profiled, show_profile
+from benchmarks.harness.largest import largest_mix
 from benchmarks.harness.options import positive
 from benchmarks.harness.report import device_name, file_stem
-from megatron_nuwa.data.batches import TEXT_GRID, TaskName, TokenBatch
-from megatron_nuwa.data.text import text_mask
+from benchmarks.harness.step_plan import Mix, StepPlan, planned_device, token_batches
+from megatron_nuwa.data.batches import TokenBatch
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
-from megatron_nuwa.grid import Grid
+from megatron_nuwa.ops import backends
 from megatron_nuwa.parallel.groups import find_place
-from megatron_nuwa.parallel.layout import check_layout, read_layout
-from megatron_nuwa.plan.candidates import Judged, Machine, judge_batches
-from megatron_nuwa.plan.devices import GIB, device_named
-from megatron_nuwa.plan.workload import MicroBatch
+from megatron_nuwa.plan.candidates import Judged
+from megatron_nuwa.plan.devices import GIB
+from megatron_nuwa.plan.timing import step_flops
+from megatron_nuwa.training.compiling import check_compile
 from megatron_nuwa.training.engine import Engine, build_engine, complete_config
 from megatron_nuwa.training.hardware import allocated_gib
-from megatron_nuwa.training.processes import Processes, join_processes
+from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-_WORDS = 12
+_WIDTH = 150
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
 # The same run at a size of seconds, for `--dry-run`.
@@ -69,24 +73,44 @@ class Step:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 when the loss is not finite."""
-    options = _parser().parse_args(arguments)
-    recipe = load_recipe(options.recipe, _SMALL if options.dry_run else ())
+    options = _parser().parse_intermixed_args(arguments)
+    recipe = load_recipe(options.recipe, [*(_SMALL if options.dry_run else ()), *options.overrides])
     recipe.require("model", "data")
+    assert recipe.model is not None
     _return_freed_memory()
     with join_processes() as processes:
         if processes.world_size > 1:
             raise UserError("benchmarks.real_step runs in one process; start it without a launcher")
-        batches = _batches(recipe, options.clips, options.images)
-        expected = _expected(recipe, options.layout, options.device, processes, batches)
-        engine = _engine(recipe, options.layout, processes, len(batches))
+        device = processes.device
+        if device.type != "cuda" and (options.largest or options.profile):
+            raise UserError("--largest and --profile need a GPU, and torch sees none")
+        plan = StepPlan(recipe, options.layout, planned_device(options.device, device))
+        check_compile(recipe.training, plan.layout, device)
+        _say_what_runs(recipe, device)
+        mix = Mix(options.clips, options.images, options.clip_batches)
+        engine = _engine(recipe, plan, device, len(mix.sizes(recipe.model)))
+        if options.largest:
+            mix = largest_mix(engine, plan, mix, lambda batches: _step(engine, batches))
+        batches = token_batches(recipe.model, mix.sizes(recipe.model))
+        on_gpu = device.type == "cuda"
+        warm_up = options.warm_up if options.warm_up is not None else 2 * on_gpu
         steps = []
-        for number in range(options.steps):
+        for number in range(-warm_up, options.steps or (5 if on_gpu else 2)):
+            if number == 0 and on_gpu:
+                torch.cuda.reset_peak_memory_stats(device)
             steps.append(_step(engine, batches))
-            print(f"step {number + 1}: {asdict(steps[-1])}", flush=True)
-    report = _report(recipe, processes.device, engine, steps, expected)
-    _show(report)
-    if options.output is not None:
-        write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+            name = f"step {number + 1}" if number >= 0 else "warm-up"
+            print(f"{name}: {asdict(steps[-1])}", flush=True)
+        report = _report(recipe, device, engine, steps[warm_up:], plan.judge(mix), plan.peak)
+        _show(report)
+        if options.output is not None:
+            write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+        if options.profile:
+            profile = profiled(lambda: _step(engine, batches))
+            show_profile(Console(width=_WIDTH), profile)
+            if options.output is not None:
+                report["profile"] = asdict(profile)
+                write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
     return 0 if all(map(_is_finite, steps)) else 1
 
 
@@ -101,80 +125,57 @@ def _return_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
-def _expected(
-    recipe: Recipe,
-    layout_path: Path,
-    device: str | None,
-    processes: Processes,
-    batches: Sequence[TokenBatch],
-) -> Judged:
-    """What `plan` says of these micro-batches in one process."""
-    assert recipe.model is not None
-    settings, deepspeed = read_layout(layout_path)
-    layout = check_layout(settings, deepspeed, recipe.model, 1)
-    name = device or ("h100-80gb" if processes.device.type == "cuda" else "cpu")
-    sizes = [MicroBatch(batch.task, len(batch.target), batch.grid) for batch in batches]
-    return judge_batches(recipe, layout, deepspeed, Machine(device_named(name), 1, 1), sizes)
+def _say_what_runs(recipe: Recipe, device: torch.device) -> None:
+    print(f"torch {torch.__version__} on {device_name(device)}")
+    why_not = backends.cuda.why_not(torch.empty(0, 0, 1, 64, dtype=torch.bfloat16, device=device))
+    if device.type == "cuda":
+        print(f"nearby attention {'cuda' if why_not is None else f'SLOW, not cuda: {why_not}'}")
+    settings = recipe.training
+    print(f"recompute {settings.checkpoint_activations}, compile {settings.compile}", flush=True)
 
 
-def _engine(recipe: Recipe, layout: Path, processes: Processes, micro_batches: int) -> Engine:
+def _engine(recipe: Recipe, plan: StepPlan, device: torch.device, micro_batches: int) -> Engine:
     """The engine of a pretraining.
 
     The weights are made in fp32 and DeepSpeed casts them one by one, so building needs less than
     training: 3.5 GiB of the 870 M model's before the state of the step exists.
     """
-    assert recipe.model is not None
-    settings, deepspeed = read_layout(layout)
-    place = find_place(check_layout(settings, deepspeed, recipe.model, 1))
     clipping = recipe.optimizer.gradient_clipping
-    config = complete_config(deepspeed, micro_batches, 1, clipping)
-    return build_engine(recipe, place, config, processes.device, unit_costs=(), codebook=None)
-
-
-def _batches(recipe: Recipe, clips: int, images: int) -> list[TokenBatch]:
-    """Random tokens of one task each: what is learned does not matter here."""
-    assert recipe.model is not None
-    model = recipe.model
-    h, w, frames = model.position_grid
-    generator = torch.Generator().manual_seed(0)
-
-    def batch(task: TaskName, samples: int, grid: Grid) -> TokenBatch:
-        words = torch.zeros(samples, TEXT_GRID.cells, dtype=torch.int64)
-        words[:, :_WORDS] = torch.randint(
-            1, model.text_vocabulary, (samples, _WORDS), generator=generator
-        )
-        shape = (samples, grid.cells)
-        target = torch.randint(0, model.codebook_size, shape, generator=generator)
-        return TokenBatch(task, words, target, grid, torch.from_numpy(text_mask(words.numpy())))
-
-    return [batch("v2v", clips, Grid(h, w, frames)), batch("t2i", images, Grid(h, w, 1))]
+    config = complete_config(plan.deepspeed, micro_batches, 1, clipping)
+    place = find_place(plan.layout)
+    return build_engine(recipe, place, config, device, unit_costs=(), codebook=None)
 
 
 def _step(engine: Engine, batches: Sequence[TokenBatch]) -> Step:
-    started = time.perf_counter()
-    update = _Timed(engine.deepspeed.optimizer)
+    started = _now(engine.device)
+    update = _Timed(engine.deepspeed.optimizer, engine.device)
     engine.train_step(batches, seed=0)
-    if engine.device.type == "cuda":
-        torch.cuda.synchronize(engine.device)
-    seconds = time.perf_counter() - started
-    loss = sum(float(loss.mean) for loss in engine.losses())
+    seconds = _now(engine.device) - started
+    loss = sum(float(loss.mean) * loss.share for loss in engine.losses())
     return Step(seconds, update.seconds, loss, allocated_gib(engine.device))
 
 
 class _Timed:
     """Seconds in an optimizer's next update."""
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, device: torch.device) -> None:
         self.seconds = 0.0
-        self._optimizer, self._step = optimizer, optimizer.step
+        self._optimizer, self._step, self._device = optimizer, optimizer.step, device
         optimizer.step = self._run
 
     def _run(self, *arguments: Any, **settings: Any) -> Any:
-        started = time.perf_counter()
+        # A pretraining waits here, too: it reads the losses before it takes the step.
+        started = _now(self._device)
         result = self._step(*arguments, **settings)
-        self.seconds = time.perf_counter() - started
+        self.seconds = _now(self._device) - started
         self._optimizer.step = self._step
         return result
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _is_finite(step: Step) -> bool:
@@ -182,13 +183,29 @@ def _is_finite(step: Step) -> bool:
 
 
 def _report(
-    recipe: Recipe, device: torch.device, engine: Engine, steps: Sequence[Step], expected: Judged
+    recipe: Recipe,
+    device: torch.device,
+    engine: Engine,
+    steps: Sequence[Step],
+    expected: Judged,
+    peak_flops: float,
 ) -> dict[str, Any]:
     peak = max(step.peak_gib for step in steps)
     predicted = expected.memory.total / GIB
+    memory = {}
     # The framework's share of a GPU is not PyTorch's to count.
     if device.type == "cuda":
         predicted -= expected.memory.framework / GIB
+        free, whole = torch.cuda.mem_get_info(device)
+        memory = {
+            "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+            "device_used_gib": (whole - free) / GIB,
+            "device_gib": whole / GIB,
+        }
+    seconds = median_low(step.seconds for step in steps)
+    tokens = sum(batch.tokens for batch in expected.step.micro_batches)
+    forward, backward, _ = step_flops(expected.step)
+    rate = (forward + backward) / seconds
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -196,17 +213,26 @@ def _report(
         "recipe": recipe.name,
         "layout": expected.layout.name,
         "recomputation": expected.recomputation,
+        "compile": recipe.training.compile,
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "micro_batches": [
             {"task": batch.task, "samples": batch.samples, "grid": list(batch.grid)}
             for batch in expected.step.micro_batches
         ],
         "steps": [asdict(step) for step in steps],
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "model_flops": forward + backward,
+        "flops_per_second": rate,
+        "mfu": rate / peak_flops,
         "peak_gib": peak,
+        **memory,
         "predicted_gib": predicted,
         "predicted_over_measured": predicted / peak,
         "predicted_parts_gib": {part: size / GIB for part, size in asdict(expected.memory).items()},
         "predicted_seconds": expected.timing.step,
+        "predicted_tokens_per_second": expected.timing.tokens_per_second,
+        "predicted_mfu": expected.timing.mfu,
     }
 
 
@@ -215,15 +241,24 @@ def _show(report: dict[str, Any]) -> None:
     table = Table(title=title)
     for column in ("", "measured", "plan", "plan / measured"):
         table.add_column(column, justify="right" if column else "left")
-    seconds = min(step["seconds"] for step in report["steps"])
     rows = (
-        ("peak memory, GiB", report["peak_gib"], report["predicted_gib"]),
-        ("fastest step, s", seconds, report["predicted_seconds"]),
+        ("peak memory, GiB", report["peak_gib"], report["predicted_gib"], ",.2f"),
+        ("step, s", report["seconds"], report["predicted_seconds"], ",.3f"),
+        ("tokens/s", report["tokens_per_second"], report["predicted_tokens_per_second"], ",.0f"),
+        ("MFU", report["mfu"], report["predicted_mfu"], ".1%"),
     )
-    for name, measured, predicted in rows:
+    for name, measured, predicted, form in rows:
         ratio = f"{predicted / measured:.3f}"
-        table.add_row(name, f"{measured:,.2f}", f"{predicted:,.2f}", ratio)
-    Console().print(table)
+        table.add_row(name, f"{measured:{form}}", f"{predicted:{form}}", ratio)
+    Console(width=_WIDTH).print(table)
+    sizes = ", ".join(f"{b['samples']} {b['task']}" for b in report["micro_batches"])
+    print(f"micro-batches: {sizes}; {report['flops_per_second'] / 1e12:.1f} TFLOP/s", flush=True)
+    if "device_gib" in report:
+        print(
+            f"PyTorch reserved {report['reserved_gib']:.2f} GiB; "
+            f"{report['device_used_gib']:.2f} of {report['device_gib']:.2f} GiB in use",
+            flush=True,
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.real_step",
         description="Time and peak memory of an optimizer step of the real recipe, and plan's.",
-        epilog="example:\n\nOMP_NUM_THREADS=2 python -m benchmarks.real_step --output FILE",
+        epilog=f"examples:{__doc__.split('Examples:', 1)[1] if __doc__ else ''}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -241,17 +276,55 @@ def _parser() -> argparse.ArgumentParser:
         help="whose model (default: the 870 M)",
     )
     parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="fields of the recipe to change"
+    )
+    parser.add_argument(
         "--layout",
         type=Path,
         default=ROOT / "ds_configs/zero1_bf16.json",
         metavar="FILE",
         help="DeepSpeed layout (default: ds_configs/zero1_bf16.json)",
     )
-    parser.add_argument("--device", metavar="NAME", help="plan's name of a GPU, when on one")
-    for name, number in (("steps", 2), ("clips", 1), ("images", 10)):
+    parser.add_argument(
+        "--device",
+        metavar="NAME",
+        help="plan's name of the device (default: the one that this looks like)",
+    )
+    for name, of, number in (
+        ("clips", "clips a micro-batch", 1),
+        ("clip-batches", "micro-batches of clips a step", 1),
+    ):
         parser.add_argument(
-            f"--{name}", type=positive, default=number, metavar="N", help=f"default: {number}"
+            f"--{name}",
+            type=positive,
+            default=number,
+            metavar="N",
+            help=f"{of} (default: {number})",
         )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=10,
+        metavar="N",
+        help="images in the step's one micro-batch of them; 0 for none (default: 10)",
+    )
+    parser.add_argument(
+        "--steps", type=positive, metavar="N", help="timed steps (default: 5 on a GPU, else 2)"
+    )
+    parser.add_argument(
+        "--warm-up", type=int, metavar="N", help="steps before (default: 2 on a GPU, else 0)"
+    )
+    parser.add_argument(
+        "--largest",
+        action="store_true",
+        help="find out how many clips fit in a micro-batch and take those, with --images for each "
+        "--clips of them",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="one more step, and its kernels",
+    )
     parser.add_argument("--dry-run", action="store_true", help="a small model, for a trial")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help=f"JSON to write, such as {default}"

@@ -7,7 +7,9 @@ that a process with the whole model has.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -64,9 +66,9 @@ def initialise(parameters: Iterable[tuple[str, nn.Parameter]], seed: int, depth:
     `depth` is the number of branches that are added one after the other. Weights on the meta
     device are left alone.
     """
-    for name, parameter in parameters:
-        if parameter.is_meta:
-            continue
+
+    def draw(named: tuple[str, nn.Parameter]) -> None:
+        name, parameter = named
         if name.endswith("bias"):
             assign(parameter, torch.zeros(whole_shape(parameter)))
         elif "norm" in name:
@@ -78,6 +80,11 @@ def initialise(parameters: Iterable[tuple[str, nn.Parameter]], seed: int, depth:
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             whole = torch.empty(whole_shape(parameter))
             assign(parameter, whole.normal_(0.0, deviation, generator=generator))
+
+    here = [named for named in parameters if not named[1].is_meta]
+    # One thread draws one weight, however many there are: a billion numbers take 10 s on one.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(draw, here))
 
 
 def whole_shape(parameter: Tensor) -> list[int]:

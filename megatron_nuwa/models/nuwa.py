@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_nuwa.config import Settings
 from megatron_nuwa.grid import Extent, ExtentReading, Grid
 from megatron_nuwa.models.attention import AttentionKind, Pattern, pattern_of
+from megatron_nuwa.models.cross_entropy import CrossEntropy
 from megatron_nuwa.models.initialisation import assign, initialise
 from megatron_nuwa.models.layers import CrossAttention, DecoderLayer, EncoderLayer, NormPosition
 from megatron_nuwa.ops.tables import Geometry
@@ -158,14 +159,6 @@ class Begin(nn.Module):
         """(batch, n, width) → (batch, n + 1, width)."""
         first = self.vector.to(following.dtype).expand(following.shape[0], 1, -1)
         return torch.cat([first, following], dim=1)
-
-
-class CrossEntropy(nn.Module):
-    """Mean cross-entropy of tokens, in nats a token, fp32 (paper Eq. 12)."""
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Logits (batch, cells, codes) and int64 (batch, cells) → a scalar."""
-        return F.cross_entropy(logits.flatten(0, 1).float(), target.flatten())
 
 
 class Nuwa(nn.Module):

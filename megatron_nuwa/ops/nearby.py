@@ -153,11 +153,17 @@ def _dense_attention(
         output = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
         return output.transpose(1, 2)
     allowed = mask[:, None, None, :]
-    if causal:
-        tokens = query.shape[2]
-        earlier = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
-        allowed = allowed & earlier
-    # A row without keys would be NaN: let it see everything, and then put zeros in its place.
+    if not causal:
+        # A sample without keys would be NaN: let it see everything, of values that are zeros.
+        has_keys = allowed.any(-1, keepdim=True)
+        value = value.masked_fill(~has_keys, 0)
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=allowed | ~has_keys, scale=scale
+        )
+        return output.transpose(1, 2)
+    tokens = query.shape[2]
+    allowed = allowed & torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    # Here single queries may have no key, and the values are not theirs alone.
     has_keys = allowed.any(-1, keepdim=True)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=allowed | ~has_keys, scale=scale

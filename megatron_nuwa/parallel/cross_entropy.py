@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_nuwa.models.nuwa import CrossEntropy
+from megatron_nuwa.models.cross_entropy import CrossEntropy
 from megatron_nuwa.parallel.collectives import TensorGroup, all_reduced
 
 

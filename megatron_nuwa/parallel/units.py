@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -32,6 +33,8 @@ _KEPT_PREFIXES = (
 )
 _KINDS: tuple[Literal["text", "visual"], ...] = ("text", "visual")
 _MULTIPLIER = 0x9E3779B97F4A7C15
+# Compiled forms of a layer that are kept, one a shape.
+_SHAPES = 64
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,23 @@ class Units:
     Dropout of a unit depends on the micro-batch's seed, the unit and `stream` alone: neither the
     pipeline's cut nor recomputation changes it. `stream` tells processes apart that hold different
     tokens of one sample.
+
+    With `compiled` the layers go through `torch.compile` wherever gradients are wanted, once for
+    each kind of layer and shape of input, whatever the number of layers. Dropout then draws other
+    numbers than without.
     """
 
-    def __init__(self, model: Nuwa, recompute: Recomputation = "none", stream: int = 0) -> None:
+    def __init__(
+        self,
+        model: Nuwa,
+        recompute: Recomputation = "none",
+        stream: int = 0,
+        compiled: bool = False,
+    ) -> None:
         self.model = model
         self.names = unit_names(model.config)
         self._recompute, self._stream = recompute, stream
+        self._compiled = _compiled_apply() if compiled else None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -137,35 +151,53 @@ class Units:
             return replace(flow, context=context, x=model.embed_target(flow.x, flow.grid))
         if kind == "encoder":
             geometry = model.encoder_geometry(flow.as_context())
-            encode = partial(self._seeded, unit, flow, model.encoder[int(number)])
-            return replace(flow, context=self._call(encode, flow.context, geometry, flow.mask))
+            layer = model.encoder[int(number)]
+            context = self._call(unit, flow, layer, flow.context, geometry, flow.mask)
+            return replace(flow, context=context)
         if kind == "encoder_norm":
             assert flow.context is not None
             return replace(flow, context=model.encoder_norm(flow.context))
         if kind == "decoder":
             geometries = model.decoder_geometries(flow.grid, flow.as_context())
-            decode = partial(self._seeded, unit, flow, model.decoder[int(number)])
-            x = self._call(decode, flow.x, flow.context, *geometries, flow.mask)
+            layer = model.decoder[int(number)]
+            x = self._call(unit, flow, layer, flow.x, flow.context, *geometries, flow.mask)
             is_last = int(number) == len(model.decoder) - 1
             return replace(flow, x=x, context=None if is_last else flow.context)
         return replace(flow, x=model.predict(flow.x))
-
-    def _seeded(self, unit: int, flow: Flow, layer: nn.Module, *arguments: object) -> Tensor:
-        self._seed(unit, flow)
-        return layer(*arguments)
 
     def _seed(self, unit: int, flow: Flow) -> None:
         if self.model.training and self.model.config.dropout:
             torch.manual_seed((flow.seed + (unit + 1) * _MULTIPLIER + self._stream) % (1 << 63))
 
-    def _call(self, layer: Callable[..., Tensor], *arguments: object) -> Tensor:
-        if self._recompute == "none" or not torch.is_grad_enabled():
+    def _call(self, unit: int, flow: Flow, layer: nn.Module, *arguments: object) -> Tensor:
+        if self._compiled is not None and torch.is_grad_enabled():
+            # What is run a second time keeps the random numbers that the compiled code has drawn.
+            self._seed(unit, flow)
+            return self._compiled(layer, self._recompute, *arguments)
+
+        def seeded(*arguments: object) -> Tensor:
+            self._seed(unit, flow)
             return layer(*arguments)
-        # A layer seeds itself, so no random state needs to be kept for its second run.
-        settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-        if self._recompute == "selective":
-            settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-        return checkpoint(layer, *arguments, **settings)
+
+        return _apply(seeded, self._recompute, *arguments)
+
+
+def _apply(layer: Callable[..., Tensor], recompute: Recomputation, *arguments: object) -> Tensor:
+    """Call a layer so that its backward pass computes again what was not worth keeping."""
+    if recompute == "none" or not torch.is_grad_enabled():
+        return layer(*arguments)
+    # A layer seeds itself, so no random state needs to be kept for its second run.
+    settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if recompute == "selective":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    return checkpoint(layer, *arguments, **settings)
+
+
+def _compiled_apply() -> Callable[..., Tensor]:
+    # Two kinds of layers, each for the micro-batches of several tasks: more than PyTorch expects
+    # of one function, which it would then run as it is.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _SHAPES)
+    return torch.compile(_apply, dynamic=False)
 
 
 def _policy(

@@ -106,7 +106,7 @@ def fullest_stage(step: Step, bounds: Sequence[int], device: Device) -> tuple[in
 
 def kept_bytes(step: Step, batch: MicroBatch) -> int:
     """What autograd keeps of a whole forward pass of one micro-batch, loss included."""
-    saved_logits = batch.tokens * _FULL * step.config.codebook_size // step.layout.tensor
+    saved_logits = _logit_count(step, batch) * _element_size(step)
     return _kept(step, unit_names(step.config), batch) + saved_logits
 
 
@@ -153,8 +153,16 @@ def layer_of(step: Step, name: str, batch: MicroBatch) -> LayerBytes:
 
 
 def _logits(step: Step, batch: MicroBatch) -> int:
-    """While the loss is differentiated: log-probabilities and two gradients, all fp32."""
-    return 3 * _FULL * batch.tokens * step.config.codebook_size // step.layout.tensor
+    """While the loss is differentiated: the logits, and their gradient.
+
+    A split vocabulary has fp32 copies of both beside them.
+    """
+    wide = 2 * _FULL if step.layout.tensor > 1 else 0
+    return _logit_count(step, batch) * (2 * _element_size(step) + wide)
+
+
+def _logit_count(step: Step, batch: MicroBatch) -> int:
+    return batch.tokens * step.config.codebook_size // step.layout.tensor
 
 
 def _element_size(step: Step) -> int:

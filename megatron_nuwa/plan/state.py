@@ -57,11 +57,13 @@ def state_bytes(
         )
     if layout.zero_stage == 1 and _is_bf16_optimizer(layout, accumulator):
         # Its fp32 gradients are not divided, and every half gradient is widened on its way there.
+        # It may stay until the next backward pass or not.
+        stays = 0 if (deepspeed.get("bf16") or {}).get("immediate_grad_update") else unit
         return StateBytes(
             unit * parameters,
-            (unit + _FULL) * parameters,
+            (stays + _FULL) * parameters,
             master_and_moments,
-            _FULL * largest,
+            (unit - stays + _FULL) * largest,
             0,
         )
     if layout.zero_stage in (1, 2):

@@ -20,6 +20,7 @@ from megatron_nuwa.parallel.cut import cut, stage_table
 from megatron_nuwa.parallel.groups import Place, import_deepspeed
 from megatron_nuwa.parallel.tensor import split_model, whole_weight
 from megatron_nuwa.parallel.units import Flow, Units
+from megatron_nuwa.training.bf16_optimizer import streamline
 from megatron_nuwa.training.fused import fuse_norms, make_adam
 from megatron_nuwa.training.recipe import OptimizerSettings, Recipe
 
@@ -138,12 +139,15 @@ class WholeEngine(Engine):
         """Hand the model, with its starting weights, over to DeepSpeed."""
         settings = self._recipe.optimizer
         self.deepspeed = _initialize(self._loss, settings, self._config, self.place.mpu)
+        streamline(self.deepspeed.optimizer, norm_at_once=self.place.layout.tensor == 1)
 
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
         self._losses = []
         scales = self._scales(batches, self._weights)
-        for number, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
-            loss = self.deepspeed(batch.to(self.device), seed + number)
+        # All at once: a copy in the middle of the step would wait for what is queued before it.
+        here = [batch.to(self.device) for batch in batches]
+        for number, (batch, scale) in enumerate(zip(here, scales, strict=True)):
+            loss = self.deepspeed(batch, seed + number)
             self._losses.append(Loss(batch.task, loss.detach(), batch.share))
             self.deepspeed.backward(loss * scale)
             self.deepspeed.step()
@@ -197,6 +201,7 @@ class StageEngine(Engine):
         settings = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
         config = {**self._config, "pipeline": settings}
         self.deepspeed = _initialize(pipeline, self._recipe.optimizer, config, None)
+        streamline(self.deepspeed.optimizer, norm_at_once=False)
         # DeepSpeed reuses receive buffers whatever their type was.
         self.deepspeed._allocate_or_extend_buffers = self._new_buffer
 
@@ -277,6 +282,8 @@ def complete_config(
     size says 1 a micro-batch and only the accumulation is real.
     """
     return {
+        # It would wait for the device before and after every micro-batch; nobody reads it.
+        "timers": {"throughput": {"enabled": False}},
         **config,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
@@ -316,7 +323,11 @@ def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
         model = Nuwa(recipe.model)
     if place.layout.tensor > 1:
         split_model(model, place.tensor, place.layout.sequence_parallel)
-    taken = fuse_norms(recipe.training.norm, model, device)
+    if recipe.training.compile:
+        model.cross_entropy.compile(dynamic=False)
+    # A compiler cannot look into apex's.
+    norm = "torch" if recipe.training.compile else recipe.training.norm
+    taken = fuse_norms(norm, model, device)
     if dist.get_rank() == 0:
         print(f"norms {taken}", flush=True)
     return model
@@ -325,7 +336,8 @@ def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
 def _units_of(model: Nuwa, recipe: Recipe, place: Place) -> Units:
     # With sequence parallelism the processes of a tensor group hold different tokens.
     stream = place.tensor.rank if place.layout.sequence_parallel else 0
-    return Units(model, recipe.training.checkpoint_activations, stream)
+    settings = recipe.training
+    return Units(model, settings.checkpoint_activations, stream, compiled=settings.compile)
 
 
 def _task_weights(recipe: Recipe) -> dict[TaskName, float]:

@@ -22,6 +22,7 @@ from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
 from megatron_nuwa.training.checkpoint import Checkpoints, read_state
 from megatron_nuwa.training.checkpoint import load as load_checkpoint
+from megatron_nuwa.training.compiling import check_compile
 from megatron_nuwa.training.costs import unit_costs
 from megatron_nuwa.training.engine import build_engine, complete_config
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
@@ -64,7 +65,9 @@ def pretrain(
         assert recipe.model is not None
         settings, config = read_layout(layout_path)
         check_deepspeed_config(config, f"DeepSpeed config {layout_path}")
-        return check_layout(settings, config, recipe.model, processes.world_size), config
+        layout = check_layout(settings, config, recipe.model, processes.world_size)
+        check_compile(recipe.training, layout, processes.device)
+        return layout, config
 
     def check() -> tuple[Inputs, resume.Start]:
         inputs = open_inputs(recipe, layout.data)

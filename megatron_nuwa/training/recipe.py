@@ -88,6 +88,9 @@ class TrainingSettings(Settings):
     # What is computed a second time in the backward pass instead of being kept: nothing, what is
     # cheap (norms, GELU, dropout, sums), or whole layers.
     checkpoint_activations: Recomputation = "none"
+    # Have torch.compile fuse what lies between the matrix products of a layer, and the loss. The
+    # first step of every shape waits for the compiler. For GPUs, and for fp32 on CPUs.
+    compile: bool = False
     # Whose layer norms; "auto" takes apex's fused ones on GPUs that have it.
     norm: NormKind = "auto"
     log_every: int = Field(10, ge=1)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
 from megatron_nuwa.parallel.units import Flow, Recomputation, Units
 
 GRID = Grid(4, 3, 2)
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler on PATH"
+)
 
 
 def small(**changes: object) -> Nuwa:
@@ -89,6 +94,60 @@ def test_recomputation_keeps_less() -> None:
             Units(model, kind).run(Flow.of(text(), target(), GRID))
         kept[kind] = sum(sizes.values())
     assert kept["layer"] < kept["none"] / 2
+
+
+def gradients(model: Nuwa, units: Units) -> dict[str, Tensor]:
+    model.zero_grad()
+    logits = units.run(Flow.of(text(), target(), GRID, seed=7)).x
+    loss = model.cross_entropy(logits, target())
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), "loss": loss.detach(), **grads}
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_layers_compute_the_same() -> None:
+    """With PyTorch's own code generator: one C++ file for each kind of layer and pass."""
+    model = small()
+    expected = gradients(model, Units(model))
+    model.cross_entropy.compile(dynamic=False)
+    found = gradients(model, Units(model, compiled=True))
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "layer"])
+def test_layers_of_a_kind_are_compiled_once(
+    recompute: Recomputation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Graphs alone, without generated code: what is recomputed, and that nothing breaks them."""
+    graphs: list[nn.Module] = []
+    compile_with = torch.compile
+
+    def counting(function: object, **settings: object) -> object:
+        def backend(graph: nn.Module, inputs: object) -> object:
+            graphs.append(graph)
+            return lookup_backend("aot_eager")(graph, inputs)
+
+        return compile_with(function, backend=backend, fullgraph=True, **settings)
+
+    from torch._dynamo.backends.registry import lookup_backend
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", counting)
+    model = small(dropout=0.2)
+    units = Units(model, recompute, compiled=True)
+    found = gradients(model, units)
+    # Two encoder and three decoder layers.
+    assert len(graphs) == 2
+    plain = gradients(model, Units(model))
+    for name, value in plain.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    with torch.no_grad():
+        units.run(Flow.of(text(), target()[:, :12], Grid(4, 3, 1)))
+    assert len(graphs) == 2
 
 
 def test_dropout_follows_from_the_seed_and_the_unit_alone() -> None:
