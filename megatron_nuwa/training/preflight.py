@@ -199,6 +199,8 @@ def _sees_run_folder(recipe: Recipe, processes: Processes) -> bool:
     finally:
         if token is not None:
             token.unlink(missing_ok=True)
+    # No process goes on while another's token lies there.
+    processes.barrier()
     return seen
 
 
