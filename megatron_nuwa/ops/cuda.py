@@ -28,7 +28,18 @@ def why_not(query: Tensor) -> str | None:
         return f"it takes float32, bfloat16 and float16, and query is {query.dtype}"
     if query.shape[-1] > HEAD_DIMS[-1]:
         return f"it takes head sizes up to {HEAD_DIMS[-1]}, and query has {query.shape[-1]}"
-    return _why_not_device(query) or why_missing("cuda")
+    reason = _why_not_device(query.device, query.dtype, query.shape[-1])
+    return reason or why_missing("cuda")
+
+
+@torch.compiler.assume_constant_result
+def is_ready(device: torch.device) -> bool:
+    """Whether the tensor-core kernels of some head size run on this device."""
+    return (
+        device.type == "cuda"
+        and _why_not_device(device, torch.bfloat16, HEAD_DIMS[0]) is None
+        and why_missing("cuda") is None
+    )
 
 
 def forward(
@@ -88,21 +99,21 @@ def tables(query: Tensor, geometry: Geometry, mirrored: bool) -> list[Tensor]:
     return list(warp_tables(geometry, mirrored, shape, query.device))
 
 
-def _why_not_device(query: Tensor) -> str | None:
-    device = torch.cuda.get_device_properties(query.device)
+def _why_not_device(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    has = torch.cuda.get_device_properties(device)
     # Machine code for sm_80 runs on all of 8.x; that for sm_90a on 9.0 alone.
-    if device.major != 8 and (device.major, device.minor) != (9, 0):
+    if has.major != 8 and (has.major, has.minor) != (9, 0):
         return (
-            f"it is built for compute capabilities 8.x and 9.0, and {query.device} has "
-            f"{device.major}.{device.minor}"
+            f"it is built for compute capabilities 8.x and 9.0, and {device} has "
+            f"{has.major}.{has.minor}"
         )
     # The driver keeps a KiB of every block's.
-    needed = SHARED_BYTES[_is_large(query.device)][_built_size(query.shape[-1])] + 1024
-    there = device.shared_memory_per_multiprocessor
-    if query.dtype != torch.float32 and there < needed:
+    needed = SHARED_BYTES[_is_large(device)][_built_size(head_dim)] + 1024
+    there = has.shared_memory_per_multiprocessor
+    if dtype != torch.float32 and there < needed:
         return (
-            f"head size {query.shape[-1]} needs {needed:,} bytes of shared memory, and "
-            f"{query.device} has {there:,}"
+            f"head size {head_dim} needs {needed:,} bytes of shared memory, and {device} has "
+            f"{there:,}"
         )
     return None
 

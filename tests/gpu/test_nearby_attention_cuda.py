@@ -176,6 +176,28 @@ def test_compiles_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(geometry, *tensors), call(geometry, *tensors))
 
 
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_masked_words_are_seen_by_the_kernels(is_compiled: bool) -> None:
+    """A small padded context goes to the kernels by itself, in a compiled function, too."""
+    geometry = Geometry(Grid(4, 4, 2), Grid(1, 1, 77), Extent(1, 1, None), False)
+    tensors = random_call(geometry, torch.bfloat16, 64, 7)
+    mask = torch.arange(77, device="cuda") < torch.tensor([[12], [0]], device="cuda")
+
+    def by_itself(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return nearby_attention(
+            query,
+            key,
+            value,
+            grid=geometry.grid,
+            context_grid=geometry.context_grid,
+            extent=geometry.extent,
+            context_mask=mask,
+        )
+
+    function = torch.compile(by_itself, fullgraph=True) if is_compiled else by_itself
+    assert torch.equal(function(*tensors), call(geometry, *tensors, mask))
+
+
 def test_runs_on_the_current_stream() -> None:
     tensors = random_call(VIDEO, torch.bfloat16, 64, 6)
     expected = call(VIDEO, *tensors)

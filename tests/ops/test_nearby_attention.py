@@ -216,6 +216,25 @@ def test_compiles_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(query, key, value), call(query, key, value))
 
 
+def test_compiles_over_a_small_masked_context() -> None:
+    query, key = torch.randn(1, 8, 2, 32).bfloat16(), torch.randn(1, 5, 2, 32).bfloat16()
+    mask = torch.tensor([[True] * 3 + [False] * 2])
+
+    def call(query: Tensor, key: Tensor) -> Tensor:
+        return nearby_attention(
+            query,
+            key,
+            key,
+            grid=(2, 2, 2),
+            context_grid=(1, 1, 5),
+            extent=(1, 1, None),
+            context_mask=mask,
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(query, key), call(query, key))
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     query = torch.randn(1, 8, 2, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
