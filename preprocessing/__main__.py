@@ -232,9 +232,8 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument(
         "--batch-size",
         type=int,
-        default=32,
         metavar="N",
-        help="frames that the VQ-GAN encodes at once (default: 32)",
+        help="frames that the VQ-GAN encodes at once (default: 32 on CPUs, 64 on GPUs)",
     )
     parser.add_argument(
         "--long-captions",
@@ -246,6 +245,12 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
 
 
 def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the VQ-GAN runs (default: on GPUs where there are any)",
+    )
     group.add_argument(
         "--precision",
         choices=("float32", "bfloat16"),

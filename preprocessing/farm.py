@@ -90,9 +90,11 @@ class _Farm:
                 serve_encode_rank(ranks, self._group.encode_rank, threads)
             return
         width = self._options.decode_ranks_per_encoder + 1
-        batch = self._settings.batch_size
         self.encoder = FrameEncoder(
-            self._vqgan, self._settings.encoder, batch, local_rank() // width
+            self._vqgan,
+            self._settings.encoder,
+            self._settings.frames_at_once,
+            local_rank() // width,
         )
         if self._group.decode_ranks:
             remote = RemoteDecoders(ranks, self._group.decode_ranks)

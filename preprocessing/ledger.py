@@ -61,6 +61,11 @@ class CorpusSettings(Settings):
         return max(1, self.batch_size // self.decode.frames)
 
     @property
+    def frames_at_once(self) -> int:
+        """Frames of one pass through the VQ-GAN: of a batch whose items are all there."""
+        return min(self.batch_size, self.items_per_batch * self.decode.frames)
+
+    @property
     def shards(self) -> int:
         """Number of shards, those without a good item included."""
         return -(-self.manifest_items // self.items_per_shard)
