@@ -25,6 +25,7 @@ from preprocessing.communicator import (
     on_first_rank,
 )
 from preprocessing.decode_worker import DecodeThreads, ItemDecoder
+from preprocessing.duplicates import take_out_duplicates
 from preprocessing.encode_loop import (
     EncodeLoop,
     RemoteDecoders,
@@ -33,6 +34,7 @@ from preprocessing.encode_loop import (
 )
 from preprocessing.encoder import FrameEncoder
 from preprocessing.figures import Figures
+from preprocessing.isolation import Demands
 from preprocessing.ledger import FAILURES_FILE, CorpusSettings, Ledger
 from preprocessing.options import TokenizeOptions, load_tools, local_rank, plan_key, settle
 from preprocessing.plan import Plan
@@ -148,7 +150,7 @@ class _Farm:
     def _threads(self) -> Iterator[DecodeThreads]:
         decoder = ItemDecoder(
             self._bpe,
-            self._settings.decode,
+            Demands(self._settings.decode, self._options.limits, self._settings.filters),
             self._settings.long_captions == "truncate",
             self._options.attempts,
         )
@@ -265,19 +267,25 @@ def _finish(
 ) -> None:
     """Commit the corpus and say what became of the items."""
     assert watch is not None
+    rule = ledger.settings.filters.near_duplicates
     with _writing(options.output):
+        if rule is not None:
+            take_out_duplicates(options.output, ledger.settings.shards, rule)
         manifest = ledger.commit()
         failures = ledger.first_failures(SHOWN_FAILURES)
         if manifest is None:
+            reason = ledger.first_reason()
             ledger.discard()
             folder.discard()
             raise UserError(
-                f"all {ledger.settings.manifest_items} items of {options.source} failed, so there "
-                f"is no corpus; the first: {failures[0].reason}"
+                f"all {ledger.settings.manifest_items} items of {options.source} failed or were "
+                f"left out, so there is no corpus; the first: {reason}"
             )
     attempts.forget(folder.attempts)
     folder.forget_plan()
     _tell(options.output, manifest, len(made), watch.figures, watch.seconds)
+    for name, count in manifest.counts.left_out.items():
+        print(f"  left out by {name}: {count}", flush=True)
     for failure in failures:
         print(f"  failed {failure.id}: {failure.reason}", flush=True)
     if manifest.counts.failed > len(failures):

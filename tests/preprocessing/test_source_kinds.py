@@ -44,7 +44,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> Pa
     for number, name in enumerate(("a", "b", "sub/c")):
         write_clip(folder / f"{name}.mp4", [60 * number + 20 + 5 * k for k in range(8)])
     (folder / "a.txt").write_text("one\n\n two \n")
-    tree = {"captions": ["three"], "start": 0.2, "end": 0.6}
+    tree = {"captions": ["three"], "start": 0.2, "end": 0.6, "provenance": "blip2"}
     (folder / "b.json").write_text(json.dumps(tree))
     (folder / "b.txt").write_text("not this one")
     Image.new("L", (8, 8)).save(folder / "b.sketch.png")
@@ -72,6 +72,7 @@ def check_items(name: str | Path, prefix: str = "") -> None:
     assert [item.captions for item in items] == [("one", "two"), ("three",), ()]
     assert [(item.start, item.end) for item in items] == [(None, None), (0.2, 0.6), (None, None)]
     assert [item.sketch is not None for item in items] == [False, True, False]
+    assert [item.provenance for item in items] == [None, ("blip2",), None]
     assert [levels(decode_item(item, CLIP).frames) for item in items] == [
         *([20, 30], [90, 100], [140, 150])
     ]
