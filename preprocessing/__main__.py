@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 
-from megatron_nuwa.config import parse_settings
+from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.shards import CorpusManifest
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, train_bpe
 from megatron_nuwa.errors import UserError
@@ -18,10 +19,13 @@ from preprocessing.communicator import Communicator, join_ranks, on_every_rank, 
 from preprocessing.farm import tokenize
 from preprocessing.merge import merge
 from preprocessing.options import TokenizeOptions
+from preprocessing.shot_manifest import ShotOptions, write_shots
 from preprocessing.sources import read_source
 from preprocessing.split import split
 from preprocessing.stats import corpus_table
 from preprocessing.verify import find_damage
+
+T = TypeVar("T", bound=Settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +39,9 @@ def _run(arguments: Sequence[str] | None, communicator: Communicator) -> int:
     if options.command == "tokenize":
         _tokenize(options, communicator)
         return 0
+    if options.command == "shots":
+        _shots(options, communicator)
+        return 0
     if communicator.rank:
         return 0
     if options.command == "verify":
@@ -47,13 +54,17 @@ def _run(arguments: Sequence[str] | None, communicator: Communicator) -> int:
 
 
 def _tokenize(options: argparse.Namespace, communicator: Communicator) -> None:
+    tokenize(_settings(TokenizeOptions, options, communicator), communicator)
+
+
+def _shots(options: argparse.Namespace, communicator: Communicator) -> None:
+    write_shots(_settings(ShotOptions, options, communicator), communicator)
+
+
+def _settings(kind: type[T], options: argparse.Namespace, communicator: Communicator) -> T:
     tree = {key: value for key, value in vars(options).items() if key != "command"}
-    tokenize(
-        on_every_rank(
-            communicator, lambda: parse_settings(TokenizeOptions, tree, "the arguments of tokenize")
-        ),
-        communicator,
-    )
+    origin = f"the arguments of {options.command}"
+    return on_every_rank(communicator, lambda: parse_settings(kind, tree, origin))
 
 
 def _verify(options: argparse.Namespace) -> int:

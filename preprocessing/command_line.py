@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     whole = _Parser(prog="python -m preprocessing", description=description)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_tokenize(commands)
+    _add_shots(commands)
     verify = _add(
         commands,
         "verify",
@@ -88,6 +89,31 @@ def _add_split(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     for side in ("train", "heldout"):
         parser.add_argument(f"--output-{side}", type=Path, required=True, metavar="FOLDER")
+
+
+def _add_shots(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(
+        commands,
+        "shots",
+        "write a manifest whose items are the shots of another source's clips",
+        "mpirun -n 8 python -m preprocessing shots films.jsonl --output shots.jsonl",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("--output", type=Path, required=True, help="manifest to write, .jsonl")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="probability above which a frame is taken for a cut (default: 0.5)",
+    )
+    parser.add_argument(
+        "--decode-seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="time that decoding one item may take, in seconds (default: 120)",
+    )
 
 
 def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:

@@ -40,7 +40,7 @@ from preprocessing.options import TokenizeOptions, load_tools, local_rank, plan_
 from preprocessing.plan import Plan
 from preprocessing.report import write_report
 from preprocessing.sources import Source, read_source
-from preprocessing.state import FarmFolder
+from preprocessing.state import FarmFolder, writing
 from preprocessing.watch import Watch
 
 SHOWN_FAILURES = 5
@@ -203,7 +203,7 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
 
 def _is_finished(ledger: Ledger, options: TokenizeOptions) -> bool:
     """Whether nothing is to be done; `UserError` where the output folder is another corpus's."""
-    with _writing(options.output):
+    with writing(options.output):
         ledger.check()
         return ledger.is_finished() and not (options.retry_failed and ledger.has_failed())
 
@@ -229,7 +229,7 @@ def _begin(
     """Open the corpus for writing, and say what is left to do."""
     assert source is not None
     key = plan_key(options, source)
-    with _writing(options.output):
+    with writing(options.output):
         new = ledger.is_new()
         try:
             ledger.begin()
@@ -239,7 +239,7 @@ def _begin(
             raise
         if options.retry_failed:
             ledger.reopen_failed()
-    with _writing(folder.path):
+    with writing(folder.path):
         if new or options.retry_failed:
             attempts.forget(folder.attempts)
         pending = ledger.pending()
@@ -247,14 +247,6 @@ def _begin(
             plan.write(source, key)
         counts = attempts.collect(folder.attempts)
     return Work(pending, plan, ledger.settings, options.output, source.folder, counts)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
 
 
 def _finish(
@@ -268,7 +260,7 @@ def _finish(
     """Commit the corpus and say what became of the items."""
     assert watch is not None
     rule = ledger.settings.filters.near_duplicates
-    with _writing(options.output):
+    with writing(options.output):
         if rule is not None:
             take_out_duplicates(options.output, ledger.settings.shards, rule)
         manifest = ledger.commit()

@@ -171,7 +171,7 @@ def test_train_bpe_learns_from_all_manifests(
     assert "--vocabulary-size must lie between" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["tokenize", "verify", "stats", "train-bpe"])
+@pytest.mark.parametrize("command", ["tokenize", "shots", "verify", "stats", "train-bpe"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
