@@ -93,11 +93,12 @@ class FrameEncoder:
         self._layout = torch.channels_last if last else torch.contiguous_format
         self.vqgan = _placed(vqgan, settings, local_rank, self._layout)
         self._device = next(self.vqgan.parameters()).device
-        # The search for the nearest code stays outside: it is exact in float32, and one product.
+        # Two programs: the features are of the chosen precision, the search is in float32.
         self._features: Callable[[Tensor], Tensor] = self._encoded
+        self._search: Callable[[Tensor], Tensor] = self.vqgan.quantizer.tokens_of
         if settings.compiled:
-            compiled = torch.compile(self._encoded, dynamic=False)
-            self._features = cast(Callable[[Tensor], Tensor], compiled)
+            self._features = _compiled(self._features)
+            self._search = _compiled(self._search)
 
     @torch.inference_mode()
     def start(self, frames: np.ndarray) -> EncodedBatch:
@@ -121,12 +122,16 @@ class FrameEncoder:
         bfloat16 = self._settings.precision == "bfloat16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16):
             features = self._features(frames)
-        return self.vqgan.quantizer.tokens_of(features.float())
+        return self._search(features.float())
 
     def _encoded(self, frames: Tensor) -> Tensor:
         images = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
         features: Tensor = self.vqgan.encoder(images.contiguous(memory_format=self._layout))
         return features
+
+
+def _compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return cast(Callable[[Tensor], Tensor], torch.compile(function, dynamic=False))
 
 
 def _placed(

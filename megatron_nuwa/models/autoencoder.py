@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_nuwa.models.compiled import is_compiled_for_gpus
+
 # Convolutions on tensor cores take their input channels in groups of this many.
 TENSOR_CORE_CHANNELS = 8
 
@@ -51,7 +53,7 @@ class Encoder(nn.Module):
         return encoded
 
     def _read(self, pixels: Tensor) -> Tensor:
-        if not _is_compiled_for_gpus(pixels):
+        if not is_compiled_for_gpus(pixels):
             return self.conv_in(pixels)
         padded = (0, 0, 0, 0, 0, -pixels.shape[1] % TENSOR_CORE_CHANNELS)
         weight = F.pad(self.conv_in.weight, padded)
@@ -167,7 +169,7 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalise (batch, width, H, W)."""
-        if _is_compiled_for_gpus(hidden):
+        if is_compiled_for_gpus(hidden):
             return group_norm_by_rows(hidden, self.num_groups, self.weight, self.bias, self.eps)
         return super().forward(hidden)
 
@@ -203,10 +205,6 @@ def group_norm_by_rows(
     shift = bias.float().view(groups, -1) - mean * scale
     normalised = pixels * scale.view(batch, 1, 1, width) + shift.view(batch, 1, 1, width)
     return normalised.permute(0, 3, 1, 2).to(hidden.dtype)
-
-
-def _is_compiled_for_gpus(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.compiler.is_compiling()
 
 
 def _middle(width: int, attention: bool) -> nn.Sequential:

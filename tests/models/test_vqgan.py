@@ -53,10 +53,10 @@ def test_the_program_compiled_for_gpus_gives_the_features_of_the_plain_one(
         traced.append(tensor.shape)
         return True
 
-    monkeypatch.setattr(autoencoder, "_is_compiled_for_gpus", is_compiled)
+    monkeypatch.setattr(autoencoder, "is_compiled_for_gpus", is_compiled)
     torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
     assert traced
-    monkeypatch.setattr(autoencoder, "_is_compiled_for_gpus", lambda tensor: True)
+    monkeypatch.setattr(autoencoder, "is_compiled_for_gpus", lambda tensor: True)
     compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True, dynamic=False)
     torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
 
