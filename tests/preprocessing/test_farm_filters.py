@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from farm_media import CAPTIONS, WriteClip, write_manifest
-from farm_runs import contents, run_farm
+from farm_runs import contents, kill_farm, run_farm, start_farm, wait_until
 from PIL import Image
 
 from megatron_nuwa.data.corpus import Corpus
@@ -184,6 +186,26 @@ def test_near_duplicates_do_not_depend_on_the_ranks(
     done = run_farm(ranks, arguments(alike / "alike.jsonl", output, tools, alike / "alike.yaml"))
     assert done.returncode == 0, done.stderr
     assert contents(output) == undisturbed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_killed_farms_take_the_same_near_duplicates_out(
+    alike: Path, tools: Path, undisturbed: dict[str, bytes], tmp_path: Path, ranks: int
+) -> None:
+    hits = 0
+    for run in range(4):
+        choose = random.Random(10 * ranks + run)
+        output = tmp_path / f"corpus{run}"
+        command = arguments(alike / "alike.jsonl", output, tools, alike / "alike.yaml")
+        farm = start_farm(ranks, command, tmp_path / "log")
+        wait_until((output / "settings.json").exists, farm)
+        time.sleep(choose.uniform(0, 0.6))
+        hits += kill_farm(farm, everybody=choose.random() < 0.5, choose=choose)
+        done = run_farm(ranks, command)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert contents(output) == undisturbed, (ranks, run)
+    assert hits >= 2
 
 
 @pytest.mark.parametrize("written", range(4))
