@@ -123,26 +123,23 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     offsets = codes.square().sum(dim=1)
     rows_at_once = max(1, _DISTANCES_AT_ONCE // codes.shape[0])
     # The vector's own norm is the same for all codes and cannot change the minimum.
-    written_out = is_compiled_for_gpus(vectors) and codes.shape[1] <= _MOST_WRITTEN_OUT
-    columns = codes.T.contiguous() if written_out else codes.T
-    found = []
-    for part in vectors.split(rows_at_once):
-        if written_out:
-            distances = _distances_written_out(offsets, part, columns)
-        else:
-            distances = torch.addmm(offsets, part, columns, alpha=-2)
-        found.append(distances.argmin(dim=1))
+    if is_compiled_for_gpus(vectors) and codes.shape[1] <= _MOST_WRITTEN_OUT:
+        return _distances_written_out(offsets, vectors, codes).argmin(dim=1)
+    found = [
+        torch.addmm(offsets, part, codes.T, alpha=-2).argmin(dim=1)
+        for part in vectors.split(rows_at_once)
+    ]
     return torch.cat(found)
 
 
-def _distances_written_out(offsets: Tensor, vectors: Tensor, columns: Tensor) -> Tensor:
-    """`offsets − 2·vectors·columns` without a product, so that a compiler joins it to the minimum.
+def _distances_written_out(offsets: Tensor, vectors: Tensor, codes: Tensor) -> Tensor:
+    """`offsets − 2·vectors·codesᵀ` without a product, so that a compiler joins it to the minimum.
 
     A product would write all distances to memory and have them read again, and in few dimensions
     that takes far longer than the sums themselves.
     """
     distances = offsets.expand(vectors.shape[0], -1)
-    for axis, column in enumerate(columns):
+    for axis, column in enumerate(codes.T.contiguous()):
         distances = distances - 2 * vectors[:, axis, None] * column
     return distances
 
