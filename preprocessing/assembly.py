@@ -7,6 +7,7 @@ are black, so that an item's tokens depend neither on the order of work nor on i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,20 @@ import numpy as np
 from megatron_nuwa.data.shards import Failure, ShardItem, write_shard
 from megatron_nuwa.errors import UserError
 from preprocessing.decode_worker import Decoded
+from preprocessing.duplicates import hashes_as_text
 from preprocessing.ledger import CorpusSettings
 from preprocessing.plan import PlannedItem
 from preprocessing.sources import media_name
 from preprocessing.sources.locations import Location
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What is kept of an item while its frames are encoded."""
+
+    text: np.ndarray
+    real: int
+    hashes: np.ndarray | None
 
 
 class ShardAssembly:
@@ -42,17 +53,19 @@ class ShardAssembly:
         self._unencoded = len(self._batches)
         self._frames: dict[int, np.ndarray] = {}
         self._items: dict[int, ShardItem] = {}
-        self._made: dict[int, tuple[np.ndarray, int]] = {}
+        self._made: dict[int, _Made] = {}
         self._failures: dict[int, Failure] = {}
 
     def take(self, index: int, decoded: Decoded) -> int | None:
         """Take what item `index` of the shard has become; the batch that it completes, if any."""
         if decoded.frames is None or decoded.text is None:
             item = self.planned[index].item
-            self._failures[index] = Failure(id=item.id, reason=str(decoded.reason))
+            self._failures[index] = Failure(
+                id=item.id, reason=str(decoded.reason), filter=decoded.filter
+            )
         else:
             self._frames[index] = decoded.frames
-            self._made[index] = decoded.text, decoded.real
+            self._made[index] = _Made(decoded.text, decoded.real, decoded.hashes)
         batch = index // self._settings.items_per_batch
         self._missing[batch] -= 1
         return None if self._missing[batch] else batch
@@ -100,14 +113,16 @@ class ShardAssembly:
 
     def _item(self, index: int, visual: np.ndarray) -> ShardItem:
         item = self.planned[index].item
-        text, real = self._made.pop(index)
+        made = self._made.pop(index)
         return ShardItem(
             id=item.id,
             visual=visual,
-            text=text,
+            text=made.text,
             captions=item.captions,
-            frames=real,
+            frames=made.real,
             media=media_name(item.media, self._media_folder),
             start=item.start,
             end=item.end,
+            provenance=item.provenance,
+            perceptual_hashes=None if made.hashes is None else hashes_as_text(made.hashes),
         )

@@ -14,8 +14,9 @@ import numpy as np
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer
 from megatron_nuwa.errors import UserError
 from preprocessing.attempts import Attempts, Journal
-from preprocessing.decoders import DecodeError, DecodeSettings
-from preprocessing.isolation import decode_alone, decode_item
+from preprocessing.decoders import DecodeError
+from preprocessing.filters import FilteredError, perceptual_hashes
+from preprocessing.isolation import Demands, decode_alone, decode_item
 from preprocessing.plan import PlannedItem
 from preprocessing.sources import SourceItem
 
@@ -36,7 +37,8 @@ class Task:
 class Decoded:
     """What became of a task: frames uint8 (frames, H, W, 3) and text (captions, 77), or a reason.
 
-    `seconds` were spent on decoding.
+    `seconds` were spent on decoding. `filter` names the filter that left the item out. `hashes`,
+    uint64 (3,), are there where near-duplicates are looked for.
     """
 
     ticket: int
@@ -45,6 +47,8 @@ class Decoded:
     real: int
     reason: str | None
     seconds: float
+    filter: str | None = None
+    hashes: np.ndarray | None = None
 
 
 class ItemDecoder:
@@ -53,12 +57,12 @@ class ItemDecoder:
     def __init__(
         self,
         bpe: TextTokenizer,
-        settings: DecodeSettings,
+        demands: Demands,
         truncate_captions: bool,
         attempts: int,
     ) -> None:
         self._bpe = bpe
-        self._settings = settings
+        self._demands = demands
         self._truncate = truncate_captions
         self._attempts = attempts
 
@@ -69,10 +73,15 @@ class ItemDecoder:
         try:
             text = self._text(planned)
             frames, real = self._frames(task, journal)
+            hashes = None
+            if self._demands.filters.near_duplicates is not None:
+                hashes = perceptual_hashes(frames, real)
         except UserError as error:
             seconds = time.perf_counter() - began
-            return Decoded(task.ticket, None, None, 0, str(error), seconds)
-        return Decoded(task.ticket, frames, text, real, None, time.perf_counter() - began)
+            rule = error.filter if isinstance(error, FilteredError) else None
+            return Decoded(task.ticket, None, None, 0, str(error), seconds, rule)
+        seconds = time.perf_counter() - began
+        return Decoded(task.ticket, frames, text, real, None, seconds, hashes=hashes)
 
     def _text(self, planned: PlannedItem) -> np.ndarray:
         item = planned.item
@@ -88,7 +97,7 @@ class ItemDecoder:
         item, before = task.planned.item, task.before
         if before.deaths >= DEATHS_PER_ATTEMPT * self._attempts:
             raise DecodeError(f"{item.media} was at work each time that the farm's ranks died")
-        action: Callable[[SourceItem, DecodeSettings], tuple[np.ndarray, int]] = (
+        action: Callable[[SourceItem, Demands], tuple[np.ndarray, int]] = (
             decode_alone if before.deaths else decode_item
         )
         # The last attempt is always made again: its reason belongs into the corpus.
@@ -96,7 +105,7 @@ class ItemDecoder:
         while True:
             journal.begin(task.planned.row)
             try:
-                result = action(item, self._settings)
+                result = action(item, self._demands)
             except DecodeError as error:
                 journal.fail(task.planned.row)
                 left -= 1

@@ -218,7 +218,8 @@ class EncodeLoop:
     def _take(self, decoded: Decoded) -> None:
         assembly, index = self._places.pop(decoded.ticket)
         self.figures.items += 1
-        self.figures.failed += decoded.frames is None
+        self.figures.failed += decoded.frames is None and decoded.filter is None
+        self.figures.left_out += decoded.filter is not None
         self.figures.decode_seconds += decoded.seconds
         if decoded.frames is not None and len(self.samples) < SAMPLES:
             picks = sorted({0, len(decoded.frames) // 2, len(decoded.frames) - 1})

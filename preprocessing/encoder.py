@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_nuwa.config import Settings
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan
 
 Precision = Literal["float32", "bfloat16"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
 
 
 class EncoderSettings(Settings):
@@ -27,9 +29,23 @@ class EncoderSettings(Settings):
     compiled: bool
 
     @classmethod
-    def chosen(cls, precision: Precision | None, compiled: bool | None) -> EncoderSettings:
-        """The settings asked for; None is float32 on CPUs, bfloat16 and compiled on GPUs."""
-        cuda = torch.cuda.is_available()
+    def chosen(
+        cls,
+        device: DeviceChoice = "auto",
+        precision: Precision | None = None,
+        compiled: bool | None = None,
+    ) -> EncoderSettings:
+        """The settings asked for; None is float32 on CPUs, bfloat16 and compiled on GPUs.
+
+        Raises `UserError` where "cuda" is asked for and there is none.
+        """
+        available = torch.cuda.is_available()
+        if device == "cuda" and not available:
+            raise UserError(
+                "--device cuda needs a GPU that PyTorch can use, and there is none here; leave "
+                "--device out, or run where there is one"
+            )
+        cuda = available and device != "cpu"
         return cls(
             device="cuda" if cuda else "cpu",
             precision=precision or ("bfloat16" if cuda else "float32"),
@@ -58,17 +74,31 @@ class EncodedBatch:
 class FrameEncoder:
     """Encodes batches of frames; the same batch gives the same tokens on every rank."""
 
-    def __init__(self, vqgan: Vqgan, settings: EncoderSettings, most: int, local_rank: int) -> None:
-        """`most` is how many frames go through the VQ-GAN at once."""
+    def __init__(
+        self,
+        vqgan: Vqgan,
+        settings: EncoderSettings,
+        most: int,
+        local_rank: int,
+        channels_last: bool | None = None,
+    ) -> None:
+        """`most` is how many frames go through the VQ-GAN at once.
+
+        `channels_last` None is what the device's convolutions want: true on GPUs. Raises
+        `UserError` where the settings ask for a GPU that this process does not have.
+        """
         self._most = most
         self._settings = settings
-        self.vqgan = _placed(vqgan, settings, local_rank)
+        last = settings.device == "cuda" if channels_last is None else channels_last
+        self._layout = torch.channels_last if last else torch.contiguous_format
+        self.vqgan = _placed(vqgan, settings, local_rank, self._layout)
         self._device = next(self.vqgan.parameters()).device
-        # Only the convolutions are compiled and cast: nearest codes are searched in float32.
-        self._features: Callable[[Tensor], Tensor] = self.vqgan.encoder
+        # Two programs: the features are of the chosen precision, the search is in float32.
+        self._features: Callable[[Tensor], Tensor] = self._encoded
+        self._search: Callable[[Tensor], Tensor] = self.vqgan.quantizer.tokens_of
         if settings.compiled:
-            compiled = torch.compile(self.vqgan.encoder, dynamic=False)
-            self._features = cast(Callable[[Tensor], Tensor], compiled)
+            self._features = _compiled(self._features)
+            self._search = _compiled(self._search)
 
     @torch.inference_mode()
     def start(self, frames: np.ndarray) -> EncodedBatch:
@@ -79,8 +109,7 @@ class FrameEncoder:
         batch = torch.from_numpy(frames)
         if cuda:
             batch = batch.pin_memory().to(self._device, non_blocking=True)
-        images = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
-        tokens = torch.cat([self._tokens(part) for part in images.split(self._most)])[:count]
+        tokens = torch.cat([self._tokens(part) for part in batch.split(self._most)])[:count]
         if not cuda:
             return EncodedBatch(tokens, None)
         fetched = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
@@ -89,22 +118,36 @@ class FrameEncoder:
         event.record()
         return EncodedBatch(fetched, event)
 
-    def _tokens(self, images: Tensor) -> Tensor:
-        cuda = self._settings.device == "cuda"
-        layout = torch.channels_last if cuda else torch.contiguous_format
+    def _tokens(self, frames: Tensor) -> Tensor:
         bfloat16 = self._settings.precision == "bfloat16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=bfloat16):
-            features = self._features(images.contiguous(memory_format=layout))
-        return self.vqgan.quantizer.tokens_of(features.float())
+            features = self._features(frames)
+        return self._search(features.float())
+
+    def _encoded(self, frames: Tensor) -> Tensor:
+        images = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+        features: Tensor = self.vqgan.encoder(images.contiguous(memory_format=self._layout))
+        return features
 
 
-def _placed(vqgan: Vqgan, settings: EncoderSettings, local_rank: int) -> Vqgan:
+def _compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return cast(Callable[[Tensor], Tensor], torch.compile(function, dynamic=False))
+
+
+def _placed(
+    vqgan: Vqgan, settings: EncoderSettings, local_rank: int, layout: torch.memory_format
+) -> Vqgan:
     """Put the VQ-GAN where it runs, and make its arithmetic the same on every rank.
 
     On CPUs each rank works with one thread: the sums of a convolution depend on how many threads
     share it, and a corpus must not depend on how many ranks share the machine.
     """
     if settings.device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(
+                "the corpus is encoded on GPUs, and this rank has none; start encode ranks only "
+                "where there are GPUs, or tokenize with --device cpu"
+            )
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
@@ -112,7 +155,7 @@ def _placed(vqgan: Vqgan, settings: EncoderSettings, local_rank: int) -> Vqgan:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         vqgan = vqgan.to(device)
-        # PyTorch declares this form of `to` for tensors only.
-        return vqgan.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    torch.set_num_threads(1)
-    return vqgan
+    else:
+        torch.set_num_threads(1)
+    # PyTorch declares this form of `to` for tensors only.
+    return vqgan.to(memory_format=layout)  # type: ignore[call-overload]

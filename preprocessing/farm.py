@@ -25,6 +25,7 @@ from preprocessing.communicator import (
     on_first_rank,
 )
 from preprocessing.decode_worker import DecodeThreads, ItemDecoder
+from preprocessing.duplicates import take_out_duplicates
 from preprocessing.encode_loop import (
     EncodeLoop,
     RemoteDecoders,
@@ -33,12 +34,13 @@ from preprocessing.encode_loop import (
 )
 from preprocessing.encoder import FrameEncoder
 from preprocessing.figures import Figures
+from preprocessing.isolation import Demands
 from preprocessing.ledger import FAILURES_FILE, CorpusSettings, Ledger
 from preprocessing.options import TokenizeOptions, load_tools, local_rank, plan_key, settle
 from preprocessing.plan import Plan
 from preprocessing.report import write_report
 from preprocessing.sources import Source, read_source
-from preprocessing.state import FarmFolder
+from preprocessing.state import FarmFolder, writing
 from preprocessing.watch import Watch
 
 SHOWN_FAILURES = 5
@@ -90,9 +92,11 @@ class _Farm:
                 serve_encode_rank(ranks, self._group.encode_rank, threads)
             return
         width = self._options.decode_ranks_per_encoder + 1
-        batch = self._settings.batch_size
         self.encoder = FrameEncoder(
-            self._vqgan, self._settings.encoder, batch, local_rank() // width
+            self._vqgan,
+            self._settings.encoder,
+            self._settings.frames_at_once,
+            local_rank() // width,
         )
         if self._group.decode_ranks:
             remote = RemoteDecoders(ranks, self._group.decode_ranks)
@@ -146,7 +150,7 @@ class _Farm:
     def _threads(self) -> Iterator[DecodeThreads]:
         decoder = ItemDecoder(
             self._bpe,
-            self._settings.decode,
+            Demands(self._settings.decode, self._options.limits, self._settings.filters),
             self._settings.long_captions == "truncate",
             self._options.attempts,
         )
@@ -199,7 +203,7 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
 
 def _is_finished(ledger: Ledger, options: TokenizeOptions) -> bool:
     """Whether nothing is to be done; `UserError` where the output folder is another corpus's."""
-    with _writing(options.output):
+    with writing(options.output):
         ledger.check()
         return ledger.is_finished() and not (options.retry_failed and ledger.has_failed())
 
@@ -225,7 +229,7 @@ def _begin(
     """Open the corpus for writing, and say what is left to do."""
     assert source is not None
     key = plan_key(options, source)
-    with _writing(options.output):
+    with writing(options.output):
         new = ledger.is_new()
         try:
             ledger.begin()
@@ -235,7 +239,7 @@ def _begin(
             raise
         if options.retry_failed:
             ledger.reopen_failed()
-    with _writing(folder.path):
+    with writing(folder.path):
         if new or options.retry_failed:
             attempts.forget(folder.attempts)
         pending = ledger.pending()
@@ -243,14 +247,6 @@ def _begin(
             plan.write(source, key)
         counts = attempts.collect(folder.attempts)
     return Work(pending, plan, ledger.settings, options.output, source.folder, counts)
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
 
 
 def _finish(
@@ -263,19 +259,25 @@ def _finish(
 ) -> None:
     """Commit the corpus and say what became of the items."""
     assert watch is not None
-    with _writing(options.output):
+    rule = ledger.settings.filters.near_duplicates
+    with writing(options.output):
+        if rule is not None:
+            take_out_duplicates(options.output, ledger.settings.shards, rule)
         manifest = ledger.commit()
         failures = ledger.first_failures(SHOWN_FAILURES)
         if manifest is None:
+            reason = ledger.first_reason()
             ledger.discard()
             folder.discard()
             raise UserError(
-                f"all {ledger.settings.manifest_items} items of {options.source} failed, so there "
-                f"is no corpus; the first: {failures[0].reason}"
+                f"all {ledger.settings.manifest_items} items of {options.source} failed or were "
+                f"left out, so there is no corpus; the first: {reason}"
             )
     attempts.forget(folder.attempts)
     folder.forget_plan()
     _tell(options.output, manifest, len(made), watch.figures, watch.seconds)
+    for name, count in manifest.counts.left_out.items():
+        print(f"  left out by {name}: {count}", flush=True)
     for failure in failures:
         print(f"  failed {failure.id}: {failure.reason}", flush=True)
     if manifest.counts.failed > len(failures):

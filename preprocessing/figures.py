@@ -15,6 +15,7 @@ class Figures:
 
     items: int = 0
     failed: int = 0
+    left_out: int = 0
     frames: int = 0
     shards: int = 0
     batches: int = 0

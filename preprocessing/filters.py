@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -17,7 +19,7 @@ from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from preprocessing.decoders import DecodeLimits, MediaFacts, media_facts
 from preprocessing.decoders.settings import DEFAULT_LIMITS
-from preprocessing.sources import SourceItem, local_copy
+from preprocessing.sources import SourceItem, local_copy, named_as_source
 
 HASH_BITS = 64
 # Where in a clip its hashes are taken: the first, the middle and the last frame.
@@ -30,23 +32,35 @@ class FilteredError(UserError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"filter '{name}': {reason}")
         self.filter = name
+        self.reason = reason
 
     def __reduce__(self) -> tuple[type[FilteredError], tuple[str, str]]:
-        return FilteredError, (self.filter, str(self).partition(": ")[2])
+        return FilteredError, (self.filter, self.reason)
 
 
 class Candidate:
-    """An item before the filters; its medium is looked at only where a filter asks."""
+    """An item before the filters; its medium is fetched and looked at only where a filter asks.
 
-    def __init__(self, item: SourceItem, limits: DecodeLimits = DEFAULT_LIMITS) -> None:
+    What is fetched is there until `copies` is closed.
+    """
+
+    def __init__(
+        self, item: SourceItem, copies: ExitStack, limits: DecodeLimits = DEFAULT_LIMITS
+    ) -> None:
         self.item = item
+        self._copies = copies
         self._limits = limits
+
+    @cached_property
+    def path(self) -> Path:
+        """The medium as a local file; raises `DecodeError`."""
+        return self._copies.enter_context(local_copy(self.item.media, self._limits))
 
     @cached_property
     def facts(self) -> MediaFacts:
         """Size and length of the medium; raises `DecodeError`."""
-        with local_copy(self.item.media, self._limits) as path:
-            return media_facts(path, self._limits)
+        with named_as_source(self.item, self.path):
+            return media_facts(self.path, self._limits)
 
     @property
     def seconds(self) -> float | None:
@@ -138,6 +152,9 @@ AnyFilter = Annotated[
 ]
 
 
+NEAR_DUPLICATES = "near_duplicates"
+
+
 class NearDuplicates(Settings):
     """Of items that look alike, the first of the source is taken.
 
@@ -204,33 +221,9 @@ def _difference_hash(frame: np.ndarray) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-class FilterCounts:
-    """How many items each filter was asked about, and how many it left out."""
-
-    def __init__(self) -> None:
-        self.asked: Counter[str] = Counter()
-        self.left_out: Counter[str] = Counter()
-
-    def __add__(self, other: FilterCounts) -> FilterCounts:
-        total = FilterCounts()
-        total.asked = self.asked + other.asked
-        total.left_out = self.left_out + other.left_out
-        return total
-
-    def rows(self) -> list[tuple[str, int, int]]:
-        """Name, items asked about and items left out of each filter, in order of asking."""
-        return [(name, asked, self.left_out[name]) for name, asked in self.asked.items()]
-
-
-def apply_filters(
-    filters: Sequence[Filter], candidate: Candidate, counts: FilterCounts | None = None
-) -> None:
-    """Ask the filters in order; the first objection is raised as `FilteredError` and counted."""
+def apply_filters(filters: Sequence[Filter], candidate: Candidate) -> None:
+    """Ask the filters in order; the first objection is raised as `FilteredError`."""
     for rule in filters:
         objection = rule.objection(candidate)
-        if counts is not None:
-            counts.asked[rule.name] += 1
         if objection is not None:
-            if counts is not None:
-                counts.left_out[rule.name] += 1
             raise FilteredError(rule.name, f"item {candidate.item.id!r}: {objection}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -30,6 +31,7 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sync, written_atomically
 from preprocessing.decoders import DecodeSettings
 from preprocessing.encoder import EncoderSettings
+from preprocessing.filters import NEAR_DUPLICATES, FilterSettings
 
 # Raised whenever the same frames and settings would be encoded in other batches than before.
 ENCODE_RULES_VERSION = 2
@@ -51,6 +53,7 @@ class CorpusSettings(Settings):
     items_per_shard: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     long_captions: Literal["refuse", "truncate"]
+    filters: FilterSettings = FilterSettings()
     # Corpora begun before the farm had these fields were made in another way.
     encode_rules: int = 1
     encoder: EncoderSettings = EncoderSettings(device="cpu", precision="float32", compiled=False)
@@ -59,6 +62,11 @@ class CorpusSettings(Settings):
     def items_per_batch(self) -> int:
         """Items whose frames the VQ-GAN encodes together."""
         return max(1, self.batch_size // self.decode.frames)
+
+    @property
+    def frames_at_once(self) -> int:
+        """Frames of one pass through the VQ-GAN: of a batch whose items are all there."""
+        return min(self.batch_size, self.items_per_batch * self.decode.frames)
 
     @property
     def shards(self) -> int:
@@ -107,12 +115,16 @@ class Ledger:
     def reopen_failed(self) -> None:
         """Have every shard that holds a failed item made anew.
 
-        The whole shard, so that its bytes are those of a run in which the item never failed.
+        The whole shard, so that its bytes are those of a run in which the item never failed. What
+        has lost near-duplicates is made anew too: an item that is good now may look like them.
         """
+        if not self.has_failed():
+            return
+        (self.folder / CORPUS_FILE).unlink(missing_ok=True)
         for shard in range(self.settings.shards):
             with contextlib.suppress(UserError):
-                if read_sidecar(self._sidecar_path(shard)).failures:
-                    (self.folder / CORPUS_FILE).unlink(missing_ok=True)
+                failures = read_sidecar(self._sidecar_path(shard)).failures
+                if any(failure.filter in (None, NEAR_DUPLICATES) for failure in failures):
                     self._sidecar_path(shard).unlink()
 
     def begin(self) -> None:
@@ -124,17 +136,22 @@ class Ledger:
 
     def has_failed(self) -> bool:
         """Whether an item of the shards that are there has failed."""
-        return any(sidecar.failures for sidecar in self._sidecars())
+        return any(failure.filter is None for failure in self._failures())
 
     def first_failures(self, count: int) -> list[Failure]:
         """The first failures of a corpus whose shards are all there."""
-        failures = (failure for sidecar in self._sidecars() for failure in sidecar.failures)
-        return list(itertools.islice(failures, count))
+        failed = (failure for failure in self._failures() if failure.filter is None)
+        return list(itertools.islice(failed, count))
+
+    def first_reason(self) -> str:
+        """Why the first item that is not in the corpus is not."""
+        return next(self._failures()).reason
 
     def commit(self) -> CorpusManifest | None:
         """Write `failures.jsonl` and, last of all, `corpus.json`; None where no item is good."""
         settings = self.settings
         entries, empty, failed = [], [], 0
+        left_out: Counter[str] = Counter()
         with written_atomically(self.folder / FAILURES_FILE) as stream:
             for sidecar in self._sidecars():
                 if sidecar.items:
@@ -142,9 +159,9 @@ class Ledger:
                 else:
                     empty.append(f"{sidecar.shard}.json")
                 for failure in sidecar.failures:
-                    line = json.dumps(failure.model_dump(), ensure_ascii=False)
-                    stream.write(line.encode() + b"\n")
-                    failed += 1
+                    stream.write(failure_line(failure).encode() + b"\n")
+                    failed += failure.filter is None
+                    left_out.update([failure.filter] if failure.filter else [])
         if not entries:
             return None
         frames = settings.decode.frames
@@ -159,6 +176,7 @@ class Ledger:
                 items=sum(entry.items for entry in entries),
                 captions=sum(entry.captions for entry in entries),
                 failed=failed,
+                left_out=dict(sorted(left_out.items())),
             ),
             shards=tuple(entries),
         )
@@ -177,6 +195,9 @@ class Ledger:
         (self.folder / SETTINGS_FILE).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+    def _failures(self) -> Iterator[Failure]:
+        return (failure for sidecar in self._sidecars() for failure in sidecar.failures)
 
     def _sidecars(self) -> Iterator[Sidecar]:
         for shard in range(self.settings.shards):
@@ -206,6 +227,12 @@ class Ledger:
                 path.unlink(missing_ok=True)
 
 
+def failure_line(failure: Failure) -> str:
+    """An item's line in `failures.jsonl`."""
+    tree = failure.model_dump(exclude_none=True, exclude={"duplicate"})
+    return json.dumps(tree, ensure_ascii=False)
+
+
 def _difference(written: CorpusSettings, asked: CorpusSettings) -> str:
     """The first setting that differs, in words; empty where none does."""
     if written.manifest_sha256 != asked.manifest_sha256:
@@ -223,4 +250,4 @@ def _difference(written: CorpusSettings, asked: CorpusSettings) -> str:
 
 def _flat(settings: CorpusSettings) -> dict[str, object]:
     tree = settings.model_dump(mode="json")
-    return {**tree.pop("decode"), **tree.pop("encoder"), **tree}
+    return {**tree.pop("decode"), **tree.pop("encoder"), **tree.pop("filters"), **tree}

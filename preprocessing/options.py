@@ -9,19 +9,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from megatron_nuwa.config import Settings
+from megatron_nuwa.config import Settings, load_settings
 from megatron_nuwa.data.shards import Fingerprints
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, TextTokenizer
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
-from preprocessing.decoders import DecodeError, DecodeSettings, media_kind
-from preprocessing.encoder import EncoderSettings, Precision
+from preprocessing.decoders import DecodeError, DecodeLimits, DecodeSettings, media_kind
+from preprocessing.decoders.settings import DEFAULT_LIMITS
+from preprocessing.encoder import DeviceChoice, EncoderSettings, Precision
+from preprocessing.filters import FilterSettings
 from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings
 from preprocessing.plan import PlanKey
 from preprocessing.sources import Source, SourceItem, local_copy
 
 CLIP_FRAMES = 10
 CLIP_FRAMES_PER_SECOND = 2.5
+# Frames that the VQ-GAN encodes at once. On a GPU they also fill the smallest feature maps.
+BATCH_SIZES = {"cpu": 32, "cuda": 64}
 
 
 class TokenizeOptions(Settings):
@@ -35,8 +39,9 @@ class TokenizeOptions(Settings):
     frames_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     short_clips: Literal["skip", "pad", "faster"] = "skip"
     items_per_shard: int = Field(default=4096, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     long_captions: Literal["refuse", "truncate"] = "refuse"
+    device: DeviceChoice = "auto"
     precision: Precision | None = None
     compiled: bool | None = None
     attempts: int = Field(default=3, ge=1)
@@ -44,6 +49,20 @@ class TokenizeOptions(Settings):
     decode_ranks_per_encoder: int = Field(default=0, ge=0)
     decode_threads: int = Field(default=1, ge=1)
     report: bool = True
+    filters: Path | None = None
+    decoder: Literal["ffmpeg", "pyav"] = "ffmpeg"
+    decode_seconds: float = Field(default=DEFAULT_LIMITS.seconds, gt=0, allow_inf_nan=False)
+    decode_memory_gib: float = Field(default=DEFAULT_LIMITS.memory_gib, gt=0, allow_inf_nan=False)
+    download_gib: float = Field(default=DEFAULT_LIMITS.download_gib, gt=0, allow_inf_nan=False)
+
+    @property
+    def limits(self) -> DecodeLimits:
+        """What one item may cost; not part of the corpus's settings, so that it can be raised."""
+        return DecodeLimits(
+            seconds=self.decode_seconds,
+            memory_gib=self.decode_memory_gib,
+            download_gib=self.download_gib,
+        )
 
 
 def load_tools(options: TokenizeOptions) -> tuple[Vqgan, TextTokenizer]:
@@ -76,6 +95,7 @@ def settle(
     options: TokenizeOptions, source: Source, vqgan: Vqgan, bpe: TextTokenizer
 ) -> CorpusSettings:
     """Every setting of the corpus, defaults filled in."""
+    encoder = EncoderSettings.chosen(options.device, options.precision, options.compiled)
     frames = options.frames or _default_frames(source)
     decode = _decode_settings(options, frames, vqgan.config.image_size)
     return CorpusSettings(
@@ -89,10 +109,13 @@ def settle(
             vqgan=fingerprint(vqgan), bpe=bpe.fingerprint, decode=decode.fingerprint()
         ),
         items_per_shard=options.items_per_shard,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or BATCH_SIZES[encoder.device],
         long_captions=options.long_captions,
         encode_rules=ENCODE_RULES_VERSION,
-        encoder=EncoderSettings.chosen(options.precision, options.compiled),
+        encoder=encoder,
+        filters=load_settings(FilterSettings, options.filters)
+        if options.filters
+        else FilterSettings(),
     )
 
 
@@ -114,6 +137,7 @@ def _decode_settings(options: TokenizeOptions, frames: int, image_size: int) -> 
         frames=frames,
         frames_per_second=options.frames_per_second or CLIP_FRAMES_PER_SECOND,
         short_clips=options.short_clips,
+        backend=options.decoder,
     )
 
 

@@ -20,7 +20,7 @@ from megatron_nuwa.files import written_atomically
 from preprocessing.item_json import item_of_tree, tree_of_item
 from preprocessing.sources import SourceItem
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 _STAMP = "plan.json"
 
 

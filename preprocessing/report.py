@@ -5,9 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import itertools
-import json
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -23,8 +20,7 @@ from megatron_nuwa.data.text import text_mask
 from megatron_nuwa.files import write_text_atomically
 from preprocessing.encode_loop import Sample
 from preprocessing.encoder import FrameEncoder
-from preprocessing.ledger import FAILURES_FILE
-from preprocessing.stats import codebook_use
+from preprocessing.stats import codebook_use, failure_kinds
 from preprocessing.watch import Watch
 
 # Of a large corpus the first groups of up to 1,024 items stand for all.
@@ -71,7 +67,7 @@ def write_report(
         perplexity=perplexity,
         used=used,
         sampled=sum(itertools.islice(_group_sizes(corpus), _GROUPS)),
-        reasons=_reasons(corpus_folder),
+        reasons=failure_kinds(corpus_folder).most_common(_REASONS),
     )
     try:
         write_text_atomically(path, page)
@@ -151,13 +147,3 @@ def _address(picture: np.ndarray) -> str:
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "WEBP", quality=85)
     return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _reasons(folder: Path) -> list[tuple[str, int]]:
-    """Failures by reason, with names, quotations and numbers left out so that like meets like."""
-    kinds: Counter[str] = Counter()
-    with (folder / FAILURES_FILE).open(encoding="utf-8") as stream:
-        for line in stream:
-            reason = json.loads(line)["reason"]
-            kinds[re.sub(r"'[^']*'|\S*/\S+|\S+\.\w+|\b\d+\b", "…", reason)] += 1
-    return kinds.most_common(_REASONS)

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import CorpusManifest, ShardItem, Sidecar, write_shard
 from megatron_nuwa.errors import UserError
+from preprocessing.shard_items import shard_item
 from preprocessing.whole_corpus import check_output, commit, made_whole, sound_manifest
 
 
@@ -56,7 +57,10 @@ def is_held_out(media: str, share: float) -> bool:
 
 def _write_side(folder: Path, corpus: Corpus, indices: list[int]) -> list[Sidecar]:
     items_per_shard = max(corpus.shard_sizes)
-    items = (_shard_item(corpus, index) for index in indices)
+    items = (
+        shard_item(corpus.item(index), corpus.visual(index), corpus.texts(index))
+        for index in indices
+    )
     return list(_write_shards(folder, items, items_per_shard))
 
 
@@ -65,19 +69,3 @@ def _write_shards(folder: Path, items: Iterator[ShardItem], size: int) -> Iterat
     while part := list(islice(items, size)):
         yield write_shard(folder, number, part)
         number += 1
-
-
-def _shard_item(corpus: Corpus, index: int) -> ShardItem:
-    line = corpus.item(index)
-    provenance = line.get("provenance")
-    return ShardItem(
-        id=line["id"],
-        visual=corpus.visual(index),
-        text=corpus.texts(index),
-        captions=tuple(line["captions"]),
-        frames=line["frames"],
-        media=line["media"],
-        start=line["start"],
-        end=line["end"],
-        provenance=None if provenance is None else tuple(provenance),
-    )

@@ -15,6 +15,15 @@ from megatron_nuwa.errors import UserError
 _LOCK = "lock"
 
 
+@contextmanager
+def writing(output: Path) -> Iterator[None]:
+    """Turn what the disk refuses in the block into a `UserError` that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+
+
 class FarmFolder:
     """Paths of the farm's own files; none of them is part of the corpus."""
 

@@ -67,8 +67,10 @@ def _rows(corpus: Corpus) -> Iterator[tuple[str, str]]:
         yield "real frames", ", ".join(f"{n} in {frames[n]:,} items" for n in sorted(frames))
     for writer, number in writers.most_common(SHOWN_REASONS):
         yield "captions by", f"{writer}: {number:,} ({number / counts.captions:.1%})"
+    for name, number in counts.left_out.items():
+        yield "left out", f"{name}: {number:,}"
     yield "failed", f"{counts.failed:,}"
-    for reason, number in _failure_kinds(corpus.path).most_common(SHOWN_REASONS):
+    for reason, number in failure_kinds(corpus.path).most_common(SHOWN_REASONS):
         yield "", f"{number:,} × {reason}"
 
 
@@ -94,12 +96,17 @@ def _item_counts(corpus: Corpus) -> tuple[Counter[int], Counter[str]]:
     return frames, writers
 
 
-def _failure_kinds(folder: Path) -> Counter[str]:
-    """Failures by reason, with names, quotations and numbers left out so that like meets like."""
+def failure_kinds(folder: Path) -> Counter[str]:
+    """Failures by reason, names, quotations and numbers removed so that like meets like.
+
+    What filters left out is not among them.
+    """
     kinds: Counter[str] = Counter()
     path = folder / FAILURES_FILE
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            reason = re.sub(r"'[^']*'|\S*/\S+|\S+\.\w+|\b\d+\b", "…", json.loads(line)["reason"])
-            kinds[reason] += 1
+            failure = json.loads(line)
+            if "filter" not in failure:
+                reason = re.sub(r"'[^']*'|\S*/\S+|\S+\.\w+|\b\d+\b", "…", failure["reason"])
+                kinds[reason] += 1
     return kinds

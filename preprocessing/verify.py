@@ -29,7 +29,7 @@ from megatron_nuwa.grid import Grid
 from preprocessing.ledger import FAILURES_FILE
 
 ITEM_FIELDS = {"id", "captions", "first_caption", "frames", "media", "start", "end"}
-OPTIONAL_FIELDS = {"provenance"}
+OPTIONAL_FIELDS = {"provenance", "perceptual_hashes"}
 
 
 def find_damage(folder: Path, full: bool = False) -> list[str]:
@@ -85,14 +85,15 @@ def _sums(folder: Path, manifest: CorpusManifest) -> Iterator[str]:
         if tar.name not in known:
             yield f"{tar} is not listed in corpus.json"
     try:
-        failed = len((folder / FAILURES_FILE).read_bytes().splitlines())
+        listed = len((folder / FAILURES_FILE).read_bytes().splitlines())
     except OSError as error:
         yield f"{folder / FAILURES_FILE} cannot be read: {error.strerror}"
     else:
-        if failed != manifest.counts.failed:
+        counted = manifest.counts.failed + sum(manifest.counts.left_out.values())
+        if listed != counted:
             yield (
-                f"{folder / FAILURES_FILE} holds {failed} failures, and corpus.json counts "
-                f"{manifest.counts.failed}"
+                f"{folder / FAILURES_FILE} holds {listed} items, and corpus.json counts {counted} "
+                f"that failed or were left out"
             )
 
 

@@ -100,7 +100,7 @@ class Watch:
         table.add_row(
             "speed",
             f"{self._rate(figures.items)} items/s, "
-            f"{self._rate(figures.items - figures.failed)} {unit}/s, "
+            f"{self._rate(figures.items - figures.failed - figures.left_out)} {unit}/s, "
             f"{self._rate(figures.frames)} frames/s",
         )
         table.add_row(
@@ -110,7 +110,7 @@ class Watch:
             f"{_milliseconds(figures.write_seconds, figures.items)} an item",
         )
         table.add_row("queue", f"{self._fill():.0%} full, encoders starved {self._starved():.0%}")
-        table.add_row("failed", f"{figures.failed:,}")
+        table.add_row("failed", f"{figures.failed:,}, and {figures.left_out:,} left out by filters")
         table.add_row("time left", self._left())
         return table
 

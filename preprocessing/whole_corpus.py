@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,10 +67,12 @@ def commit(
 ) -> CorpusManifest:
     """Write `failures.jsonl`, of these lines, and `corpus.json`, with the settings of another."""
     write_text_atomically(folder / FAILURES_FILE, "".join(line + "\n" for line in failures))
+    filters = [json.loads(line).get("filter") for line in failures]
     counts = Counts(
         items=sum(sidecar.items for sidecar in sidecars),
         captions=sum(sidecar.captions for sidecar in sidecars),
-        failed=len(failures),
+        failed=filters.count(None),
+        left_out=dict(sorted(Counter(name for name in filters if name).items())),
     )
     shards = tuple(sidecar.entry() for sidecar in sidecars)
     manifest = like.model_copy(update={"counts": counts, "shards": shards})

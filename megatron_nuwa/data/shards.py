@@ -39,11 +39,15 @@ class Fingerprints(Settings):
 
 
 class Counts(Settings):
-    """Items and captions in the corpus, and items of the manifest that failed."""
+    """Items and captions in the corpus, items of the manifest that failed, and those left out.
+
+    `left_out` counts by the name of the filter.
+    """
 
     items: int = Field(ge=1)
     captions: int = Field(ge=1)
     failed: int = Field(ge=0)
+    left_out: dict[str, int] = Field(default_factory=dict)
 
 
 class ShardEntry(Settings):
@@ -101,11 +105,26 @@ class Group(Settings):
     members: dict[str, Member]
 
 
+class Duplicate(Settings):
+    """What is kept of an item that looks like another one, so that it need not be decoded again.
+
+    `place` counts the items of its shard that were encoded before it.
+    """
+
+    place: int = Field(ge=0)
+    perceptual_hashes: tuple[str, ...]
+
+
 class Failure(Settings):
-    """An item of the manifest that is not in the corpus, and why."""
+    """An item of the manifest that is not in the corpus, and why.
+
+    `filter` names the filter that left it out; an item that failed has none.
+    """
 
     id: str
     reason: str
+    filter: str | None = None
+    duplicate: Duplicate | None = None
 
 
 class Sidecar(Settings):
@@ -138,6 +157,7 @@ class ShardItem:
     `frames` counts the real ones, without padding; `start` and `end` are seconds of the media.
     `provenance` says of each caption who wrote it: "original", the name of a captioning model, or
     None where nobody knows; it is None as a whole where the manifest says nothing.
+    `perceptual_hashes`, 64 bits in hex, are kept where near-duplicates are looked for.
     """
 
     id: str
@@ -149,6 +169,7 @@ class ShardItem:
     start: float | None = None
     end: float | None = None
     provenance: tuple[str | None, ...] | None = None
+    perceptual_hashes: tuple[str, ...] | None = None
 
 
 def shard_name(number: int) -> str:
@@ -359,6 +380,8 @@ def _item_lines(group: Sequence[ShardItem]) -> bytes:
         }
         if item.provenance is not None:
             line["provenance"] = list(item.provenance)
+        if item.perceptual_hashes is not None:
+            line["perceptual_hashes"] = list(item.perceptual_hashes)
         # ASCII only: some readers would split a line at Unicode's other line separators.
         lines.append(json.dumps(line) + "\n")
         first_caption += len(item.captions)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from megatron_nuwa.grid import Extent, Grid
 from megatron_nuwa.models.attention import Pattern
 from megatron_nuwa.models.layers import cross_pattern
 from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
 from megatron_nuwa.ops.tables import Geometry
 
 
@@ -67,6 +71,20 @@ def training_flops(
 ) -> int:
     """FLOPs of forward and backward; recomputed activations are not counted (the MFU habit)."""
     return 3 * forward_flops(config, context_grid, context_extent, grid)
+
+
+def encoding_flops(config: VqganConfig) -> int:
+    """FLOPs of one image's way to its tokens, the search for the nearest codes included.
+
+    Convolutions, projections and products are counted; norms, activations and additions are not.
+    """
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        vqgan = Vqgan(config)
+        vqgan.encoder(torch.empty(1, 3, config.image_size, config.image_size))
+    dim = config.lookup_dim or config.code_dim
+    projection = config.code_dim * dim if config.lookup_dim else 0
+    search = 2 * config.grid_side**2 * (projection + dim * config.codebook_size)
+    return int(counter.get_total_flops()) + search
 
 
 @lru_cache

@@ -8,10 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_nuwa.models.compiled import is_compiled_for_gpus
+
 GradientEstimator = Literal["straight_through", "rotation"]
 
 # Distances are computed in slices of at most this many entries, 128 MiB in float32.
 _DISTANCES_AT_ONCE = 2**25
+# Up to this many dimensions a compiler writes out the sums of a distance.
+_MOST_WRITTEN_OUT = 16
 
 
 class Quantised(NamedTuple):
@@ -119,11 +123,25 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     offsets = codes.square().sum(dim=1)
     rows_at_once = max(1, _DISTANCES_AT_ONCE // codes.shape[0])
     # The vector's own norm is the same for all codes and cannot change the minimum.
+    if is_compiled_for_gpus(vectors) and codes.shape[1] <= _MOST_WRITTEN_OUT:
+        return _distances_written_out(offsets, vectors, codes).argmin(dim=1)
     found = [
         torch.addmm(offsets, part, codes.T, alpha=-2).argmin(dim=1)
         for part in vectors.split(rows_at_once)
     ]
     return torch.cat(found)
+
+
+def _distances_written_out(offsets: Tensor, vectors: Tensor, codes: Tensor) -> Tensor:
+    """`offsets − 2·vectors·codesᵀ` without a product, so that a compiler joins it to the minimum.
+
+    A product would write all distances to memory and have them read again, and in few dimensions
+    that takes far longer than the sums themselves.
+    """
+    distances = offsets.expand(vectors.shape[0], -1)
+    for axis, column in enumerate(codes.T.contiguous()):
+        distances = distances - 2 * vectors[:, axis, None] * column
+    return distances
 
 
 def pass_straight_through(vectors: Tensor, codes: Tensor) -> Tensor:

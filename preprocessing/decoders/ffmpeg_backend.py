@@ -77,6 +77,27 @@ class FfmpegBackend(ClipBackend):
         return parse_framecrc(run_ffmpeg(path, video, limits, format="framecrc"))[1]
 
 
+def read_scaled(
+    path: Path,
+    start: float,
+    end: float | None,
+    rate: Fraction,
+    size: tuple[int, int],
+    limits: DecodeLimits,
+) -> np.ndarray:
+    """All frames shown at `start + k / rate` seconds, before `end`: uint8 (frames, H, W, 3).
+
+    They are stretched to `size` (W, H). Raises `DecodeError` naming the file.
+    """
+    width, height = size
+    filters = [*window_filters(start), *sampling_filters(rate), ("scale", f"{width}:{height}")]
+    output: dict[str, Any] = {"pix_fmt": "rgb24", "format": "rawvideo"}
+    if end is not None:
+        output["frames"] = max(1, math.ceil(round((end - start) * float(rate), 6)))
+    raw = run_ffmpeg(path, _filtered(path, start, filters), limits, **output)
+    return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+
+
 def run_ffmpeg(path: Path, video: Any, limits: DecodeLimits, **output: Any) -> bytes:
     """What ffmpeg writes for a graph of ffmpeg-python; `DecodeError` where it cannot."""
     command = (

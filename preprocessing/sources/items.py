@@ -35,7 +35,8 @@ Media = Path | str | TarMember
 class SourceItem:
     """One image, or one clip from `start` to `end` seconds of a video, with its captions.
 
-    Media and sketch are local paths, fsspec addresses (str) or members of tars.
+    Media and sketch are local paths, fsspec addresses (str) or members of tars. `provenance` says
+    who wrote each caption: "original", the name of a captioning model, or None where nobody knows.
     """
 
     id: str
@@ -44,6 +45,7 @@ class SourceItem:
     start: float | None = None
     end: float | None = None
     sketch: Media | None = None
+    provenance: tuple[str | None, ...] | None = None
 
 
 class Source(Sequence[SourceItem]):

@@ -115,8 +115,9 @@ class CsvManifest(TextManifest):
             for name, cell in zip(self._columns, cells, strict=False)
             if cell or name not in FIELDS[3:]
         }
-        if row.get("captions") is not None:
-            row["captions"] = _csv_captions(row["captions"], where)
+        for name in ("captions", "provenance"):
+            if row.get(name) is not None:
+                row[name] = _csv_list(row[name], name, where)
         return row
 
 
@@ -202,13 +203,13 @@ def _hashed(stream: Any, digest: Any) -> Iterator[bytes]:
         yield line
 
 
-def _csv_captions(cell: str, where: str) -> Any:
-    """Captions of a CSV cell: a JSON list of strings, or one plain caption."""
+def _csv_list(cell: str, field: str, where: str) -> Any:
+    """What a CSV cell says of the captions: a JSON list, or one plain text."""
     if not cell.lstrip().startswith("["):
-        return [cell]
+        return cell
     try:
         return json.loads(cell)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{where}: the field 'captions' starts like a JSON list but is none ({error.msg})"
+            f"{where}: the field '{field}' starts like a JSON list but is none ({error.msg})"
         ) from error

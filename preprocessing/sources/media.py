@@ -23,11 +23,25 @@ def decode_item(
 ) -> Decoded:
     """The frames of an item; `DecodeError` names its medium as the source does."""
     with local_copy(item.media, limits) as path:
-        try:
-            return decode_media(path, settings, item.start, item.end, limits)
-        except DecodeError as error:
-            # A copy has a name that differs from run to run.
-            raise DecodeError(str(error).replace(str(path), str(item.media))) from error
+        return decode_copy(item, path, settings, limits)
+
+
+def decode_copy(
+    item: SourceItem, path: Path, settings: DecodeSettings, limits: DecodeLimits = DEFAULT_LIMITS
+) -> Decoded:
+    """The same where the medium is a local file already."""
+    with named_as_source(item, path):
+        return decode_media(path, settings, item.start, item.end, limits)
+
+
+@contextmanager
+def named_as_source(item: SourceItem, path: Path) -> Iterator[None]:
+    """Have a `DecodeError` name an item's medium as the source does, not as its copy is called."""
+    try:
+        yield
+    except DecodeError as error:
+        # A copy has a name that differs from run to run.
+        raise DecodeError(str(error).replace(str(path), str(item.media))) from error
 
 
 @contextmanager

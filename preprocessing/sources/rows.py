@@ -11,7 +11,7 @@ from megatron_nuwa.errors import UserError
 from preprocessing.sources.items import SourceItem
 from preprocessing.sources.locations import Location, join
 
-FIELDS = ("id", "media", "captions", "start", "end", "sketch")
+FIELDS = ("id", "media", "captions", "start", "end", "sketch", "provenance")
 
 
 def item_of_row(row: Mapping[str, Any], folder: Location, where: str) -> SourceItem:
@@ -25,13 +25,15 @@ def item_of_row(row: Mapping[str, Any], folder: Location, where: str) -> SourceI
     if end is not None and end <= (start or 0.0):
         raise UserError(f"{where}: the field 'end' must be later than 'start'")
     sketch = row.get("sketch")
+    captions = _captions(row["captions"], where)
     return SourceItem(
         id=_identifier(row["id"], where),
         media=join(folder, _text(row["media"], "media", where)),
-        captions=_captions(row["captions"], where),
+        captions=captions,
         start=start,
         end=end,
         sketch=None if sketch is None else join(folder, _text(sketch, "sketch", where)),
+        provenance=_provenance(row.get("provenance"), len(captions), where),
     )
 
 
@@ -54,6 +56,25 @@ def _captions(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
         raise UserError(f"{where}: the field 'captions' must be a text or a list of texts")
     return tuple(captions)
+
+
+def _provenance(value: Any, captions: int, where: str) -> tuple[str | None, ...] | None:
+    """One writer for all captions, or a list with one for each; null where nobody knows."""
+    if value is None:
+        return None
+    writers = [value] * captions if isinstance(value, str) else value
+    if (
+        not isinstance(writers, list)
+        or len(writers) != captions
+        or not all(
+            writer is None or (isinstance(writer, str) and writer.strip()) for writer in writers
+        )
+    ):
+        raise UserError(
+            f"{where}: the field 'provenance' must be \"original\" or a model's name, or a list "
+            f"with one of these or null for each of the {captions} captions, not {value!r}"
+        )
+    return tuple(writers)
 
 
 def _seconds(value: Any, field: str, where: str) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from megatron_nuwa.errors import UserError
@@ -28,8 +29,9 @@ def sample_item(
 ) -> SourceItem:
     """The item of a medium and its sidecars: `.txt` (a caption a line) and `.json`.
 
-    The `.json` is an object with `caption` or `captions` and, if wanted, `start` and `end`; its
-    captions go before those of the `.txt`. Raises `UserError` that begins with `where`.
+    The `.json` is an object with `caption` or `captions` and, if wanted, `start`, `end` and
+    `provenance`; its captions go before those of the `.txt`. Raises `UserError` that begins with
+    `where`.
     """
     row = _object(sidecars[".json"], where) if ".json" in sidecars else {}
     captions = row.get("captions", row.get("caption"))
@@ -44,11 +46,12 @@ def sample_item(
             "captions": captions or [],
             "start": row.get("start"),
             "end": row.get("end"),
+            "provenance": row.get("provenance"),
         },
         "",
         f"{where}.json",
     )
-    return SourceItem(name, media, checked.captions, checked.start, checked.end, sketch)
+    return replace(checked, media=media, sketch=sketch)
 
 
 def _object(content: bytes, where: str) -> dict[str, Any]:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from megatron_nuwa.grid import Extent, Grid
-from megatron_nuwa.models.flops import forward_flops, training_flops, unit_flops, unit_names
+from megatron_nuwa.models.flops import (
+    encoding_flops,
+    forward_flops,
+    training_flops,
+    unit_flops,
+    unit_names,
+)
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
+from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
 
 TEXT, VIDEO = Grid(1, 1, 7), Grid(4, 4, 3)
 TEXT_EXTENT = Extent(1, 1, None)
@@ -93,3 +102,29 @@ def test_units_are_named_in_the_order_they_run() -> None:
     assert costs["head"] == 2 * 32 * 24 * VIDEO.cells
     assert costs["embedding"] == 2 * 32 * 8 * VIDEO.cells
     assert costs["encoder.0"] == costs["encoder.1"] < costs["decoder.0"] == costs["decoder.2"]
+
+
+@pytest.mark.parametrize("lookup_dim", [None, 4])
+def test_encoding_counts_what_the_encoders_own_layers_do(lookup_dim: int | None) -> None:
+    config = VqganConfig(
+        image_size=32,
+        downsampling=8,
+        base_channels=8,
+        codebook_size=24,
+        code_dim=12,
+        lookup_dim=lookup_dim,
+    )
+    model, counted = Vqgan(config).eval(), []
+
+    def count(layer: nn.Module, _: object, out: Tensor) -> None:
+        assert isinstance(layer.weight, Tensor)
+        counted.append(2 * out.numel() * layer.weight[0].numel())
+
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    model.encode(torch.zeros(1, 3, 32, 32))
+    cells, width = 4 * 4, config.level_channels[-1]
+    attention = 2 * 2 * cells * cells * width
+    search = 2 * cells * (lookup_dim or 12) * 24
+    assert encoding_flops(config) == sum(counted) + attention + search

@@ -138,3 +138,17 @@ def test_spherical_kmeans_stays_on_the_sphere_and_too_few_rows_are_refused() -> 
     assert torch.allclose(kmeans(rows, 10, spherical=True).norm(dim=1), torch.ones(10))
     with pytest.raises(ValueError, match="vectors must have at least 101 rows"):
         kmeans(rows, 101)
+
+
+@pytest.mark.parametrize("dim", [4, 8, 16, 17])
+def test_the_search_compiled_for_gpus_finds_the_same_codes(
+    monkeypatch: pytest.MonkeyPatch, dim: int
+) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    vectors, codes = (torch.randn(rows, dim, generator=generator) for rows in (301, 97))
+    expected = torch.cdist(vectors.double(), codes.double()).argmin(dim=1)
+    monkeypatch.setattr(quantizer_module, "_DISTANCES_AT_ONCE", 97 * 40)
+    monkeypatch.setattr(quantizer_module, "is_compiled_for_gpus", lambda tensor: True)
+    compiled = torch.compile(nearest_codes, backend="aot_eager", fullgraph=True, dynamic=False)
+    for search in (nearest_codes, compiled):
+        assert torch.equal(search(vectors, codes), expected)

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.models import autoencoder
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, fingerprint, load_vqgan, save_vqgan
 
 
@@ -35,6 +36,47 @@ def test_images_become_tokens_and_images_again(downsampling: int, patch_size: in
     assert decoded.shape == images.shape
     assert decoded.abs().max() <= 1
     torch.testing.assert_close(decoded, model(images).reconstruction.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("patch_size", [1, 2])
+@torch.no_grad()
+def test_the_program_compiled_for_gpus_gives_the_features_of_the_plain_one(
+    monkeypatch: pytest.MonkeyPatch, patch_size: int, layout: torch.memory_format
+) -> None:
+    encoder = small(patch_size=patch_size).encoder
+    images = (torch.rand(2, 3, 32, 48) * 2 - 1).contiguous(memory_format=layout)
+    expected = encoder(images)
+    traced = []
+
+    def is_compiled(tensor: torch.Tensor) -> bool:
+        traced.append(tensor.shape)
+        return True
+
+    monkeypatch.setattr(autoencoder, "is_compiled_for_gpus", is_compiled)
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-5)
+    assert traced
+    monkeypatch.setattr(autoencoder, "is_compiled_for_gpus", lambda tensor: True)
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_group_norm_by_rows_is_group_norm(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 24, 10, 14, generator=generator) * 3 + 5
+    hidden = hidden.to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = torch.randn(2, 24, generator=generator)
+    found = autoencoder.group_norm_by_rows(hidden, 8, weight, bias, 1e-6)
+    expected = torch.nn.functional.group_norm(hidden.double(), 8, weight.double(), bias.double())
+    assert found.dtype == dtype
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(
+        found.double(),
+        expected,
+        rtol=1e-4 if dtype == torch.float32 else 1e-2,
+        atol=1e-4 if dtype == torch.float32 else 1e-2,
+    )
 
 
 @torch.no_grad()

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -76,3 +82,39 @@ def media(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> Pa
         noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"image{number}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[str]:
+    """The address of a bucket on a local S3-compatible server, which s3fs talks to."""
+    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        # fsspec keeps one connection for the whole session, and with it the address.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ACCESS_KEY_ID", "local")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "local")
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            for _ in range(600):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.1)
+            fsspec.filesystem("s3").mkdir("corpora")
+            yield "s3://corpora"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def object_store(object_server: str) -> str:
+    """An address in the bucket that no other test uses."""
+    return f"{object_server}/{uuid.uuid4()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,16 @@ from PIL import Image, ImageFilter
 
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import DecodeSettings, decode_image
+from preprocessing.decoders import DecodeLimits, DecodeSettings, decode_image
 from preprocessing.filters import (
     Candidate,
-    FilterCounts,
     FilteredError,
     FilterSettings,
     NearDuplicates,
     apply_filters,
     perceptual_hashes,
 )
+from preprocessing.isolation import Demands, decode_alone
 from preprocessing.sources import SourceItem
 
 
@@ -59,38 +60,46 @@ def items(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> di
 def test_each_filter_leaves_out_what_it_says(
     items: dict[str, SourceItem], rule: dict[str, object], left_out: set[str]
 ) -> None:
-    counts = FilterCounts()
     for name in ("clip", "window", "wide"):
-        candidate = Candidate(items[name])
+        candidate = Candidate(items[name], ExitStack())
         if name not in left_out:
-            apply_filters(settings(rule).filters, candidate, counts)
+            apply_filters(settings(rule).filters, candidate)
             continue
         with pytest.raises(
             FilteredError, match=f"^filter '{rule['name']}': item '{name}': "
         ) as met:
-            apply_filters(settings(rule).filters, candidate, counts)
+            apply_filters(settings(rule).filters, candidate)
         assert str(met.value).startswith(f"filter '{rule['name']}': ")
         assert met.value.filter == rule["name"]
         assert str(pickle.loads(pickle.dumps(met.value))) == str(met.value)
-    assert counts.rows() == [(rule["name"], 3, len(left_out))]
 
 
 def test_filters_are_asked_in_order_and_media_only_where_needed(
     items: dict[str, SourceItem],
 ) -> None:
     rules = settings({"name": "caption_length", "fewest": 9}, {"name": "duration"}).filters
-    counts = FilterCounts()
     with pytest.raises(FilteredError, match="caption_length"):
-        apply_filters(rules, Candidate(items["gone"]), counts)
+        apply_filters(rules, Candidate(items["gone"], ExitStack()))
     with pytest.raises(UserError, match=r"gone\.jpg does not exist"):
-        apply_filters(rules[1:], Candidate(items["gone"]), counts)
-    assert (counts + counts).rows() == [("caption_length", 2, 2)]
+        apply_filters(rules[1:], Candidate(items["gone"], ExitStack()))
+
+
+def test_filters_hold_in_a_process_of_its_own_too(items: dict[str, SourceItem]) -> None:
+    demands = Demands(
+        DecodeSettings(image_size=16, frames=4, frames_per_second=10),
+        DecodeLimits(),
+        settings({"name": "caption_length", "fewest": 3}),
+    )
+    with pytest.raises(FilteredError, match=r"^filter 'caption_length': item 'clip': ") as met:
+        decode_alone(items["clip"], demands)
+    assert met.value.filter == "caption_length"
+    assert decode_alone(items["window"], demands)[1] == 4
 
 
 def test_facts_are_those_of_the_upright_medium(items: dict[str, SourceItem]) -> None:
-    facts = Candidate(items["wide"]).facts
+    facts = Candidate(items["wide"], ExitStack()).facts
     assert (facts.width, facts.height, facts.seconds) == (100, 300, None)
-    facts = Candidate(items["clip"]).facts
+    facts = Candidate(items["clip"], ExitStack()).facts
     assert (facts.kind, facts.width, facts.height, facts.seconds) == ("clip", 64, 48, 1.0)
 
 

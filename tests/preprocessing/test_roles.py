@@ -12,6 +12,7 @@ from farm_media import CAPTIONS, write_manifest
 from farm_runs import contents, run_farm
 
 from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import load_vqgan
 from preprocessing import farm
 from preprocessing.__main__ import main
@@ -179,9 +180,23 @@ def test_bfloat16_on_cpu_gives_valid_tokens_and_is_part_of_the_settings(
     assert "was begun with precision = bfloat16, and now it is float32" in capsys.readouterr().err
 
 
+def test_a_gpu_that_is_not_there_is_named(
+    images: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    output = tmp_path / "corpus"
+    assert main(arguments(images, output, tools, "--device", "cuda")) == 2
+    assert "--device cuda needs a GPU" in capsys.readouterr().err
+    assert not output.exists()
+    on_gpus = EncoderSettings(device="cuda", precision="bfloat16", compiled=True)
+    with pytest.raises(UserError, match="encoded on GPUs, and this rank has none"):
+        FrameEncoder(load_vqgan(tools / "vqgan.safetensors"), on_gpus, 32, 0)
+
+
 @pytest.mark.gpu
 def test_gpu_encodes_alike_on_every_start(tools: Path) -> None:
-    settings = EncoderSettings.chosen(None, None)
+    settings = EncoderSettings.chosen()
     assert settings == EncoderSettings(device="cuda", precision="bfloat16", compiled=True)
     frames = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3), np.uint8)
     tokens = [

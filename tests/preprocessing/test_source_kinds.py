@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import tarfile
-import time
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -44,7 +38,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> Pa
     for number, name in enumerate(("a", "b", "sub/c")):
         write_clip(folder / f"{name}.mp4", [60 * number + 20 + 5 * k for k in range(8)])
     (folder / "a.txt").write_text("one\n\n two \n")
-    tree = {"captions": ["three"], "start": 0.2, "end": 0.6}
+    tree = {"captions": ["three"], "start": 0.2, "end": 0.6, "provenance": "blip2"}
     (folder / "b.json").write_text(json.dumps(tree))
     (folder / "b.txt").write_text("not this one")
     Image.new("L", (8, 8)).save(folder / "b.sketch.png")
@@ -72,6 +66,7 @@ def check_items(name: str | Path, prefix: str = "") -> None:
     assert [item.captions for item in items] == [("one", "two"), ("three",), ()]
     assert [(item.start, item.end) for item in items] == [(None, None), (0.2, 0.6), (None, None)]
     assert [item.sketch is not None for item in items] == [False, True, False]
+    assert [item.provenance for item in items] == [None, ("blip2",), None]
     assert [levels(decode_item(item, CLIP).frames) for item in items] == [
         *([20, 30], [90, 100], [140, 150])
     ]
@@ -202,35 +197,6 @@ def check_remote(files: Path, tmp_path: Path, address: str) -> None:
 
 def test_fsspec_addresses(files: Path, tmp_path: Path) -> None:
     check_remote(files, tmp_path, "memory://bucket/set")
-
-
-@pytest.fixture
-def object_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a bucket on a local S3-compatible server."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
-    pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "local")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "local")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=dict(os.environ),
-    )
-    try:
-        for _ in range(300):
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        fsspec.filesystem("s3").mkdir("corpora")
-        yield "s3://corpora/set"
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_object_store(files: Path, tmp_path: Path, object_store: str) -> None:

@@ -15,29 +15,41 @@ from preprocessing.sources import SourceItem, read_manifest
 def test_three_formats_give_the_same_items(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text(
         '{"id": "a", "media": "x/a.mp4", "captions": ["one, two", "three"], '
-        '"start": 1, "end": 2.5}\n'
+        '"start": 1, "end": 2.5, "provenance": ["original", null]}\n'
         "\n"
-        '{"id": 7, "media": "/abs/b.png", "captions": "vier", "sketch": "b.npy", "label": 3}\n',
+        '{"id": 7, "media": "/abs/b.png", "captions": "vier", "sketch": "b.npy", "label": 3, '
+        '"provenance": "blip2"}\n'
+        '{"id": "c", "media": "c.png", "captions": ["x", "y"], "provenance": "original"}\n',
         encoding="utf-8",
     )
     (tmp_path / "m.csv").write_text(
-        "id,media,captions,start,end,sketch,label\r\n"
-        'a,x/a.mp4,"[""one, two"", ""three""]",1,2.5,,\r\n'
-        "7,/abs/b.png,vier,,,b.npy,3\r\n",
+        "id,media,captions,start,end,sketch,label,provenance\r\n"
+        'a,x/a.mp4,"[""one, two"", ""three""]",1,2.5,,,"[""original"", null]"\r\n'
+        "7,/abs/b.png,vier,,,b.npy,3,blip2\r\n"
+        'c,c.png,"[""x"", ""y""]",,,,,original\r\n',
         encoding="utf-8-sig",
     )
     table = {
-        "id": ["a", "7"],
-        "media": ["x/a.mp4", "/abs/b.png"],
-        "captions": [["one, two", "three"], ["vier"]],
-        "start": [1.0, None],
-        "end": [2.5, None],
-        "sketch": [None, "b.npy"],
+        "id": ["a", "7", "c"],
+        "media": ["x/a.mp4", "/abs/b.png", "c.png"],
+        "captions": [["one, two", "three"], ["vier"], ["x", "y"]],
+        "start": [1.0, None, None],
+        "end": [2.5, None, None],
+        "sketch": [None, "b.npy", None],
+        "provenance": [["original", None], ["blip2"], ["original", "original"]],
     }
     pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "m.parquet")
     expected = [
-        SourceItem("a", tmp_path / "x/a.mp4", ("one, two", "three"), 1.0, 2.5),
-        SourceItem("7", Path("/abs/b.png"), ("vier",), sketch=tmp_path / "b.npy"),
+        SourceItem(
+            *("a", tmp_path / "x/a.mp4", ("one, two", "three"), 1.0, 2.5),
+            provenance=("original", None),
+        ),
+        SourceItem(
+            *("7", Path("/abs/b.png"), ("vier",)),
+            sketch=tmp_path / "b.npy",
+            provenance=("blip2",),
+        ),
+        SourceItem(*("c", tmp_path / "c.png", ("x", "y")), provenance=("original", "original")),
     ]
     for name in ("m.jsonl", "m.csv", "m.parquet"):
         assert list(read_manifest(tmp_path / name)) == expected
@@ -58,6 +70,12 @@ def test_three_formats_give_the_same_items(tmp_path: Path) -> None:
         ('{"id": "b", "media": "b", "captions": "x", "end": "soon"}', "the field 'end' must be"),
         ('{"id": "b", "media": "b", "captions": "x", "start": NaN}', "the field 'start' must be"),
         ('{"id": "b", "media": "b", "captions": "x", "start": 2, "end": 2}', "later than 'start'"),
+        ('{"id": "b", "media": "b", "captions": "x", "provenance": 1}', "'provenance' must be"),
+        ('{"id": "b", "media": "b", "captions": "x", "provenance": " "}', "'provenance' must be"),
+        (
+            '{"id": "b", "media": "b", "captions": "x", "provenance": ["a", "b"]}',
+            "each of the 1 captions",
+        ),
     ],
 )
 def test_wrong_line_is_named(tmp_path: Path, line: str, sentence: str) -> None:

