@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,8 @@ class Engine(ABC):
     def __init__(self, model: Nuwa, place: Place, device: torch.device) -> None:
         self.model, self.place, self.device = model, place, device
         self.deepspeed: Any = None
+        # Called between micro-batches, on all processes alike; what it raises ends the step there.
+        self.between: Callable[[], None] = lambda: None
 
     @abstractmethod
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
@@ -73,6 +75,12 @@ class Engine(ABC):
         if self.place.layout.precision != "fp16":
             return None
         return float(self.deepspeed.optimizer.cur_scale)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every process holds all weights whole."""
+        layout = self.place.layout
+        return layout.pipeline * layout.tensor == 1 and layout.zero_stage < 3
 
     def whole_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU of the first process, none elsewhere; every process calls it."""
@@ -143,6 +151,8 @@ class WholeEngine(Engine):
         self._losses = []
         scales = self._scales(batches, self._weights)
         for number, (batch, scale) in enumerate(zip(batches, scales, strict=True)):
+            if number:
+                self.between()
             loss = self.deepspeed(batch.to(self.device), seed + number)
             self._losses.append(Loss(batch.task, loss.detach(), batch.share))
             self.deepspeed.backward(loss * scale)
@@ -151,11 +161,14 @@ class WholeEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
         self.deepspeed.eval()
-        self._losses = [
-            Loss(batch.task, self.deepspeed(batch.to(self.device), 0), batch.share)
-            for batch in batches
-        ]
-        self.deepspeed.train()
+        self._losses = []
+        try:
+            for batch in batches:
+                self.between()
+                loss = self.deepspeed(batch.to(self.device), 0)
+                self._losses.append(Loss(batch.task, loss, batch.share))
+        finally:
+            self.deepspeed.train()
         return self._losses
 
     def losses(self) -> list[Loss]:
@@ -207,6 +220,7 @@ class StageEngine(Engine):
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
+        self.between()
         self._batches, self._means = batches, []
         count = torch.tensor(len(batches), device=self.device)
         # Stages in the middle read no data, and so do not know how much there is.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_nuwa.config import dump_settings
 from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.files import write_text_atomically
@@ -20,10 +20,10 @@ from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
-from megatron_nuwa.training.checkpoint import Checkpoints, read_state
+from megatron_nuwa.training.checkpoint import STATE_FILE, Checkpoints, read_state
 from megatron_nuwa.training.checkpoint import load as load_checkpoint
 from megatron_nuwa.training.costs import unit_costs
-from megatron_nuwa.training.engine import build_engine, complete_config
+from megatron_nuwa.training.engine import Engine, build_engine, complete_config
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
@@ -32,10 +32,18 @@ from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.prefetch import prefetched
 from megatron_nuwa.training.preflight import preflight
 from megatron_nuwa.training.processes import Processes
+from megatron_nuwa.training.random_state import restore_random_state
 from megatron_nuwa.training.recipe import Recipe
-from megatron_nuwa.training.run_folder import prepare_run_folder
+from megatron_nuwa.training.run_folder import (
+    ENVIRONMENT_FILE,
+    RECIPE_FILE,
+    describe_environment,
+    prepare_run_folder,
+)
+from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
+from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
 
 # Shows pictures of the current model: (model, step, monitor, grids, frames a second).
 ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
@@ -106,7 +114,6 @@ class Pretraining:
         self.processes, self.monitor = processes, monitor
         self.folder = recipe.run
         self.description = resume.describe(recipe, layout, config, inputs)
-        self.checkpoints = Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints)
         self.tasks: dict[TaskName, TaskBatches] = {
             task: TaskBatches(
                 task,
@@ -145,6 +152,9 @@ class Pretraining:
             inputs.vqgan.codebook() if codes else None,
         )
         make_skippable(self.engine.deepspeed, self._should_skip)
+        self.stop = StopSignals(processes)
+        self.engine.between = self.stop.check
+        self.saver = _saver(recipe, self.engine, processes)
         self.figures = StepFigures(recipe, self.tasks, processes, self.place.stage)
         self.figures.watch(self.engine.deepspeed.module)
         bad_batches = self.folder / BAD_BATCHES_FILE if processes.is_first else None
@@ -159,6 +169,7 @@ class Pretraining:
             load_checkpoint(self.engine.deepspeed, start.checkpoint)
             self.step = start.step
             self.guard.restore(read_state(start.checkpoint)["guard"])
+            restore_random_state(start.checkpoint, self.processes.rank)
         if self.processes.is_first:
             assert self.recipe.model is not None
             with torch.device("meta"):
@@ -169,13 +180,26 @@ class Pretraining:
             print(f"{begins}; {self.recipe.schedule.steps} steps in all", flush=True)
 
     def run(self, show_samples: ShowSamples | None) -> None:
-        """Train until the schedule or `training.stop_at_step` ends."""
+        """Train until the schedule or `training.stop_at_step` ends, or a signal asks to stop.
+
+        The last state is on the disk then.
+        """
         recipe = self.recipe
         last = min(recipe.schedule.steps, recipe.training.stop_at_step or recipe.schedule.steps)
         if self.step >= last:
             if self.processes.is_first:
                 print(f"nothing to do: step {self.step} of {last} is reached already", flush=True)
             return
+        with self.stop:
+            try:
+                self._train(last, show_samples)
+            except StopRequested as request:
+                if self.processes.is_first:
+                    print(f"{request} received: saving step {self.step} and ending", flush=True)
+            self.saver.finish(self.step, self._texts())
+
+    def _train(self, last: int, show_samples: ShowSamples | None) -> None:
+        recipe = self.recipe
         for batches in prefetched(self._batches(), range(self.step, last), self.figures):
             self._train_step(batches)
             self.step += 1
@@ -183,12 +207,18 @@ class Pretraining:
             self._account()
             if self.step % recipe.training.log_every == 0 or ended:
                 self._log(last)
+            signal_number, is_writing = self.processes.agree(
+                [self.stop.received, int(self.saver.is_writing)]
+            )
+            if not is_writing:
+                self.saver.settle()
+            raise_if_stopped(signal_number)
+            if self.step % recipe.training.checkpoint_every == 0 and not ended:
+                self.saver.save(self.step, self._texts())
             if recipe.evaluation and (self.step % recipe.evaluation.every == 0 or ended):
                 self._evaluate()
             if recipe.samples and show_samples and self.step % recipe.samples.every == 0:
                 self._show(show_samples)
-            if self.step % recipe.training.checkpoint_every == 0 or ended:
-                self._save()
             self.figures.restart_clock()
 
     def _train_step(self, batches: list[TokenBatch]) -> None:
@@ -203,6 +233,7 @@ class Pretraining:
         """Judge the step before its optimizer step; DeepSpeed asks on every process."""
         self._means = self.figures.mean_losses(self.engine.losses())
         self._verdict = self.guard.verdict(self._means)
+        self.saver.wait_until_copied()
         return self._verdict.skip
 
     def _account(self) -> None:
@@ -288,8 +319,7 @@ class Pretraining:
 
     def _whole_model(self) -> Nuwa | None:
         """The model as it is now, on the first process."""
-        layout = self.place.layout
-        if layout.pipeline * layout.tensor == 1 and layout.zero_stage < 3:
+        if self.engine.is_whole:
             return self.engine.model if self.processes.is_first else None
         weights = self.engine.whole_weights()
         if not self.processes.is_first:
@@ -300,12 +330,26 @@ class Pretraining:
         model.load_state_dict(weights, assign=True)
         return model.to(self.processes.device)
 
-    def _save(self) -> None:
-        start = time.perf_counter()
-        state = {**self.description, "guard": self.guard.state()}
-        path = self.checkpoints.save(self.engine, self.step, state, self.processes)
-        if self.processes.is_first:
-            print(f"saved {path} in {time.perf_counter() - start:.1f} s", flush=True)
+    def _texts(self) -> dict[str, str]:
+        """What a checkpoint says about the run beside its state, on the first process."""
+        if not self.processes.is_first:
+            return {}
+        state = {"step": self.step, **self.description, "guard": self.guard.state()}
+        return {
+            STATE_FILE: json.dumps(state, indent=2),
+            RECIPE_FILE: dump_settings(self.recipe),
+            ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=2),
+        }
+
+
+def _saver(recipe: Recipe, engine: Engine, processes: Processes) -> Saver:
+    assert recipe.run is not None
+    settings = recipe.training
+    checkpoints = Checkpoints(
+        recipe.run / "checkpoints", settings.keep_checkpoints, settings.keep_every
+    )
+    copy_bytes = None if settings.copy_gib is None else int(settings.copy_gib * 2**30)
+    return Saver(checkpoints, engine, processes, copy_bytes)
 
 
 def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +30,8 @@ class Processes:
     world_size: int
     local_rank: int
     device: torch.device
+    # For words between the processes' CPUs that must not wait for GPUs; None for the usual group.
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -70,6 +72,14 @@ class Processes:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def agree(self, values: Sequence[int]) -> list[int]:
+        """The largest value of any process at each place; every process must call it."""
+        if not dist.is_initialized():
+            return list(values)
+        agreed = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
+        return [int(value) for value in agreed]
 
     def raise_first(self, failure: str | None) -> None:
         """End every process if any of them brings a failure; the lowest rank's is told once."""
@@ -116,7 +126,9 @@ def join_processes(patience: timedelta = _PATIENCE) -> Iterator[Processes]:
         # A lone process needs no agreed port, which could collide with another run's.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        # NCCL has no tensors on CPUs.
+        control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
     finally:
         if is_ours:
             dist.destroy_process_group()

@@ -92,7 +92,12 @@ class TrainingSettings(Settings):
     norm: NormKind = "auto"
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
+    # The newest so many checkpoints stay, and those of every so many steps.
     keep_checkpoints: int = Field(3, ge=1)
+    keep_every: int | None = Field(None, ge=1)
+    # Memory of a node for copies of what is being saved, GiB; null for half of what is free. A
+    # file that does not fit is written while the next optimizer step waits.
+    copy_gib: float | None = Field(None, ge=0)
     # Save and end after this step although the schedule is longer.
     stop_at_step: int | None = Field(None, ge=1)
     guard: GuardSettings = GuardSettings()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import fingerprint
 from megatron_nuwa.parallel.layout import Layout
@@ -80,11 +82,19 @@ def describe(
                 task: corpora[0].manifest.frames_per_second
                 for task, corpora in inputs.train.items()
             },
+            "corpora": {
+                task: [_fingerprint(c) for c in corpora] for task, corpora in inputs.train.items()
+            },
             "items": {task: [len(c) for c in corpora] for task, corpora in inputs.train.items()},
         },
         "optimizer": recipe.optimizer.model_dump(mode="json", exclude={"implementation"}),
         "tokenizers": {"vqgan": fingerprint(inputs.vqgan), "bpe": inputs.bpe.fingerprint},
     }
+
+
+def _fingerprint(corpus: Corpus) -> str:
+    """Of what a corpus holds, wherever it lies."""
+    return hashlib.sha256(corpus.manifest.model_dump_json().encode()).hexdigest()
 
 
 def _first_difference(
