@@ -66,6 +66,8 @@ class Checkpoints:
         """
         self.abandon()
         self.remove_retired()
+        for left in self.folder.glob(f".{LATEST_FILE}.*"):
+            left.unlink()
         folder = self.folder / _PARTIAL / tag_of(step)
         folder.mkdir(parents=True)
         return folder
