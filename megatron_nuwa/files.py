@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -35,6 +35,14 @@ def write_text_atomically(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path) as stream:
         stream.write(text.encode())
+
+
+def try_to_write(write: Callable[[], object]) -> None:
+    """Write what a run can do without: a full disk costs that and not the run, and is told."""
+    try:
+        write()
+    except OSError as error:
+        print(f"warning: not written: {error}", flush=True)
 
 
 def sync(path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from megatron_nuwa.errors import run_command
+from megatron_nuwa.errors import FailedProcessError, run_command
 
 
 def run_process(main: Callable[[], int | None]) -> NoReturn:
@@ -23,6 +23,8 @@ def run_process(main: Callable[[], int | None]) -> NoReturn:
         code = run_command(main)
     except SystemExit as ending:
         code = ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+    except FailedProcessError:
+        pass
     except BaseException:
         traceback.print_exc()
     leave(code)

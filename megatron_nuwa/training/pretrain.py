@@ -12,7 +12,8 @@ import torch
 from megatron_nuwa.config import dump_settings
 from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
-from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import try_to_write, write_text_atomically
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.models.vqgan import save_vqgan
@@ -25,6 +26,7 @@ from megatron_nuwa.training.checkpoint import load as load_checkpoint
 from megatron_nuwa.training.costs import unit_costs
 from megatron_nuwa.training.engine import Engine, build_engine, complete_config
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
+from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.inputs import Inputs, open_inputs
@@ -32,7 +34,7 @@ from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.prefetch import prefetched
 from megatron_nuwa.training.preflight import preflight
 from megatron_nuwa.training.processes import Processes
-from megatron_nuwa.training.random_state import restore_random_state
+from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.run_folder import (
     ENVIRONMENT_FILE,
@@ -44,6 +46,7 @@ from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
 from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
+from megatron_nuwa.training.watchdog import Watchdog
 
 # Shows pictures of the current model: (model, step, monitor, grids, frames a second).
 ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
@@ -88,11 +91,13 @@ def pretrain(
     if processes.is_first:
         for line in start.messages:
             print(line, flush=True)
+        clear_faults(recipe.run)
         _write_run_folder(recipe.run, recipe, inputs)
     with Monitor(recipe.run, enabled=processes.is_first) as monitor:
         training = Pretraining(recipe, layout, config, inputs, processes, monitor)
-        training.begin(start)
-        training.run(show_samples)
+        with written_down(recipe.run, processes, lambda: training.step):
+            training.begin(start)
+            training.run(show_samples)
 
 
 class Pretraining:
@@ -153,8 +158,11 @@ class Pretraining:
         )
         make_skippable(self.engine.deepspeed, self._should_skip)
         self.stop = StopSignals(processes)
-        self.engine.between = self.stop.check
-        self.saver = _saver(recipe, self.engine, processes)
+        self.watchdog = Watchdog(
+            recipe.training.hang_seconds, self.folder, processes, lambda: self.step
+        )
+        self.engine.between = self._between
+        self.saver = _saver(recipe, self.engine, processes, self.watchdog.beat)
         self.figures = StepFigures(recipe, self.tasks, processes, self.place.stage)
         self.figures.watch(self.engine.deepspeed.module)
         bad_batches = self.folder / BAD_BATCHES_FILE if processes.is_first else None
@@ -169,7 +177,6 @@ class Pretraining:
             load_checkpoint(self.engine.deepspeed, start.checkpoint)
             self.step = start.step
             self.guard.restore(read_state(start.checkpoint)["guard"])
-            restore_random_state(start.checkpoint, self.processes.rank)
         if self.processes.is_first:
             assert self.recipe.model is not None
             with torch.device("meta"):
@@ -178,6 +185,10 @@ class Pretraining:
             print("  ".join(f"{name} {number / 1e6:.2f} M" for name, number in counts.items()))
             begins = f"continuing after step {self.step}" if self.step else "starting"
             print(f"{begins}; {self.recipe.schedule.steps} steps in all", flush=True)
+        # At the end, because the above may draw numbers.
+        seed_random_state(mix(self.recipe.seed, self.processes.rank) >> 1)
+        if start.checkpoint is not None:
+            restore_random_state(start.checkpoint, self.processes.rank)
 
     def run(self, show_samples: ShowSamples | None) -> None:
         """Train until the schedule or `training.stop_at_step` ends, or a signal asks to stop.
@@ -190,7 +201,7 @@ class Pretraining:
             if self.processes.is_first:
                 print(f"nothing to do: step {self.step} of {last} is reached already", flush=True)
             return
-        with self.stop:
+        with self.stop, self.watchdog:
             try:
                 self._train(last, show_samples)
             except StopRequested as request:
@@ -201,6 +212,7 @@ class Pretraining:
     def _train(self, last: int, show_samples: ShowSamples | None) -> None:
         recipe = self.recipe
         for batches in prefetched(self._batches(), range(self.step, last), self.figures):
+            self.watchdog.beat()
             self._train_step(batches)
             self.step += 1
             ended = self.step == last
@@ -229,6 +241,11 @@ class Pretraining:
         seed = mix(self.recipe.seed, self.step, self.place.replica) >> 1
         self.engine.train_step(batches, seed)
 
+    def _between(self) -> None:
+        """Between micro-batches: steps and evaluations may last longer than a signal's grace."""
+        self.watchdog.beat()
+        self.stop.check()
+
     def _should_skip(self) -> bool:
         """Judge the step before its optimizer step; DeepSpeed asks on every process."""
         self._means = self.figures.mean_losses(self.engine.losses())
@@ -249,7 +266,12 @@ class Pretraining:
             if self.processes.is_first:
                 path = self.folder / BAD_BATCHES_FILE
                 print(f"step {self.step} skipped: {reason}; its items are in {path}", flush=True)
-            self.guard.skipped(self.step, reason, self._means, self._items(self.step - 1))
+            try:
+                self.guard.skipped(self.step, reason, self._means, self._items(self.step - 1))
+            except UserError:
+                # The run ends here, on all processes alike.
+                self.saver.settle()
+                raise
 
     def _items(self, step: int) -> dict[TaskName, list[list[str]]]:
         """The items of all replicas, on the process that writes them down."""
@@ -295,7 +317,8 @@ class Pretraining:
         self.monitor.scalars(self.step, self.figures.samples(self.step), values)
         if self.processes.is_first:
             summary = {"step": self.step, "heldout": {**_worst_on_clips(result), "tasks": result}}
-            write_text_atomically(self.folder / "evaluation.json", json.dumps(summary, indent=2))
+            text = json.dumps(summary, indent=2)
+            try_to_write(lambda: write_text_atomically(self.folder / "evaluation.json", text))
             scores = ", ".join(
                 f"{task} {figures['loss_nats']:.3f} nats a token "
                 f"({figures['below_unigram']:.1%} below unigram)"
@@ -342,14 +365,16 @@ class Pretraining:
         }
 
 
-def _saver(recipe: Recipe, engine: Engine, processes: Processes) -> Saver:
+def _saver(
+    recipe: Recipe, engine: Engine, processes: Processes, on_progress: Callable[[], None]
+) -> Saver:
     assert recipe.run is not None
     settings = recipe.training
     checkpoints = Checkpoints(
         recipe.run / "checkpoints", settings.keep_checkpoints, settings.keep_every
     )
     copy_bytes = None if settings.copy_gib is None else int(settings.copy_gib * 2**30)
-    return Saver(checkpoints, engine, processes, copy_bytes)
+    return Saver(checkpoints, engine, processes, copy_bytes, on_progress)
 
 
 def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float]:

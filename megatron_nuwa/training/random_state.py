@@ -29,6 +29,13 @@ def random_state() -> dict[str, Any]:
     return state
 
 
+def seed_random_state(seed: int) -> None:
+    """Start all generators of this process anew."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def restore_random_state(checkpoint: Path, rank: int) -> None:
     """Put back what a process of this rank had; nothing where there were fewer processes."""
     path = checkpoint / random_file(rank)

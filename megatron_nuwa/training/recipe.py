@@ -100,6 +100,8 @@ class TrainingSettings(Settings):
     copy_gib: float | None = Field(None, ge=0)
     # Save and end after this step although the schedule is longer.
     stop_at_step: int | None = Field(None, ge=1)
+    # A process without progress for so long ends the run.
+    hang_seconds: float = Field(1800, gt=0)
     guard: GuardSettings = GuardSettings()
 
 

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -48,7 +48,8 @@ class Saver:
     """Saves a run's checkpoints; every process has one.
 
     `copy_bytes` bounds a node's memory for copies; None for half of what is free. A save that
-    fails for want of disk space and the like is told, and the run goes on.
+    fails for want of disk space and the like is told, and the run goes on. `on_progress` is called
+    when a file is written.
     """
 
     def __init__(
@@ -57,9 +58,10 @@ class Saver:
         engine: Engine,
         processes: Processes,
         copy_bytes: int | None = None,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._checkpoints, self._engine, self._processes = checkpoints, engine, processes
-        self._copy_bytes = copy_bytes
+        self._copy_bytes, self._on_progress = copy_bytes, on_progress
         self._neighbours = processes.gather(socket.gethostname()).count(socket.gethostname())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
         self._job: _Job | None = None
@@ -220,13 +222,14 @@ class Saver:
                     taken.append(waiting.popleft().on_host(copies))
             if not taken:
                 # Larger than all that may be copied: written as it is, while the state waits.
-                taken.append(waiting.popleft())
-                records[taken[0].name] = taken.pop().write(folder)
+                large = waiting.popleft()
+                records[large.name] = large.write(folder)
             if not waiting:
                 copied.set()
             while taken:
                 part = taken.pop(0)
                 records[part.name] = part.write(folder)
+                self._on_progress()
         return records
 
     def _bound(self) -> int:

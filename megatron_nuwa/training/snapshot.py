@@ -175,7 +175,7 @@ def _write_safetensors(weights: Weights, stream: _HashedFile) -> None:
     stream.write(text)
     for tensor in weights.tensors.values():
         if tensor.numel():
-            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
 
 
 def _forget_cached(path: Path) -> None:
