@@ -46,8 +46,14 @@ class Supervisor:
 
     def supervise(self) -> int:
         """Run to the end; returns the exit code of the last start, 128 + N for a signal N."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._hand_on)
+        usual = {number: signal.signal(number, self._hand_on) for number in STOP_SIGNALS}
+        try:
+            return self._starts()
+        finally:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+    def _starts(self) -> int:
         for restart in range(self._restarts + 1):
             before = self._checkpoints()
             code = self._start()
