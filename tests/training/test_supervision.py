@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT, SmallWorld, run_command_line
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training import supervision
 from megatron_nuwa.training.supervision import Supervisor, environment, run_of
 
 # Stands for a run: the codes of its starts, and a checkpoint before each that has a "+".
@@ -131,6 +132,28 @@ def test_the_run_is_found_in_the_command(small_world: SmallWorld) -> None:
     assert run_of(["deepspeed", "launch/preflight.py", recipe]) is None
     with pytest.raises(UserError, match="unknown key"):
         run_of([*start, recipe, "nothing=1"])
+
+
+def test_a_restart_leaves_out_nodes_that_do_not_answer(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher is a program of that name which fails, with what it was given written down."""
+    (tmp_path / "hosts").write_text("# all\nn1 slots=2\nn2 slots=2\nn3 slots=2\n")
+    launcher = tmp_path / "deepspeed"
+    launcher.write_text(
+        f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/given\ncat "$2" >> {tmp_path}/hosts_given\n'
+        "exit 1\n"
+    )
+    launcher.chmod(0o755)
+    monkeypatch.setattr(supervision, "_answers", lambda host: host != "n1")
+    words = [str(launcher), "--hostfile", str(tmp_path / "hosts"), "--master_addr", "n1"]
+    words += ["launch/pretrain.py", str(small_world.recipe), f"run={tmp_path / 'run'}"]
+    assert Supervisor(words, restarts=5, pause_seconds=0).supervise() == 1
+    first, second = (tmp_path / "given").read_text().splitlines()
+    assert "--master_addr n1" in first
+    assert "--master_addr n2" in second
+    hosts = (tmp_path / "hosts_given").read_text().splitlines()
+    assert hosts[4:] == ["n2 slots=2", "n3 slots=2"]
 
 
 def test_ssh_notices_a_silent_node() -> None:
