@@ -45,7 +45,7 @@ _WORDS = 12
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
 # The same run at a size of seconds, for `--dry-run`.
-_SMALL = (
+SMALL = (
     "model.width=64",
     "model.heads=4",
     "model.encoder_layers=2",
@@ -70,15 +70,15 @@ class Step:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 when the loss is not finite."""
     options = _parser().parse_args(arguments)
-    recipe = load_recipe(options.recipe, _SMALL if options.dry_run else ())
+    recipe = load_recipe(options.recipe, SMALL if options.dry_run else ())
     recipe.require("model", "data")
-    _return_freed_memory()
+    return_freed_memory()
     with join_processes() as processes:
         if processes.world_size > 1:
             raise UserError("benchmarks.real_step runs in one process; start it without a launcher")
-        batches = _batches(recipe, options.clips, options.images)
+        batches = random_batches(recipe, options.clips, options.images)
         expected = _expected(recipe, options.layout, options.device, processes, batches)
-        engine = _engine(recipe, options.layout, processes, len(batches))
+        engine = single_engine(recipe, options.layout, processes, len(batches))
         steps = []
         for number in range(options.steps):
             steps.append(_step(engine, batches))
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(map(_is_finite, steps)) else 1
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Have every tensor of 1 MiB and more go back to the system when it is freed.
 
     Left alone, glibc raises that limit to 32 MiB by itself and keeps 2 GiB of holes between the
@@ -117,7 +117,7 @@ def _expected(
     return judge_batches(recipe, layout, deepspeed, Machine(device_named(name), 1, 1), sizes)
 
 
-def _engine(recipe: Recipe, layout: Path, processes: Processes, micro_batches: int) -> Engine:
+def single_engine(recipe: Recipe, layout: Path, processes: Processes, micro_batches: int) -> Engine:
     """The engine of a pretraining.
 
     The weights are made in fp32 and DeepSpeed casts them one by one, so building needs less than
@@ -131,7 +131,7 @@ def _engine(recipe: Recipe, layout: Path, processes: Processes, micro_batches: i
     return build_engine(recipe, place, config, processes.device, unit_costs=(), codebook=None)
 
 
-def _batches(recipe: Recipe, clips: int, images: int) -> list[TokenBatch]:
+def random_batches(recipe: Recipe, clips: int, images: int) -> list[TokenBatch]:
     """Random tokens of one task each: what is learned does not matter here."""
     assert recipe.model is not None
     model = recipe.model
