@@ -79,13 +79,15 @@ def pretrain(
 
     def check() -> tuple[Inputs, resume.Start]:
         inputs = open_inputs(recipe, layout.data)
-        return inputs, resume.find_start(recipe, resume.describe(recipe, layout, config, inputs))
+        description = resume.describe(recipe, layout, config, inputs)
+        return inputs, resume.find_start(recipe, description, found)
 
     layout, config = processes.first_then_all(read)
     needs = None if memory_needed is None else memory_needed(layout, config)
     for warning in preflight(recipe, layout, processes, bytes_needed=needs):
         if processes.is_first:
             print(f"warning: {warning}", flush=True)
+    found = processes.first_tells(lambda: resume.find_newest(recipe))
     inputs, start = processes.first_then_all(check)
     assert recipe.run is not None
     if processes.is_first:

@@ -65,6 +65,13 @@ class Processes:
         self.raise_first(failure)
         return cast(T, result)
 
+    def first_tells(self, work: Callable[[], T]) -> T:
+        """Do work on the first process alone, and return its result on every process."""
+        outcome: list[Any] = [work() if self.is_first else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(outcome)
+        return cast(T, outcome[0])
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks, on every process."""
         if not dist.is_initialized():

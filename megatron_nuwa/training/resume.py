@@ -26,15 +26,24 @@ class Start:
     messages: tuple[str, ...]
 
 
-def find_start(recipe: Recipe, description: dict[str, Any]) -> Start:
-    """The newest whole checkpoint of the run that `description` describes.
+# A run's newest whole checkpoint, and a sentence for each newer one that is damaged.
+Newest = tuple[Path | None, list[str]]
+
+
+def find_newest(recipe: Recipe) -> Newest:
+    """Look for the run's newest whole checkpoint; reads all of its files."""
+    assert recipe.run is not None
+    return Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints).newest()
+
+
+def find_start(recipe: Recipe, description: dict[str, Any], found: Newest) -> Start:
+    """Where the run that `description` describes continues from what `find_newest` found.
 
     Raises `UserError` that names the first field in which the run differs from the recipe, the
     layout or the number of processes at hand.
     """
     assert recipe.run is not None
-    folder = Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints)
-    newest, complaints = folder.newest()
+    newest, complaints = found
     if newest is None:
         if complaints:
             raise UserError(

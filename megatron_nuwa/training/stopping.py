@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -11,6 +12,7 @@ from megatron_nuwa.training.processes import Processes
 
 # What schedulers and launchers send before they kill; Slurm's --signal may be the second.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_WORKERS_GRACE_SECONDS = 20.0
 
 
 class StopRequested(Exception):  # noqa: N818
@@ -54,6 +56,22 @@ class StopSignals:
     def check(self) -> None:
         """Raise `StopRequested` on every process if any got a signal; each must call it."""
         raise_if_stopped(self._processes.agree([self._received])[0])
+
+
+def outlive_stop_signals(_worker: int) -> None:
+    """Have a loader's worker process go on for a while after a stop signal.
+
+    Launchers and schedulers send one to every process, but a run that lost its workers could not
+    go on to the next save.
+    """
+
+    def end_later(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(_WORKERS_GRACE_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end_later)
 
 
 def raise_if_stopped(number: int) -> None:

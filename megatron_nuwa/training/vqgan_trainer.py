@@ -31,6 +31,7 @@ from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.progress import track
 from megatron_nuwa.training.run_folder import prepare_run_folder
+from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
 from megatron_nuwa.training.vqgan_checkpoint import load_checkpoint, save_checkpoint
 from megatron_nuwa.training.vqgan_evaluation import (
     VqganEvaluation,
@@ -56,6 +57,8 @@ def train_vqgan(
 ) -> VqganEvaluation | None:
     """Train from the run's newest checkpoint to its last step; returns the final evaluation.
 
+    None without held-out frames, and where SIGTERM or SIGUSR1 ended the training early.
+
     Leaves `RUN/vqgan.safetensors` and, with held-out frames, `RUN/evaluation.json`. Raises
     `UserError` for settings that do not fit, media that cannot be decoded, a foreign run folder.
     """
@@ -74,8 +77,14 @@ def train_vqgan(
     state = VqganStep(recipe, seed, processes)
     step = load_checkpoint(recipe.run, state)
     _announce(state, step, frames)
-    with Monitor(recipe.run, enabled=processes.is_first) as monitor:
-        evaluation = _run_steps(state, seed, step, frames, held, monitor)
+    with Monitor(recipe.run, enabled=processes.is_first) as monitor, StopSignals(processes) as stop:
+        try:
+            evaluation = _run_steps(state, seed, step, frames, held, monitor, stop)
+        except StopRequested as request:
+            if processes.is_first:
+                print(f"{request} received: the last step is saved", flush=True)
+            processes.barrier()
+            return None
     if processes.is_first:
         if evaluation:
             text = json.dumps(evaluation._asdict(), indent=2)
@@ -93,8 +102,12 @@ def _run_steps(
     frames: Dataset[Sample],
     held_out: Dataset[Sample] | None,
     monitor: Monitor,
+    stop: StopSignals,
 ) -> VqganEvaluation | None:
-    """Train from `step` to the end; returns the evaluation at the end."""
+    """Train from `step` to the end; returns the evaluation at the end.
+
+    Raises `StopRequested`, with the last step saved, after a signal.
+    """
     recipe, processes = state.recipe, state.processes
     say = print if processes.is_first else _say_nothing
     window = _Window(recipe.model.codebook_size, processes)
@@ -115,8 +128,12 @@ def _run_steps(
             say(_line(step, recipe.steps, means), flush=True)
         if held_out and recipe.evaluate_every and step % recipe.evaluate_every == 0 and not last:
             say(_evaluation_line(step, _evaluate(state, held_out, step, monitor)), flush=True)
-        if processes.is_first and (step % recipe.checkpoint_every == 0 or last):
+        signal_number = processes.agree([stop.received])[0]
+        due = step % recipe.checkpoint_every == 0 or last or signal_number
+        if processes.is_first and due:
             save_checkpoint(recipe.run, step, state, recipe.keep_checkpoints)
+        if not last:
+            raise_if_stopped(signal_number)
     if held_out is None:
         return None
     evaluation = _evaluate(state, held_out, step, monitor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 from helpers import ROOT, deepspeed_command, run_command_line
 from PIL import Image
+from ranks import Ranks
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.quantizer import VectorQuantizer
@@ -218,6 +221,26 @@ def test_frames_are_decoded_by_workers_while_training_in_bf16(media: Path, tmp_p
     assert len(logged(tmp_path / "run", "train/loss/total")) == 5
     # 22 items in 30 draws: the two broken ones come up at least once.
     assert sum(logged(tmp_path / "run", "data/broken_items")) >= 2
+
+
+def test_sigterm_to_all_processes_saves_and_ends_with_0(media: Path, tmp_path: Path) -> None:
+    """The workers get it, too, as from a scheduler, and must not fail the run."""
+    data = {"cache_frames": False, "workers": 1}
+    recipe = write_recipe(tmp_path, media, data=data, steps=100_000, batch_size=6)
+    with Ranks(1, tmp_path / "logs", recipe, script=ROOT / COMMAND) as ranks:
+        log = tmp_path / "run/log.jsonl"
+        assert ranks.wait_for(lambda: log.exists() and log.stat().st_size), ranks.output()
+        [process] = ranks.processes
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        for each in (*workers, process):
+            each.send_signal(signal.SIGTERM)
+        assert ranks.wait(60) == [0], ranks.output()
+        assert "SIGTERM received: the last step is saved" in ranks.output()
+    [checkpoint] = (tmp_path / "run/checkpoints").glob("step_*")
+    assert len(logged(tmp_path / "run", "train/loss/total")) == int(checkpoint.name[5:])
+    assert not (tmp_path / "run/vqgan.safetensors").exists()
+    assert psutil.wait_procs(workers, 30)[1] == []
 
 
 @pytest.mark.parametrize(
