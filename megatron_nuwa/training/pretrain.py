@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,9 @@ from megatron_nuwa.training.skipping import make_skippable
 from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
 from megatron_nuwa.training.watchdog import Watchdog
 
+# After a longer step the processes also look for stop signals between the next one's micro-batches;
+# short ones are spared that, because it would have the CPUs wait for the GPUs.
+LONG_STEP_SECONDS = 5.0
 # Shows pictures of the current model: (model, step, monitor, grids, frames a second).
 ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
 # Bytes that one process needs on its device, for a layout and its DeepSpeed config.
@@ -164,6 +168,7 @@ class Pretraining:
             recipe.training.hang_seconds, self.folder, processes, lambda: self.step
         )
         self.engine.between = self._between
+        self._asks_between = 1
         self.saver = _saver(recipe, self.engine, processes, self.watchdog.beat)
         self.figures = StepFigures(recipe, self.tasks, processes, self.place.stage)
         self.figures.watch(self.engine.deepspeed.module)
@@ -215,14 +220,16 @@ class Pretraining:
         recipe = self.recipe
         for batches in prefetched(self._batches(), range(self.step, last), self.figures):
             self.watchdog.beat()
+            begin = time.monotonic()
             self._train_step(batches)
             self.step += 1
             ended = self.step == last
             self._account()
             if self.step % recipe.training.log_every == 0 or ended:
                 self._log(last)
-            signal_number, is_writing = self.processes.agree(
-                [self.stop.received, int(self.saver.is_writing)]
+            is_long = time.monotonic() - begin > LONG_STEP_SECONDS
+            signal_number, is_writing, self._asks_between = self.processes.agree(
+                [self.stop.received, int(self.saver.is_writing), int(is_long)]
             )
             if not is_writing:
                 self.saver.settle()
@@ -246,7 +253,8 @@ class Pretraining:
     def _between(self) -> None:
         """Between micro-batches: steps and evaluations may last longer than a signal's grace."""
         self.watchdog.beat()
-        self.stop.check()
+        if self._asks_between:
+            self.stop.check()
 
     def _should_skip(self) -> bool:
         """Judge the step before its optimizer step; DeepSpeed asks on every process."""
@@ -310,6 +318,7 @@ class Pretraining:
                 print(f"slow: {straggler}", flush=True)
 
     def _evaluate(self) -> None:
+        self._asks_between = 1
         result = evaluate(self.engine, self.held_out)
         values = {
             f"eval/{figure}/{task}": value

@@ -30,8 +30,6 @@ class Processes:
     world_size: int
     local_rank: int
     device: torch.device
-    # For words between the processes' CPUs that must not wait for GPUs; None for the usual group.
-    control: dist.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -84,9 +82,9 @@ class Processes:
         """The largest value of any process at each place; every process must call it."""
         if not dist.is_initialized():
             return list(values)
-        agreed = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self.control)
-        return [int(value) for value in agreed]
+        agreed = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return [int(value) for value in agreed.tolist()]
 
     def raise_first(self, failure: str | None) -> None:
         """End every process if any of them brings a failure; the lowest rank's is told once."""
@@ -133,9 +131,7 @@ def join_processes(patience: timedelta = _PATIENCE) -> Iterator[Processes]:
         # A lone process needs no agreed port, which could collide with another run's.
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        # NCCL has no tensors on CPUs.
-        control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device, control)
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
     finally:
         if is_ours:
             dist.destroy_process_group()

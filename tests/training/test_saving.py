@@ -16,6 +16,7 @@ import torch
 from helpers import SmallWorld, lone_process
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training import pretrain as pretraining
 from megatron_nuwa.training.checkpoint import MANIFEST_FILE, Checkpoints, read_manifest, tag_of
 from megatron_nuwa.training.engine import WholeEngine
 from megatron_nuwa.training.monitor import Monitor
@@ -251,6 +252,7 @@ def test_a_signal_saves_the_last_finished_step_and_the_run_goes_on_from_there(
     moment: str,
 ) -> None:
     """In the middle of a step the step is given up."""
+    monkeypatch.setattr(pretraining, "LONG_STEP_SECONDS", 0.0)
     act, calls = getattr(WholeEngine, moment), []
 
     def disturbed(engine: WholeEngine, *arguments: Any) -> Any:
