@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_nuwa.files import sha256_of, sync, write_text_atomically
+from megatron_nuwa.files import sha256_of, sync, try_to_write, write_text_atomically
 from megatron_nuwa.training.snapshot import FileRecord
 
 FORMAT_VERSION = 1
@@ -92,7 +92,8 @@ class Checkpoints:
         os.replace(partial, final)
         sync(self.folder)
         self.abandon()
-        write_text_atomically(self.folder / LATEST_FILE, final.name + "\n")
+        # The checkpoint is whole by now, and no program depends on this.
+        try_to_write(lambda: write_text_atomically(self.folder / LATEST_FILE, final.name + "\n"))
         # Later ones were found damaged; the run will replace them when it gets there.
         reached = [path for path in self.all() if step_of(path) <= step]
         for old in reached[: -self.keep]:

@@ -224,6 +224,7 @@ class Saver:
                 # Larger than all that may be copied: written as it is, while the state waits.
                 large = waiting.popleft()
                 records[large.name] = large.write(folder)
+                self._on_progress()
             if not waiting:
                 copied.set()
             while taken:
