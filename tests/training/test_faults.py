@@ -44,6 +44,7 @@ def test_the_error_of_the_failed_process_is_shown_once_and_named_last(
     assert kinds == {0: "lost", 1: "error"}
 
 
+@pytest.mark.slow
 def test_a_hung_process_ends_the_run_and_is_named(small_world: SmallWorld, tmp_path: Path) -> None:
     hang = arguments(small_world, tmp_path / "run", "training.hang_seconds=15")
     with Ranks(2, tmp_path, *hang, script=DISTURBED, DISTURB="sleep") as ranks:
@@ -56,6 +57,7 @@ def test_a_hung_process_ends_the_run_and_is_named(small_world: SmallWorld, tmp_p
     assert worst.kind == "hang" or not others
 
 
+@pytest.mark.slow
 def test_a_stopped_process_ends_the_others(small_world: SmallWorld, tmp_path: Path) -> None:
     """It cannot say anything itself, as a node that lost its network cannot."""
     run = tmp_path / "run"

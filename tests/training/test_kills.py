@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import SmallWorld
-from ranks import Ranks
+from helpers import ROOT, SmallWorld, deepspeed_command
+from ranks import SCRIPT, Ranks
 
+from megatron_nuwa.training import supervision
 from megatron_nuwa.training.checkpoint import Checkpoints, read_manifest, step_of, tag_of
 
 PLAIN = ("evaluation=null", "training.log_every=1", "training.checkpoint_every=1")
@@ -71,11 +75,47 @@ def kill_often(world: SmallWorld, folder: Path, count: int, kills: int, steps: i
     assert during_saves or kills < 5
 
 
-def test_two_kills_change_nothing(small_world: SmallWorld, tmp_path: Path) -> None:
-    kill_often(small_world, tmp_path, count=2, kills=2, steps=30)
+def test_a_kill_changes_nothing(small_world: SmallWorld, tmp_path: Path) -> None:
+    kill_often(small_world, tmp_path, count=2, kills=1, steps=20)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_thirty_kills_change_nothing(small_world: SmallWorld, tmp_path: Path) -> None:
     kill_often(small_world, tmp_path, count=2, kills=30, steps=400)
+
+
+@pytest.mark.slow
+def test_a_supervised_run_goes_on_by_itself_after_a_kill(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
+    """launch/supervise.py around the deepspeed launcher."""
+    steps = 60
+    with Ranks(2, tmp_path, *arguments(small_world, tmp_path / "whole", steps)) as ranks:
+        assert ranks.wait(300) == [0, 0], ranks.output()
+    run = tmp_path / "run"
+    command = deepspeed_command(2, SCRIPT, *arguments(small_world, run, steps))
+    supervise = [sys.executable, "launch/supervise.py", "--restarts", "3", "--pause", "0"]
+    log = tmp_path / "supervised.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [*supervise, *map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        end = time.monotonic() + 120
+        while not (run / "checkpoints/latest").exists():
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        killed = supervision._training_processes(process.pid)
+        assert len(killed) == 2
+        killed[1].kill()
+        assert process.wait(300) == 0, log.read_text()
+    finally:
+        process.kill()
+    assert "start 2 of at most 4, in 0 s" in log.read_text()
+    assert "a process was killed" in log.read_text()
+    assert final_state(run, steps) == final_state(tmp_path / "whole", steps)

@@ -26,7 +26,6 @@ from megatron_nuwa.training.snapshot import Part
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "zero1": {"zero_optimization": {"stage": 1}},
-    "zero2": {"zero_optimization": {"stage": 2}},
     "zero3": {"zero_optimization": {"stage": 3}},
     "bf16": {
         "zero_optimization": {"stage": 1},
