@@ -182,20 +182,26 @@ def load(engine: Any, checkpoint: Path) -> None:
         raise DamagedCheckpointError(f"DeepSpeed found no state of this layout in {checkpoint}")
 
 
+def load_data_only(path: str | Path, map_location: Any = None, mmap: bool = False) -> Any:
+    """What DeepSpeed saved in a file: tensors and plain data, never code to run."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    known = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
+    with torch.serialization.safe_globals(known):
+        return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
+
+
 def _data_only_checkpoint_engine(engine: Any) -> Any:
     """DeepSpeed's reader, made to unpickle tensors and plain data only.
 
     Its own reader runs whatever code a file holds.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
 
     class DataOnlyCheckpointEngine(TorchCheckpointEngine):
         def load(self, path: str, map_location: Any = None) -> Any:
-            known = [fragment_address, LossScaler, DynamicLossScaler, ZeroStageEnum]
-            with torch.serialization.safe_globals(known):
-                return torch.load(path, map_location=map_location, weights_only=True)
+            return load_data_only(path, map_location)
 
     return DataOnlyCheckpointEngine(engine._config)

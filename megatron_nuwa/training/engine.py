@@ -36,11 +36,15 @@ class Engine(ABC):
     """One process's part of the model in training.
 
     `model` is whole, or split over the tensor group; in a pipeline the units of other stages have
-    no weights. Processes that compute no losses return none.
+    no weights. Processes that compute no losses return none. `bounds` say where the pipeline is
+    cut; without one they are empty.
     """
+
+    bounds: list[int]
 
     def __init__(self, model: Nuwa, place: Place, device: torch.device) -> None:
         self.model, self.place, self.device = model, place, device
+        self.bounds = []
         self.deepspeed: Any = None
         # Called between micro-batches, on all processes alike; what it raises ends the step there.
         self.between: Callable[[], None] = lambda: None
@@ -187,12 +191,12 @@ class StageEngine(Engine):
         place: Place,
         config: dict[str, Any],
         device: torch.device,
-        bounds: Sequence[int],
+        bounds: list[int],
     ) -> None:
         from megatron_nuwa.parallel.pipeline import own_modules
 
         super().__init__(_model_of(recipe, place, device), place, device)
-        self._units, self._bounds = _units_of(self.model, recipe, place), bounds
+        self._units, self.bounds = _units_of(self.model, recipe, place), bounds
         for module in own_modules(self._units, bounds, place.stage):
             module.to_empty(device=device)
         self.model.initialise(recipe.seed)
@@ -205,7 +209,7 @@ class StageEngine(Engine):
         """Hand the stage, with its starting weights, over to DeepSpeed."""
         from megatron_nuwa.parallel.pipeline import NuwaPipeline
 
-        pipeline = NuwaPipeline(self._units, self._bounds, self.place, self._scaled_loss)
+        pipeline = NuwaPipeline(self._units, self.bounds, self.place, self._scaled_loss)
         # Messages of different shapes travel; what a process sends is not split further.
         settings = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
         config = {**self._config, "pipeline": settings}
@@ -264,7 +268,7 @@ class StageEngine(Engine):
     def _owned(self, stage: int) -> list[nn.Module]:
         from megatron_nuwa.parallel.pipeline import own_modules
 
-        return own_modules(self._units, self._bounds, stage)
+        return own_modules(self._units, self.bounds, stage)
 
 
 class _TaskLoss(nn.Module):

@@ -37,12 +37,14 @@ from megatron_nuwa.training.preflight import preflight
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
+from megatron_nuwa.training.relayout import take_over
 from megatron_nuwa.training.run_folder import (
     ENVIRONMENT_FILE,
     RECIPE_FILE,
     describe_environment,
     prepare_run_folder,
 )
+from megatron_nuwa.training.saved_state import SavedState
 from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
@@ -181,9 +183,10 @@ class Pretraining:
     def begin(self, start: resume.Start) -> None:
         """Load the checkpoint that the run continues from, and say how the run begins."""
         if start.checkpoint is not None:
-            load_checkpoint(self.engine.deepspeed, start.checkpoint)
+            state = read_state(start.checkpoint)
+            self._load(start, state["bounds"])
             self.step = start.step
-            self.guard.restore(read_state(start.checkpoint)["guard"])
+            self.guard.restore(state["guard"])
         if self.processes.is_first:
             assert self.recipe.model is not None
             with torch.device("meta"):
@@ -196,6 +199,19 @@ class Pretraining:
         seed_random_state(mix(self.recipe.seed, self.processes.rank) >> 1)
         if start.checkpoint is not None:
             restore_random_state(start.checkpoint, self.processes.rank)
+
+    def _load(self, start: resume.Start, bounds: list[int]) -> None:
+        assert start.checkpoint is not None
+        assert self.recipe.model is not None
+        now = self.place.layout
+        # A pipeline cut by measured times may be cut elsewhere on the same layout.
+        if start.layout is None and bounds == self.engine.bounds:
+            load_checkpoint(self.engine.deepspeed, start.checkpoint)
+            return
+        before = start.layout or now
+        if self.processes.is_first:
+            print(f"{start.checkpoint} was written by layout {before.name}", flush=True)
+        take_over(self.engine, SavedState(start.checkpoint, before, self.recipe.model), start.step)
 
     def run(self, show_samples: ShowSamples | None) -> None:
         """Train until the schedule or `training.stop_at_step` ends, or a signal asks to stop.
@@ -368,7 +384,12 @@ class Pretraining:
         """What a checkpoint says about the run beside its state, on the first process."""
         if not self.processes.is_first:
             return {}
-        state = {"step": self.step, **self.description, "guard": self.guard.state()}
+        state = {
+            "step": self.step,
+            **self.description,
+            "bounds": self.engine.bounds,
+            "guard": self.guard.state(),
+        }
         return {
             STATE_FILE: json.dumps(state, indent=2),
             RECIPE_FILE: dump_settings(self.recipe),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ from megatron_nuwa.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint to load (None: from scratch), its step, and what to tell the user."""
+    """The checkpoint to load (None: from scratch), its step, and what to tell the user.
+
+    `layout` wrote the checkpoint if that was another layout than the run has now, else None.
+    """
 
     checkpoint: Path | None
     step: int
     messages: tuple[str, ...]
+    layout: Layout | None = None
 
 
 # A run's newest whole checkpoint, and a sentence for each newer one that is damaged.
@@ -39,8 +43,8 @@ def find_newest(recipe: Recipe) -> Newest:
 def find_start(recipe: Recipe, description: dict[str, Any], found: Newest) -> Start:
     """Where the run that `description` describes continues from what `find_newest` found.
 
-    Raises `UserError` that names the first field in which the run differs from the recipe, the
-    layout or the number of processes at hand.
+    The layout may have changed. Raises `UserError` that names the first field in which the run
+    differs from the recipe.
     """
     assert recipe.run is not None
     newest, complaints = found
@@ -52,36 +56,46 @@ def find_start(recipe: Recipe, description: dict[str, Any], found: Newest) -> St
             )
         return Start(None, 0, ())
     state = checkpoints.read_state(newest)
-    difference = _first_difference(state, description)
+    fixed = {key: value for key, value in description.items() if key != "layout"}
+    difference = _first_difference(state, fixed)
     if difference is not None:
         field, before, now = difference
         raise UserError(
             f"run {recipe.run} was trained with {field} = {before}, but now it is {now}; set it "
             "back to continue the run, or choose another run folder with run=FOLDER"
         )
-    return Start(newest, int(state["step"]), tuple(complaints))
+    step = int(state["step"])
+    if state["layout"] == description["layout"]:
+        return Start(newest, step, tuple(complaints))
+    return Start(newest, step, tuple(complaints), _other_layout(recipe.run, state, description))
+
+
+def _other_layout(run: Path, state: dict[str, Any], description: dict[str, Any]) -> Layout:
+    """The layout that wrote a checkpoint, when it can be taken over into the present one."""
+    before, now = (layout_of(each["layout"]) for each in (state, description))
+    if 0 in (before.zero_stage, now.zero_stage):
+        raise UserError(
+            f"run {run} was trained as {before.name} and cannot continue as {now.name}: the layout "
+            "may change between zero_optimization.stage 1, 2 and 3 only"
+        )
+    return before
 
 
 def describe(
     recipe: Recipe, layout: Layout, config: dict[str, Any], inputs: Inputs
 ) -> dict[str, Any]:
-    """What must be the same for a run to continue exactly."""
+    """What a checkpoint says of its run: all but `layout` must stay for the run to continue.
+
+    How batches are cut into micro-batches is not among it: it depends on the memory at hand.
+    """
     assert recipe.model is not None
     assert recipe.data is not None
     return {
+        "layout": {**asdict(layout), "deepspeed_config": config},
+        "precision": layout.precision,
         "seed": recipe.seed,
-        "processes": layout.world_size,
-        "parallel": {
-            "pipeline": layout.pipeline,
-            "tensor": layout.tensor,
-            "sequence_parallel": layout.sequence_parallel,
-            "cut": layout.cut,
-        },
-        "deepspeed_config": config,
         "model": recipe.model.model_dump(mode="json"),
         "data": {
-            "accumulation": recipe.data.accumulation,
-            "micro_batch_tokens": recipe.data.micro_batch_tokens,
             "shuffle_window": recipe.data.shuffle_window,
             "caption_dropout": recipe.data.caption_dropout,
             "corpus_weights": {task: s.corpus_weights for task, s in recipe.data.tasks.items()},
@@ -104,6 +118,11 @@ def describe(
 def _fingerprint(corpus: Corpus) -> str:
     """Of what a corpus holds, wherever it lies."""
     return hashlib.sha256(corpus.manifest.model_dump_json().encode()).hexdigest()
+
+
+def layout_of(description: dict[str, Any]) -> Layout:
+    """The layout in a checkpoint's or a run's description."""
+    return Layout(**{field.name: description[field.name] for field in fields(Layout)})
 
 
 def _first_difference(
