@@ -30,6 +30,19 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Where a library that writes by name may write; becomes the file when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a small file, and its folder, so that readers see the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,15 @@ class NuwaPipeline(PipelineModule):
         """What the stage before packed, or a micro-batch → packed for the next, or the logits."""
         (units,) = self._units
         flow = units.run(Flow.unpack(tensors), self._start, self._stop)
-        return flow.x if self._stop == len(units) else flow.pack()
+        if self._stop == len(units):
+            return flow.x
+        packed = flow.pack()
+        if torch.is_grad_enabled():
+            # What frozen weights computed: the next stage sends a gradient for it all the same.
+            for tensor in packed:
+                if tensor.is_floating_point() and not tensor.requires_grad:
+                    tensor.requires_grad_()
+        return packed
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from megatron_nuwa.files import sha256_of, sync, try_to_write, write_text_atomically
+from megatron_nuwa.parallel.groups import import_deepspeed
 from megatron_nuwa.training.snapshot import FileRecord
 
 FORMAT_VERSION = 1
@@ -184,6 +185,7 @@ def load(engine: Any, checkpoint: Path) -> None:
 
 def load_data_only(path: str | Path, map_location: Any = None, mmap: bool = False) -> Any:
     """What DeepSpeed saved in a file: tensors and plain data, never code to run."""
+    import_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

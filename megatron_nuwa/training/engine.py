@@ -14,13 +14,15 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from megatron_nuwa.data.batches import TaskName, TokenBatch
-from megatron_nuwa.models.initialisation import whole_shape
+from megatron_nuwa.errors import ReportedElsewhereError, UserError
+from megatron_nuwa.models.initialisation import assign, whole_shape
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.parallel.cut import cut, stage_table
 from megatron_nuwa.parallel.groups import Place, import_deepspeed
 from megatron_nuwa.parallel.tensor import split_model, whole_weight
 from megatron_nuwa.parallel.units import Flow, Units
 from megatron_nuwa.training.fused import fuse_norms, make_adam
+from megatron_nuwa.training.name_patterns import matching
 from megatron_nuwa.training.recipe import OptimizerSettings, Recipe
 
 
@@ -311,8 +313,14 @@ def build_engine(
     device: torch.device,
     unit_costs: Sequence[float],
     codebook: Tensor | None,
+    trained: Callable[[str], Tensor | None] | None = None,
 ) -> Engine:
-    """Engine of a run with starting weights; `unit_costs` decide where a pipeline is cut."""
+    """Engine of a run with starting weights; `unit_costs` decide where a pipeline is cut.
+
+    `trained` gives whole weights to start from by their names, None for those that begin anew.
+
+    Raises `UserError` where so much is frozen that a stage has nothing to train.
+    """
     engine: WholeEngine | StageEngine
     if place.layout.pipeline == 1:
         engine = WholeEngine(recipe, place, config, device)
@@ -324,8 +332,29 @@ def build_engine(
             Console().print(stage_table(names, unit_costs, bounds, place.layout.cut))
     if codebook is not None and not engine.model.visual_embedding.codes.weight.is_meta:
         engine.model.use_codebook(codebook)
+    if trained is not None:
+        _assign_all(engine.model, trained)
+    _check_trainable(engine)
     engine.wrap()
     return engine
+
+
+def _assign_all(model: Nuwa, trained: Callable[[str], Tensor | None]) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and (whole := trained(name)) is not None:
+            assign(parameter, whole)
+
+
+def _check_trainable(engine: Engine) -> None:
+    """Every process sees every stage, and so they all fail alike."""
+    for stage in range(engine.place.layout.pipeline):
+        parameters = (p for module in engine._owned(stage) for p in module.parameters())
+        if not any(p.requires_grad for p in parameters):
+            kind = ReportedElsewhereError if dist.get_rank() else UserError
+            raise kind(
+                f"optimizer.frozen leaves nothing to train in stage {stage} of the pipeline; "
+                "freeze less, or choose a layout with fewer stages"
+            )
 
 
 def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
@@ -335,6 +364,9 @@ def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
     if place.layout.tensor > 1:
         split_model(model, place.tensor, place.layout.sequence_parallel)
     taken = fuse_norms(recipe.training.norm, model, device)
+    parameters = dict(model.named_parameters())
+    for name in matching(recipe.optimizer.frozen, parameters, "optimizer.frozen"):
+        parameters[name].requires_grad_(False)
     if dist.get_rank() == 0:
         print(f"norms {taken}", flush=True)
     return model

@@ -29,9 +29,11 @@ from megatron_nuwa.training.engine import Engine, build_engine, complete_config
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
 from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
+from megatron_nuwa.training.fine_tuning import StartWeights
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.inputs import Inputs, open_inputs
 from megatron_nuwa.training.monitor import Monitor
+from megatron_nuwa.training.name_patterns import check_frozen
 from megatron_nuwa.training.prefetch import prefetched
 from megatron_nuwa.training.preflight import preflight
 from megatron_nuwa.training.processes import Processes
@@ -39,8 +41,10 @@ from megatron_nuwa.training.random_state import restore_random_state, seed_rando
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.relayout import take_over
 from megatron_nuwa.training.run_folder import (
+    BPE_FILE,
     ENVIRONMENT_FILE,
     RECIPE_FILE,
+    VQGAN_FILE,
     describe_environment,
     prepare_run_folder,
 )
@@ -49,6 +53,7 @@ from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
 from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
+from megatron_nuwa.training.trained_model import open_trained, same_tokenizers
 from megatron_nuwa.training.watchdog import Watchdog
 
 # After a longer step the processes also look for stop signals between the next one's micro-batches;
@@ -58,8 +63,6 @@ LONG_STEP_SECONDS = 5.0
 ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
 # Bytes that one process needs on its device, for a layout and its DeepSpeed config.
 MemoryNeeded = Callable[[Layout, dict[str, Any]], int]
-VQGAN_FILE = "tokenizers/vqgan.safetensors"
-BPE_FILE = "tokenizers/bpe.json"
 
 
 def pretrain(
@@ -83,10 +86,14 @@ def pretrain(
         check_deepspeed_config(config, f"DeepSpeed config {layout_path}")
         return check_layout(settings, config, recipe.model, processes.world_size), config
 
-    def check() -> tuple[Inputs, resume.Start]:
+    def check() -> tuple[Inputs, resume.Start, StartWeights | None]:
+        assert recipe.model is not None
+        check_frozen(recipe.optimizer.frozen, recipe.model)
         inputs = open_inputs(recipe, layout.data)
         description = resume.describe(recipe, layout, config, inputs)
-        return inputs, resume.find_start(recipe, description, found)
+        start = resume.find_start(recipe, description, found)
+        is_new = start.checkpoint is None
+        return inputs, start, _find_weights(recipe, inputs) if is_new else None
 
     layout, config = processes.first_then_all(read)
     needs = None if memory_needed is None else memory_needed(layout, config)
@@ -94,15 +101,15 @@ def pretrain(
         if processes.is_first:
             print(f"warning: {warning}", flush=True)
     found = processes.first_tells(lambda: resume.find_newest(recipe))
-    inputs, start = processes.first_then_all(check)
+    inputs, start, weights = processes.first_then_all(check)
     assert recipe.run is not None
     if processes.is_first:
-        for line in start.messages:
+        for line in (*start.messages, *([] if weights is None else [weights.summary()])):
             print(line, flush=True)
         clear_faults(recipe.run)
         _write_run_folder(recipe.run, recipe, inputs)
     with Monitor(recipe.run, enabled=processes.is_first) as monitor:
-        training = Pretraining(recipe, layout, config, inputs, processes, monitor)
+        training = Pretraining(recipe, layout, config, inputs, processes, monitor, weights)
         with written_down(recipe.run, processes, lambda: training.step):
             training.begin(start)
             training.run(show_samples)
@@ -119,6 +126,7 @@ class Pretraining:
         inputs: Inputs,
         processes: Processes,
         monitor: Monitor,
+        weights: StartWeights | None = None,
     ) -> None:
         assert recipe.run is not None
         assert recipe.model is not None
@@ -163,6 +171,7 @@ class Pretraining:
             processes.device,
             unit_costs(recipe, grids, layout.cut, processes.device),
             inputs.vqgan.codebook() if codes else None,
+            None if weights is None else weights.of,
         )
         make_skippable(self.engine.deepspeed, self._should_skip)
         self.stop = StopSignals(processes)
@@ -407,6 +416,17 @@ def _saver(
     )
     copy_bytes = None if settings.copy_gib is None else int(settings.copy_gib * 2**30)
     return Saver(checkpoints, engine, processes, copy_bytes, on_progress)
+
+
+def _find_weights(recipe: Recipe, inputs: Inputs) -> StartWeights | None:
+    """The weights that a new run begins with; None for weights drawn anew."""
+    if recipe.start is None:
+        return None
+    assert recipe.model is not None
+    trained = open_trained(recipe.start.weights, "start.weights")
+    same = same_tokenizers(trained, inputs.vqgan, inputs.bpe)
+    others = [name for name, is_same in zip(("vqgan", "bpe"), same, strict=True) if not is_same]
+    return StartWeights(trained, recipe.model, recipe.start.fresh, others)
 
 
 def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float]:

@@ -79,6 +79,8 @@ class OptimizerSettings(Settings):
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clipping: float = Field(1.0, ge=0)
+    # Patterns of weights that stay as they are, such as "encoder.*" or "text_*".
+    frozen: list[str] = Field(default_factory=list)
 
 
 class TrainingSettings(Settings):
@@ -103,6 +105,15 @@ class TrainingSettings(Settings):
     # A process without progress for so long ends the run.
     hang_seconds: float = Field(1800, gt=0)
     guard: GuardSettings = GuardSettings()
+
+
+class StartSettings(Settings):
+    """Where a new run takes its weights from; a run that has a checkpoint continues from that."""
+
+    # A run, one of its checkpoints, or a file of launch/export.py.
+    weights: Path
+    # Patterns of weights that begin anew all the same, such as "visual_embedding.*".
+    fresh: list[str] = Field(default_factory=list)
 
 
 class EvaluationSettings(Settings):
@@ -138,6 +149,8 @@ class Recipe(Settings):
     model: NuwaConfig | None = None
     tokenizers: TokenizerPaths | None = None
     data: DataSettings | None = None
+    # Trained weights that a new run begins with.
+    start: StartSettings | None = None
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings = TrainingSettings()

@@ -17,6 +17,9 @@ from megatron_nuwa.files import write_text_atomically
 
 RECIPE_FILE = "recipe.yaml"
 ENVIRONMENT_FILE = "environment.json"
+# The tokenizers of a pretraining run, copied into it.
+VQGAN_FILE = "tokenizers/vqgan.safetensors"
+BPE_FILE = "tokenizers/bpe.json"
 _REPORTED_PACKAGES = ("megatron-nuwa", "torch", "deepspeed", "numpy", "tokenizers", "safetensors")
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import write_text_atomically
-from megatron_nuwa.models.vqgan import save_vqgan
+from megatron_nuwa.models.vqgan import Vqgan, load_vqgan, save_vqgan
 from megatron_nuwa.training.codebook_upkeep import perplexity
 from megatron_nuwa.training.frames import (
     Batch,
@@ -67,6 +67,7 @@ def train_vqgan(
             f"vqgan.batch_size {recipe.batch_size} must be a multiple of the number of processes, "
             f"{processes.world_size}"
         )
+    start = processes.first_then_all(lambda: _start(recipe))
     if processes.is_first:
         prepare_run_folder(recipe.run, whole_recipe)
     processes.barrier()
@@ -75,6 +76,8 @@ def train_vqgan(
     if held_out is not None:
         held = _dataset(recipe, held_out, recipe.run / "held_out_frames.npy", processes)
     state = VqganStep(recipe, seed, processes)
+    if start is not None:
+        state.model.load_state_dict(start.state_dict())
     step = load_checkpoint(recipe.run, state)
     _announce(state, step, frames)
     with Monitor(recipe.run, enabled=processes.is_first) as monitor, StopSignals(processes) as stop:
@@ -93,6 +96,22 @@ def train_vqgan(
         print(f"VQ-GAN written to {recipe.run / 'vqgan.safetensors'}", flush=True)
     processes.barrier()
     return evaluation
+
+
+def _start(recipe: VqganRecipe) -> Vqgan | None:
+    """The trained VQ-GAN that a new run begins with."""
+    if recipe.start is None or (recipe.run / "checkpoints" / "latest").is_file():
+        return None
+    start = load_vqgan(recipe.start)
+    # Its networks take pictures of any size.
+    theirs, ours = (c.model_dump(exclude={"image_size"}) for c in (start.config, recipe.model))
+    for field, value in theirs.items():
+        if ours[field] != value:
+            raise UserError(
+                f"vqgan.start: {recipe.start} was trained with vqgan.model.{field} = {value}, but "
+                f"the recipe says {ours[field]}; set it to {value}"
+            )
+    return start
 
 
 def _run_steps(
