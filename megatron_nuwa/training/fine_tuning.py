@@ -10,8 +10,11 @@ from torch import Tensor
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
+from megatron_nuwa.models.vqgan import fingerprint
+from megatron_nuwa.training.inputs import Inputs
 from megatron_nuwa.training.name_patterns import matching
-from megatron_nuwa.training.trained_model import TrainedModel
+from megatron_nuwa.training.recipe import Recipe
+from megatron_nuwa.training.trained_model import TrainedModel, open_trained
 
 # What no weight's shape shows, but what the weights were trained for.
 _FIXED_FIELDS = (
@@ -30,6 +33,23 @@ _POSITIONS = ("context_positions.", "target_positions.")
 # Weights that mean nothing with another tokenizer, as far as the model has them.
 _OF_VQGAN = ("visual_embedding.codes.weight", "head.weight")
 _OF_BPE = ("text_embedding.weight",)
+
+
+def find_weights(recipe: Recipe, inputs: Inputs) -> StartWeights | None:
+    """The trained weights that a new run begins with; None for weights drawn anew.
+
+    Raises `UserError` for those that do not fit the recipe.
+    """
+    if recipe.start is None:
+        return None
+    assert recipe.model is not None
+    trained = open_trained(recipe.start.weights, "start.weights")
+    others = []
+    if fingerprint(trained.vqgan()) != fingerprint(inputs.vqgan):
+        others.append("vqgan")
+    if trained.bpe().fingerprint != inputs.bpe.fingerprint:
+        others.append("bpe")
+    return StartWeights(trained, recipe.model, recipe.start.fresh, others)
 
 
 class StartWeights:

@@ -29,7 +29,7 @@ from megatron_nuwa.training.engine import Engine, build_engine, complete_config
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
 from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
-from megatron_nuwa.training.fine_tuning import StartWeights
+from megatron_nuwa.training.fine_tuning import StartWeights, find_weights
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.inputs import Inputs, open_inputs
 from megatron_nuwa.training.monitor import Monitor
@@ -53,7 +53,6 @@ from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
 from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
-from megatron_nuwa.training.trained_model import open_trained, same_tokenizers
 from megatron_nuwa.training.watchdog import Watchdog
 
 # After a longer step the processes also look for stop signals between the next one's micro-batches;
@@ -93,7 +92,7 @@ def pretrain(
         description = resume.describe(recipe, layout, config, inputs)
         start = resume.find_start(recipe, description, found)
         is_new = start.checkpoint is None
-        return inputs, start, _find_weights(recipe, inputs) if is_new else None
+        return inputs, start, find_weights(recipe, inputs) if is_new else None
 
     layout, config = processes.first_then_all(read)
     needs = None if memory_needed is None else memory_needed(layout, config)
@@ -416,17 +415,6 @@ def _saver(
     )
     copy_bytes = None if settings.copy_gib is None else int(settings.copy_gib * 2**30)
     return Saver(checkpoints, engine, processes, copy_bytes, on_progress)
-
-
-def _find_weights(recipe: Recipe, inputs: Inputs) -> StartWeights | None:
-    """The weights that a new run begins with; None for weights drawn anew."""
-    if recipe.start is None:
-        return None
-    assert recipe.model is not None
-    trained = open_trained(recipe.start.weights, "start.weights")
-    same = same_tokenizers(trained, inputs.vqgan, inputs.bpe)
-    others = [name for name, is_same in zip(("vqgan", "bpe"), same, strict=True) if not is_same]
-    return StartWeights(trained, recipe.model, recipe.start.fresh, others)
 
 
 def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float]:

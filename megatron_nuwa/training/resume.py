@@ -59,10 +59,9 @@ def find_start(recipe: Recipe, description: dict[str, Any], found: Newest) -> St
     fixed = {key: value for key, value in description.items() if key != "layout"}
     difference = _first_difference(state, fixed)
     if difference is not None:
-        field, before, now = difference
         raise UserError(
-            f"run {recipe.run} was trained with {field} = {before}, but now it is {now}; set it "
-            "back to continue the run, or choose another run folder with run=FOLDER"
+            f"run {recipe.run} was trained with {_told(*difference)} to continue the run, or "
+            f"begin another with its weights: run=FOLDER start.weights={recipe.run}"
         )
     step = int(state["step"])
     if state["layout"] == description["layout"]:
@@ -95,23 +94,23 @@ def describe(
         "precision": layout.precision,
         "seed": recipe.seed,
         "model": recipe.model.model_dump(mode="json"),
+        "tokenizers": {"vqgan": fingerprint(inputs.vqgan), "bpe": inputs.bpe.fingerprint},
         "data": {
             "shuffle_window": recipe.data.shuffle_window,
             "caption_dropout": recipe.data.caption_dropout,
-            "corpus_weights": {task: s.corpus_weights for task, s in recipe.data.tasks.items()},
-            "batch_sizes": {task: s.batch_size for task, s in recipe.data.tasks.items()},
-            "grids": {task: list(corpora[0].grid) for task, corpora in inputs.train.items()},
-            "frames_per_second": {
-                task: corpora[0].manifest.frames_per_second
-                for task, corpora in inputs.train.items()
+            "tasks": {
+                task: {
+                    "corpora": [_fingerprint(corpus) for corpus in inputs.train[task]],
+                    "grid": list(inputs.train[task][0].grid),
+                    "frames_per_second": inputs.train[task][0].manifest.frames_per_second,
+                    "corpus_weights": settings.corpus_weights,
+                    "batch_size": settings.batch_size,
+                    "weight": settings.weight,
+                }
+                for task, settings in recipe.data.tasks.items()
             },
-            "corpora": {
-                task: [_fingerprint(c) for c in corpora] for task, corpora in inputs.train.items()
-            },
-            "items": {task: [len(c) for c in corpora] for task, corpora in inputs.train.items()},
         },
         "optimizer": recipe.optimizer.model_dump(mode="json", exclude={"implementation"}),
-        "tokenizers": {"vqgan": fingerprint(inputs.vqgan), "bpe": inputs.bpe.fingerprint},
     }
 
 
@@ -128,8 +127,9 @@ def layout_of(description: dict[str, Any]) -> Layout:
 def _first_difference(
     before: dict[str, Any], now: dict[str, Any], prefix: str = ""
 ) -> tuple[str, Any, Any] | None:
-    for key, value in now.items():
-        old, name = before.get(key), f"{prefix}{key}"
+    # A checkpoint says more than a recipe at the top, but in no group below it.
+    for key in {**now, **before} if prefix else now:
+        old, value, name = before.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(old, dict):
             inner = _first_difference(old, value, f"{name}.")
             if inner is not None:
@@ -137,3 +137,18 @@ def _first_difference(
         elif old != value:
             return name, old, value
     return None
+
+
+def _told(field: str, before: Any, now: Any) -> str:
+    """A difference in words, and what to do about it."""
+    if field.startswith("tokenizers."):
+        return f"another {field} than the recipe's; name that one"
+    if field.endswith(".corpora"):
+        return f"{field} that held other items than the recipe's do now; name those"
+    if field.startswith("data.tasks.") and isinstance(before or now, dict):
+        return (
+            f"{field}, which the recipe leaves out; add it"
+            if before
+            else (f"no {field}, which the recipe has; leave it out")
+        )
+    return f"{field} = {before}, but now it is {now}; set it back"

@@ -17,7 +17,7 @@ from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import replaced_atomically
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
-from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, fingerprint, load_vqgan
+from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, load_vqgan
 from megatron_nuwa.training.checkpoint import (
     MODEL_FILE,
     STATE_FILE,
@@ -127,11 +127,14 @@ class _Checkpoint(TrainedModel):
     def __init__(self, run: Path, folder: Path, full_precision: bool) -> None:
         self.origin, self._run = folder, run
         state = read_state(folder)
+        tasks = state["data"]["tasks"]
         facts = {
             "model": state["model"],
             "step": state["step"],
-            "grids": state["data"]["grids"],
-            "frames_per_second": state["data"]["frames_per_second"],
+            "grids": {task: facts["grid"] for task, facts in tasks.items()},
+            "frames_per_second": {
+                task: facts["frames_per_second"] for task, facts in tasks.items()
+            },
         }
         self.facts = parse_settings(TrainedFacts, facts, f"checkpoint {folder}")
         layout = layout_of(state["layout"])
@@ -203,11 +206,3 @@ class _ExportedModel(TrainedModel):
         if not isinstance(tree, dict):
             raise UserError(f"{self.origin} carries no readable '{key}'")
         return tree
-
-
-def same_tokenizers(trained: TrainedModel, vqgan: Vqgan, bpe: TextTokenizer) -> tuple[bool, bool]:
-    """Whether a model was trained on what this VQ-GAN, and this BPE, write."""
-    return (
-        fingerprint(trained.vqgan()) == fingerprint(vqgan),
-        trained.bpe().fingerprint == bpe.fingerprint,
-    )
