@@ -212,6 +212,30 @@ def test_stopped_run_resumes_bit_for_bit(straight_run: Path, media: Path, tmp_pa
         assert all(torch.equal(moments[name], other[name]) for name in moments)
 
 
+def test_a_new_run_begins_with_the_weights_of_another(
+    straight_run: Path, media: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "start": str(straight_run / "run/vqgan.safetensors"),
+        "codebook": {"kmeans": False, "start_step": 0, "restart_every": 0},
+        "optimizer": {"learning_rate": 1e-12},
+        "steps": 1,
+        "batch_size": 2,
+    }
+    recipe = write_recipe(tmp_path, media, **changes)
+    done = run_command_line(sys.executable, COMMAND, recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before, after = (load_vqgan(folder / "run").state_dict() for folder in (straight_run, tmp_path))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-9)
+    done = run_command_line(
+        *(sys.executable, COMMAND, recipe, f"vqgan.run={tmp_path / 'other'}"),
+        "vqgan.model.code_dim=8",
+    )
+    assert "trained with vqgan.model.code_dim = 16, but the recipe says 8" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_frames_are_decoded_by_workers_while_training_in_bf16(media: Path, tmp_path: Path) -> None:
     data = {"cache_frames": False, "workers": 1}
     recipe = write_recipe(tmp_path, media, data=data, steps=5, precision="bf16", batch_size=6)
@@ -251,6 +275,7 @@ def test_sigterm_to_all_processes_saves_and_ends_with_0(media: Path, tmp_path: P
         ("vqgan.data.decode_size=16", "data.decode_size 16 must be at least model.image_size 32"),
         ("vqgan.data.train=[absent.jsonl]", "manifest absent.jsonl does not exist"),
         ("vqgan.loss.perceptual.network=vgg16", "network 'vgg16' needs weights"),
+        ("vqgan.start=runs/other", "set codebook.kmeans to false and codebook.start_step to 0"),
         ("vqgan=null", "recipe 'tiny' has no 'vqgan'"),
         ("vqgan.batch_size=0", "vqgan.batch_size: "),
     ],
