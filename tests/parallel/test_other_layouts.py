@@ -34,7 +34,7 @@ STAGES = ((1, 2), (3, 5), (2, 8), (1, 11), (2, 14), (3, 17), (1, 20))
 
 def leg(name: str, stop: int, contents: dict[str, Any], changes: tuple[str, ...]) -> Scenario:
     """A part of a run, up to a step."""
-    return Scenario(name, contents, (f"training.stop_at_step={stop}", *changes))
+    return Scenario(name, contents, (f"training.stop_at_step={stop}", "evaluation=null", *changes))
 
 
 @pytest.fixture(scope="module")
