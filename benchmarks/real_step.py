@@ -35,7 +35,8 @@ from megatron_nuwa.parallel.layout import check_layout, read_layout
 from megatron_nuwa.plan.candidates import Judged, Machine, judge_batches
 from megatron_nuwa.plan.devices import GIB, device_named
 from megatron_nuwa.plan.workload import MicroBatch
-from megatron_nuwa.training.engine import Engine, build_engine, complete_config
+from megatron_nuwa.training.building import build_engine, complete_config
+from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.hardware import allocated_gib
 from megatron_nuwa.training.processes import Processes, join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe

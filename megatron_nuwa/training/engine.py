@@ -10,14 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor, nn
 
 from megatron_nuwa.data.batches import TaskName, TokenBatch
-from megatron_nuwa.errors import ReportedElsewhereError, UserError
-from megatron_nuwa.models.initialisation import assign, whole_shape
+from megatron_nuwa.models.initialisation import whole_shape
 from megatron_nuwa.models.nuwa import Nuwa
-from megatron_nuwa.parallel.cut import cut, stage_table
 from megatron_nuwa.parallel.groups import Place, import_deepspeed
 from megatron_nuwa.parallel.tensor import split_model, whole_weight
 from megatron_nuwa.parallel.units import Flow, Units
@@ -64,7 +61,7 @@ class Engine(ABC):
         """Losses without gradients; every replica brings the same number of micro-batches."""
 
     @abstractmethod
-    def _owned(self, stage: int) -> list[nn.Module]:
+    def owned(self, stage: int) -> list[nn.Module]:
         """The modules whose weights a stage holds."""
 
     def set_rate(self, rate: float) -> None:
@@ -96,7 +93,7 @@ class Engine(ABC):
         weights: dict[str, Tensor] = {}
         for stage in range(place.layout.pipeline):
             leader = place.mpu.stage_to_global(stage, data=0, model=0)
-            for parameter in (p for module in self._owned(stage) for p in module.parameters()):
+            for parameter in (p for module in self.owned(stage) for p in module.parameters()):
                 name = names[id(parameter)]
                 # A tied head's table lies on two stages.
                 if name not in fetched:
@@ -180,7 +177,7 @@ class WholeEngine(Engine):
     def losses(self) -> list[Loss]:
         return self._losses
 
-    def _owned(self, stage: int) -> list[nn.Module]:
+    def owned(self, stage: int) -> list[nn.Module]:
         return [self.model]
 
 
@@ -267,7 +264,7 @@ class StageEngine(Engine):
     def _new_buffer(self, _index: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def _owned(self, stage: int) -> list[nn.Module]:
+    def owned(self, stage: int) -> list[nn.Module]:
         from megatron_nuwa.parallel.pipeline import own_modules
 
         return own_modules(self._units, self.bounds, stage)
@@ -286,75 +283,6 @@ class _TaskLoss(nn.Module):
         (units,) = self._units
         flow = units.run(Flow.of(batch.context(), batch.target, batch.grid, seed))
         return self.model.cross_entropy(flow.x, batch.target)
-
-
-def complete_config(
-    config: dict[str, Any], micro_batches: int, replicas: int, gradient_clipping: float
-) -> dict[str, Any]:
-    """A layout's DeepSpeed part with the recipe's batch and clipping filled in.
-
-    DeepSpeed counts in micro-batches of one task, whose sample counts differ, so its own batch
-    size says 1 a micro-batch and only the accumulation is real.
-    """
-    return {
-        **config,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batches * replicas,
-        "gradient_clipping": gradient_clipping,
-        "steps_per_print": 1 << 62,
-    }
-
-
-def build_engine(
-    recipe: Recipe,
-    place: Place,
-    config: dict[str, Any],
-    device: torch.device,
-    unit_costs: Sequence[float],
-    codebook: Tensor | None,
-    trained: Callable[[str], Tensor | None] | None = None,
-) -> Engine:
-    """Engine of a run with starting weights; `unit_costs` decide where a pipeline is cut.
-
-    `trained` gives whole weights to start from by their names, None for those that begin anew.
-
-    Raises `UserError` where so much is frozen that a stage has nothing to train.
-    """
-    engine: WholeEngine | StageEngine
-    if place.layout.pipeline == 1:
-        engine = WholeEngine(recipe, place, config, device)
-    else:
-        bounds = cut(unit_costs, place.layout.pipeline)
-        engine = StageEngine(recipe, place, config, device, bounds)
-        if dist.get_rank() == 0:
-            names = Units(engine.model).names
-            Console().print(stage_table(names, unit_costs, bounds, place.layout.cut))
-    if codebook is not None and not engine.model.visual_embedding.codes.weight.is_meta:
-        engine.model.use_codebook(codebook)
-    if trained is not None:
-        _assign_all(engine.model, trained)
-    _check_trainable(engine)
-    engine.wrap()
-    return engine
-
-
-def _assign_all(model: Nuwa, trained: Callable[[str], Tensor | None]) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and (whole := trained(name)) is not None:
-            assign(parameter, whole)
-
-
-def _check_trainable(engine: Engine) -> None:
-    """Every process sees every stage, and so they all fail alike."""
-    for stage in range(engine.place.layout.pipeline):
-        parameters = (p for module in engine._owned(stage) for p in module.parameters())
-        if not any(p.requires_grad for p in parameters):
-            kind = ReportedElsewhereError if dist.get_rank() else UserError
-            raise kind(
-                f"optimizer.frozen leaves nothing to train in stage {stage} of the pipeline; "
-                "freeze less, or choose a layout with fewer stages"
-            )
 
 
 def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:

@@ -22,10 +22,10 @@ from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
+from megatron_nuwa.training.building import build_engine, complete_config
 from megatron_nuwa.training.checkpoint import STATE_FILE, Checkpoints, read_state
-from megatron_nuwa.training.checkpoint import load as load_checkpoint
 from megatron_nuwa.training.costs import unit_costs
-from megatron_nuwa.training.engine import Engine, build_engine, complete_config
+from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
 from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
@@ -39,7 +39,7 @@ from megatron_nuwa.training.preflight import preflight
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
-from megatron_nuwa.training.relayout import take_over
+from megatron_nuwa.training.relayout import load
 from megatron_nuwa.training.run_folder import (
     BPE_FILE,
     ENVIRONMENT_FILE,
@@ -48,7 +48,6 @@ from megatron_nuwa.training.run_folder import (
     describe_environment,
     prepare_run_folder,
 )
-from megatron_nuwa.training.saved_state import SavedState
 from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
@@ -192,7 +191,7 @@ class Pretraining:
         """Load the checkpoint that the run continues from, and say how the run begins."""
         if start.checkpoint is not None:
             state = read_state(start.checkpoint)
-            self._load(start, state["bounds"])
+            load(self.engine, start, state["bounds"])
             self.step = start.step
             self.guard.restore(state["guard"])
         if self.processes.is_first:
@@ -207,19 +206,6 @@ class Pretraining:
         seed_random_state(mix(self.recipe.seed, self.processes.rank) >> 1)
         if start.checkpoint is not None:
             restore_random_state(start.checkpoint, self.processes.rank)
-
-    def _load(self, start: resume.Start, bounds: list[int]) -> None:
-        assert start.checkpoint is not None
-        assert self.recipe.model is not None
-        now = self.place.layout
-        # A pipeline cut by measured times may be cut elsewhere on the same layout.
-        if start.layout is None and bounds == self.engine.bounds:
-            load_checkpoint(self.engine.deepspeed, start.checkpoint)
-            return
-        before = start.layout or now
-        if self.processes.is_first:
-            print(f"{start.checkpoint} was written by layout {before.name}", flush=True)
-        take_over(self.engine, SavedState(start.checkpoint, before, self.recipe.model), start.step)
 
     def run(self, show_samples: ShowSamples | None) -> None:
         """Train until the schedule or `training.stop_at_step` ends, or a signal asks to stop.

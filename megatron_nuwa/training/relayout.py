@@ -1,17 +1,32 @@
-"""Putting a checkpoint of another layout into an engine."""
+"""Putting a checkpoint into an engine, of the layout that wrote it or of another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_nuwa.models.initialisation import shard_of
+from megatron_nuwa.training import checkpoint
 from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.progress import track
+from megatron_nuwa.training.resume import Start
 from megatron_nuwa.training.saved_state import KINDS, Kind, SavedState
+
+
+def load(engine: Engine, start: Start, bounds: Sequence[int]) -> None:
+    """Put the checkpoint of `start`, whose pipeline was cut at `bounds`, into an engine."""
+    assert start.checkpoint is not None
+    # A pipeline cut by measured times may be cut elsewhere on the same layout.
+    if start.layout is None and bounds == engine.bounds:
+        checkpoint.load(engine.deepspeed, start.checkpoint)
+        return
+    before = start.layout or engine.place.layout
+    if _is_first():
+        print(f"{start.checkpoint} was written by layout {before.name}", flush=True)
+    take_over(engine, SavedState(start.checkpoint, before, engine.model.config), start.step)
 
 
 @torch.no_grad()
