@@ -63,16 +63,18 @@ def find_start(recipe: Recipe, description: dict[str, Any], found: Newest) -> St
             f"run {recipe.run} was trained with {_told(*difference)} to continue the run, or "
             f"begin another with its weights: run=FOLDER start.weights={recipe.run}"
         )
-    step = int(state["step"])
+    other = _other_layout(recipe.run, state, description)
+    return Start(newest, int(state["step"]), tuple(complaints), other)
+
+
+def _other_layout(run: Path, state: dict[str, Any], description: dict[str, Any]) -> Layout | None:
+    """The layout that wrote a checkpoint whose state must be taken over; None for the same."""
     if state["layout"] == description["layout"]:
-        return Start(newest, step, tuple(complaints))
-    return Start(newest, step, tuple(complaints), _other_layout(recipe.run, state, description))
-
-
-def _other_layout(run: Path, state: dict[str, Any], description: dict[str, Any]) -> Layout:
-    """The layout that wrote a checkpoint, when it can be taken over into the present one."""
+        return None
     before, now = (layout_of(each["layout"]) for each in (state, description))
     if 0 in (before.zero_stage, now.zero_stage):
+        if before == now:
+            return None
         raise UserError(
             f"run {run} was trained as {before.name} and cannot continue as {now.name}: the layout "
             "may change between zero_optimization.stage 1, 2 and 3 only"

@@ -1,10 +1,11 @@
 """Weights and Adam's moments of a checkpoint, by name, whatever layout wrote them.
 
-DeepSpeed's own converter (`deepspeed.checkpoint.ds_to_universal`) does not fit: it unpickles
-without `weights_only`, its names differ between engines with and without a pipeline, it writes the
-whole state once more, and it joins what no pattern names along dimension 0 without a word. Here the
-model itself knows how each of its weights is split, and the files are mapped into memory, so a
-process reads what it needs and nothing is written.
+DeepSpeed's own converter (`deepspeed.checkpoint.ds_to_universal`, 0.19.8) finds the same numbers
+in a checkpoint that it can convert, but does not fit: it unpickles without `weights_only`, its
+names differ between engines with and without a pipeline, it knows one padded vocabulary where this
+model has two, what no pattern names it joins along dimension 0 without a word, and it writes the
+whole state once more. Here the model itself knows how each of its weights is split; the files are
+mapped into memory, each process reads what it needs, and nothing is written.
 """
 
 from __future__ import annotations
@@ -73,6 +74,10 @@ class SavedState:
     def trained(self) -> set[str]:
         """Names of the weights that the optimizer changed; all others were frozen."""
         return set(self._pieces)
+
+    def part(self, name: str) -> Tensor:
+        """A weight as the first process of a tensor group had it, on the meta device."""
+        return self._parts[name]
 
     def whole(self, name: str, kind: Kind) -> Tensor:
         """A trained weight, or one of its moments, fp32, as the whole model has it."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import re
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +18,10 @@ from worlds import Scenario, carry_out, figures, layout, run_world
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sha256_of
+from megatron_nuwa.models.initialisation import shard_of
 from megatron_nuwa.models.nuwa import Nuwa
+from megatron_nuwa.parallel.pipeline import weight_names
+from megatron_nuwa.parallel.units import Units
 from megatron_nuwa.training.checkpoint import read_state
 from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.pretrain import Pretraining, pretrain
@@ -28,6 +33,7 @@ KEEP = "training.keep_checkpoints=9"
 # One table on the pipeline's first and last stage, 541 captions' tokens that two do not divide.
 TIED = (KEEP, "model.tie_head=true", "model.text_vocabulary=541")
 FROZEN = (KEEP, "model.train_codebook=false")
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 # Every change between the three, in seven legs.
 STAGES = ((1, 2), (3, 5), (2, 8), (1, 11), (2, 14), (3, 17), (1, 20))
 
@@ -113,16 +119,69 @@ def test_every_weight_of_every_layout_is_found_by_its_name(runs: Path) -> None:
     assert len(layouts) >= 7
 
 
+def test_deepspeed_s_own_converter_finds_the_same_numbers(runs: Path, tmp_path: Path) -> None:
+    """Told how each weight is split, and where no vocabulary is padded, which it cannot undo."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    original = runs / "tuned_split/checkpoints/step_00000002"
+    saved, checkpoint = saved_state(original), tmp_path / "step_00000002"
+    shutil.copytree(original, checkpoint)
+    theirs = pipeline_names(original)
+    split = {name: shard_of(saved.part(ours)) for name, ours in theirs.items()}
+    patterns = {
+        "tp_replicated_parameter_patterns": [n for n, shard in split.items() if shard is None],
+        "parameter_with_row_parallelism_patterns": [n for n, s in split.items() if s and s.dim],
+    }
+    info = {kind: [f"{re.escape(n)}$" for n in names] for kind, names in patterns.items()}
+    for path in checkpoint.glob("mp_rank_*_model_states.pt"):
+        state = torch.load(path, weights_only=True)
+        torch.save(state | {"universal_checkpoint_info": info}, path)
+    ds_to_universal.main(
+        argparse.Namespace(
+            input_folder=str(checkpoint),
+            output_folder=str(tmp_path / "universal"),
+            num_extract_workers=1,
+            num_merge_workers=1,
+            keep_temp_folder=False,
+            strict=False,
+            inject_missing_state=False,
+        )
+    )
+    checked = 0
+    for name, ours in theirs.items():
+        for kind in KINDS if ours in saved.trained else ():
+            found = torch.load(tmp_path / f"universal/zero/{name}/{kind}.pt", weights_only=True)
+            assert found["param"].equal(saved.whole(ours, kind)), (name, kind)
+            checked += 1
+    assert checked == 3 * len(saved.trained)
+
+
+def pipeline_names(checkpoint: Path) -> dict[str, str]:
+    config = load_recipe(checkpoint.parents[1] / "recipe.yaml").model
+    assert config is not None
+    with torch.device("meta"):
+        return weight_names(Units(Nuwa(config)))
+
+
+@pytest.mark.parametrize("more", [{}, OFFLOADED], ids=["", "offloaded"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("name", "step"), [("moved", 5), ("frozen", 3)])
 def test_weights_and_moments_are_taken_over_bit_for_bit(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int, stage: int
+    runs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    step: int,
+    stage: int,
+    more: dict[str, Any],
 ) -> None:
     """And the checkpoint stays as it is, so a start that is killed leaves nothing behind."""
     checkpoint = tmp_path / f"run/checkpoints/step_{step:08d}"
     shutil.copytree(runs / name / "checkpoints" / checkpoint.name, checkpoint)
     layout_path = tmp_path / "layout.json"
-    layout_path.write_text(json.dumps(layout(zero=stage, bf16=name == "frozen")))
+    contents = layout(zero=stage, bf16=name == "frozen")
+    contents["zero_optimization"] |= more
+    layout_path.write_text(json.dumps({**contents, "zero_force_ds_cpu_optimizer": False}))
     engines: list[Engine] = []
     monkeypatch.setattr(Pretraining, "run", lambda self, _show: engines.append(self.engine))
     recipe = load_recipe(runs / name / "recipe.yaml", [f"run={tmp_path / 'run'}"])
