@@ -147,10 +147,8 @@ def _told(field: str, before: Any, now: Any) -> str:
         return f"another {field} than the recipe's; name that one"
     if field.endswith(".corpora"):
         return f"{field} that held other items than the recipe's do now; name those"
-    if field.startswith("data.tasks.") and isinstance(before or now, dict):
-        return (
-            f"{field}, which the recipe leaves out; add it"
-            if before
-            else (f"no {field}, which the recipe has; leave it out")
-        )
+    if field.startswith("data.tasks.") and isinstance(before, dict):
+        return f"{field}, which the recipe leaves out; add it"
+    if field.startswith("data.tasks.") and isinstance(now, dict):
+        return f"no {field}, which the recipe has; leave it out"
     return f"{field} = {before}, but now it is {now}; set it back"
