@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from megatron_nuwa.models.vqgan import fingerprint
 from megatron_nuwa.training.inputs import Inputs
 from megatron_nuwa.training.name_patterns import matching
 from megatron_nuwa.training.recipe import Recipe
-from megatron_nuwa.training.trained_model import TrainedModel, open_trained
+from megatron_nuwa.training.trained_model import TrainedModel, locate, open_located
 
 # What no weight's shape shows, but what the weights were trained for.
 _FIXED_FIELDS = (
@@ -29,21 +30,35 @@ _FIXED_FIELDS = (
     "tie_head",
     "text_tokens",
 )
+_FIELD = "start.weights"
 _POSITIONS = ("context_positions.", "target_positions.")
 # Weights that mean nothing with another tokenizer, as far as the model has them.
 _OF_VQGAN = ("visual_embedding.codes.weight", "head.weight")
 _OF_BPE = ("text_embedding.weight",)
 
 
-def find_weights(recipe: Recipe, inputs: Inputs) -> StartWeights | None:
-    """The trained weights that a new run begins with; None for weights drawn anew.
+def find_source(recipe: Recipe) -> Path | UserError | None:
+    """Where the weights lie that a new run begins with; checks all of their bytes.
 
-    Raises `UserError` for those that do not fit the recipe.
+    Returns the `UserError` for a place that has none, so that one process can look for all.
     """
     if recipe.start is None:
         return None
+    try:
+        return locate(recipe.start.weights, _FIELD)
+    except UserError as error:
+        return error
+
+
+def fit(source: Path | UserError | None, recipe: Recipe, inputs: Inputs) -> StartWeights | None:
+    """The weights that `find_source` found; raises its error, or `UserError` if they do not fit."""
+    if isinstance(source, UserError):
+        raise source
+    if source is None:
+        return None
+    assert recipe.start is not None
     assert recipe.model is not None
-    trained = open_trained(recipe.start.weights, "start.weights")
+    trained = open_located(source, _FIELD)
     others = []
     if fingerprint(trained.vqgan()) != fingerprint(inputs.vqgan):
         others.append("vqgan")

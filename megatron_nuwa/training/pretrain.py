@@ -29,7 +29,7 @@ from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
 from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
-from megatron_nuwa.training.fine_tuning import StartWeights, find_weights
+from megatron_nuwa.training.fine_tuning import StartWeights, find_source, fit
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.inputs import Inputs, open_inputs
 from megatron_nuwa.training.monitor import Monitor
@@ -90,8 +90,7 @@ def pretrain(
         inputs = open_inputs(recipe, layout.data)
         description = resume.describe(recipe, layout, config, inputs)
         start = resume.find_start(recipe, description, found)
-        is_new = start.checkpoint is None
-        return inputs, start, find_weights(recipe, inputs) if is_new else None
+        return inputs, start, fit(source, recipe, inputs)
 
     layout, config = processes.first_then_all(read)
     needs = None if memory_needed is None else memory_needed(layout, config)
@@ -99,6 +98,7 @@ def pretrain(
         if processes.is_first:
             print(f"warning: {warning}", flush=True)
     found = processes.first_tells(lambda: resume.find_newest(recipe))
+    source = None if found[0] else processes.first_tells(lambda: find_source(recipe))
     inputs, start, weights = processes.first_then_all(check)
     assert recipe.run is not None
     if processes.is_first:

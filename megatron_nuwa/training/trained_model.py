@@ -27,7 +27,7 @@ from megatron_nuwa.training.checkpoint import (
     read_state,
 )
 from megatron_nuwa.training.resume import layout_of
-from megatron_nuwa.training.run_folder import BPE_FILE, VQGAN_FILE
+from megatron_nuwa.training.run_folder import BPE_FILE, RECIPE_FILE, VQGAN_FILE
 from megatron_nuwa.training.saved_state import SavedState
 
 _FORMAT = "megatron_nuwa.nuwa/1"
@@ -84,23 +84,40 @@ def open_trained(path: Path, field: str, full_precision: bool = True) -> Trained
 
     Raises `UserError` that names `field`, the argument or field that `path` comes from.
     """
+    return open_located(locate(path, field), field, full_precision)
+
+
+def locate(path: Path, field: str) -> Path:
+    """The checkpoint, whose files are all read and found whole, or the exported file, at a path.
+
+    Raises `UserError` that names `field`.
+    """
     if path.is_file():
-        return _ExportedModel(path, field)
+        return path
     if (path / STATE_FILE).is_file():
         try:
             check(path)
         except DamagedCheckpointError as error:
             raise UserError(f"{field}: checkpoint {path} is damaged ({error})") from error
-        return _Checkpoint(path.resolve().parents[1], path, full_precision)
-    if not (path / "recipe.yaml").is_file():
+        return path
+    if not (path / RECIPE_FILE).is_file():
         raise UserError(
             f"{field}: {path} is no pretraining run, no checkpoint of one and no exported file"
         )
     newest, complaints = Checkpoints(path / "checkpoints", keep=1).newest()
     if newest is None:
         reason = f" ({complaints[0]})" if complaints else ""
-        raise UserError(f"run {path} has no whole checkpoint yet{reason}; train it further first")
-    return _Checkpoint(path, newest, full_precision)
+        raise UserError(
+            f"{field}: run {path} has no whole checkpoint yet{reason}; train it further first"
+        )
+    return newest
+
+
+def open_located(path: Path, field: str, full_precision: bool = True) -> TrainedModel:
+    """`open_trained` for what `locate` found."""
+    if path.is_file():
+        return _ExportedModel(path, field)
+    return _Checkpoint(path.resolve().parents[1], path, full_precision)
 
 
 def export(trained: TrainedModel, output: Path, dtype: torch.dtype) -> None:
