@@ -154,6 +154,7 @@ class _Checkpoint(TrainedModel):
             },
         }
         self.facts = parse_settings(TrainedFacts, facts, f"checkpoint {folder}")
+        self._file: Any = safe_open(folder / MODEL_FILE, framework="pt")
         layout = layout_of(state["layout"])
         is_apart = layout.precision != "fp32" and layout.zero_stage > 0
         self._state = None
@@ -163,8 +164,7 @@ class _Checkpoint(TrainedModel):
     def weight(self, name: str) -> Tensor:
         if self._state is not None and name in self._state.trained:
             return self._state.whole(name, "fp32")
-        with safe_open(self.origin / MODEL_FILE, framework="pt") as weights:
-            return weights.get_tensor(name)
+        return self._file.get_tensor(name)
 
     def vqgan(self) -> Vqgan:
         return load_vqgan(self._run / VQGAN_FILE)
@@ -177,9 +177,9 @@ class _ExportedModel(TrainedModel):
     def __init__(self, path: Path, field: str) -> None:
         self.origin = path
         try:
-            with safe_open(path, framework="pt") as opened:
-                self._metadata: dict[str, str] = opened.metadata() or {}
-                found = set(opened.keys())
+            # Kept open: the BPE makes its header long, and there are many weights.
+            self._file: Any = safe_open(path, framework="pt")
+            self._metadata: dict[str, str] = self._file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{field}: {path} is not a whole safetensors file; other kinds, which could run "
@@ -191,21 +191,19 @@ class _ExportedModel(TrainedModel):
                 f"{self._metadata.get('format', 'unknown')!r}, not {_FORMAT!r})"
             )
         self.facts = parse_settings(TrainedFacts, self._json("facts"), f"{path}, 'facts'")
-        missing = {f"{_MODEL}{name}" for name in self.names} - found
+        missing = {f"{_MODEL}{name}" for name in self.names} - set(self._file.keys())
         if missing:
             raise UserError(f"{field}: {path} has no weight '{min(missing)}'")
 
     def weight(self, name: str) -> Tensor:
-        with safe_open(self.origin, framework="pt") as opened:
-            return opened.get_tensor(f"{_MODEL}{name}")
+        return self._file.get_tensor(f"{_MODEL}{name}")
 
     def vqgan(self) -> Vqgan:
         config = parse_settings(VqganConfig, self._json("vqgan"), f"{self.origin}, 'vqgan'")
         with torch.device("meta"):
             model = Vqgan(config)
-        with safe_open(self.origin, framework="pt") as opened:
-            names = [name for name in opened.keys() if name.startswith(_VQGAN)]  # noqa: SIM118
-            weights = {name.removeprefix(_VQGAN): opened.get_tensor(name) for name in names}
+        names = [name for name in self._file.keys() if name.startswith(_VQGAN)]  # noqa: SIM118
+        weights = {name.removeprefix(_VQGAN): self._file.get_tensor(name) for name in names}
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
