@@ -213,8 +213,11 @@ def test_stopped_run_resumes_bit_for_bit(straight_run: Path, media: Path, tmp_pa
 
 
 def test_a_new_run_begins_with_the_weights_of_another(
-    straight_run: Path, media: Path, tmp_path: Path
+    straight_run: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from launch.train_vqgan import main
+
     changes: dict[str, Any] = {
         "start": str(straight_run / "run/vqgan.safetensors"),
         "codebook": {"kmeans": False, "start_step": 0, "restart_every": 0},
@@ -222,17 +225,16 @@ def test_a_new_run_begins_with_the_weights_of_another(
         "steps": 1,
         "batch_size": 2,
     }
-    recipe = write_recipe(tmp_path, media, **changes)
-    done = run_command_line(sys.executable, COMMAND, recipe)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = ["train_vqgan.py", str(write_recipe(tmp_path, media, **changes))]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
     before, after = (load_vqgan(folder / "run").state_dict() for folder in (straight_run, tmp_path))
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-9)
-    done = run_command_line(
-        *(sys.executable, COMMAND, recipe, f"vqgan.run={tmp_path / 'other'}"),
-        "vqgan.model.code_dim=8",
-    )
-    assert "trained with vqgan.model.code_dim = 16, but the recipe says 8" in done.stderr
+    other = f"vqgan.run={tmp_path / 'other'}"
+    monkeypatch.setattr(sys, "argv", [*command, other, "vqgan.model.code_dim=8"])
+    with pytest.raises(UserError, match=r"with vqgan\.model\.code_dim = 16, but the recipe says 8"):
+        main()
     assert not (tmp_path / "other").exists()
 
 
