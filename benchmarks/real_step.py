@@ -38,8 +38,9 @@ from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.plan.candidates import Judged
 from megatron_nuwa.plan.devices import GIB
 from megatron_nuwa.plan.timing import step_flops
+from megatron_nuwa.training.building import build_engine, complete_config
 from megatron_nuwa.training.compiling import check_compile
-from megatron_nuwa.training.engine import Engine, build_engine, complete_config
+from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.hardware import allocated_gib
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe
@@ -49,7 +50,7 @@ _WIDTH = 150
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
 # The same run at a size of seconds, for `--dry-run`.
-_SMALL = (
+SMALL = (
     "model.width=64",
     "model.heads=4",
     "model.encoder_layers=2",
@@ -74,10 +75,10 @@ class Step:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 when the loss is not finite."""
     options = _parser().parse_intermixed_args(arguments)
-    recipe = load_recipe(options.recipe, [*(_SMALL if options.dry_run else ()), *options.overrides])
+    recipe = load_recipe(options.recipe, [*(SMALL if options.dry_run else ()), *options.overrides])
     recipe.require("model", "data")
     assert recipe.model is not None
-    _return_freed_memory()
+    return_freed_memory()
     with join_processes() as processes:
         if processes.world_size > 1:
             raise UserError("benchmarks.real_step runs in one process; start it without a launcher")
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_compile(recipe.training, plan.layout, device)
         _say_what_runs(recipe, device)
         mix = Mix(options.clips, options.images, options.clip_batches)
-        engine = _engine(recipe, plan, device, len(mix.sizes(recipe.model)))
+        engine = single_engine(recipe, plan, device, len(mix.sizes(recipe.model)))
         if options.largest:
             mix = largest_mix(engine, plan, mix, lambda batches: _step(engine, batches))
         batches = token_batches(recipe.model, mix.sizes(recipe.model))
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(map(_is_finite, steps)) else 1
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Have every tensor of 1 MiB and more go back to the system when it is freed.
 
     Left alone, glibc raises that limit to 32 MiB by itself and keeps 2 GiB of holes between the
@@ -134,7 +135,9 @@ def _say_what_runs(recipe: Recipe, device: torch.device) -> None:
     print(f"recompute {settings.checkpoint_activations}, compile {settings.compile}", flush=True)
 
 
-def _engine(recipe: Recipe, plan: StepPlan, device: torch.device, micro_batches: int) -> Engine:
+def single_engine(
+    recipe: Recipe, plan: StepPlan, device: torch.device, micro_batches: int
+) -> Engine:
     """The engine of a pretraining.
 
     The weights are made in fp32 and DeepSpeed casts them one by one, so building needs less than

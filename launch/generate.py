@@ -22,7 +22,7 @@ from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.generation.media import contact_sheet, write_gif, write_mp4, write_png
 from megatron_nuwa.generation.sampling import SamplingSettings
-from megatron_nuwa.generation.trained import Generator, open_run
+from megatron_nuwa.generation.trained import Generator, open_generator
 from megatron_nuwa.grid import Grid
 from preprocessing.decoders import DecodeSettings, decode_clip
 
@@ -50,7 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "task", metavar="TASK", choices=TASKS, help=f"one of {', '.join(READY)} for now"
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of a pretraining run")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="folder of a pretraining run")
+    source.add_argument("--model", type=Path, metavar="FILE", help="a file of launch/export.py")
     parser.add_argument("--prompt", action="append", default=[], help="text; may be repeated")
     parser.add_argument(
         "--clip", type=Path, action="append", default=[], help="v2v: video to continue; repeatable"
@@ -70,7 +72,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=8, help="samples at once (default 8)")
     parser.add_argument(
-        "--output", type=Path, help="folder for the files (default RUN/generated/TASK)"
+        "--output",
+        type=Path,
+        help="folder for the files (default RUN/generated/TASK; generated/TASK beside FILE)",
     )
     return parser.parse_args()
 
@@ -85,13 +89,17 @@ def main() -> None:
         )
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-')}") from error
-    generator = open_run(arguments.run)
+    source, field = (
+        (arguments.run, "--run") if arguments.model is None else (arguments.model, "--model")
+    )
+    generator = open_generator(source, field)
     grid = generator.image_grid if arguments.task == "t2i" else generator.clip_grid
     for request in requests:
         generator.bpe.encode(request.prompt)
     known, is_known = read_known(generator, grid, requests, arguments.keep_frames)
     clips = sample(generator, grid, requests, settings, known, is_known, arguments.batch_size)
-    output = arguments.output or arguments.run / "generated" / arguments.task
+    folder = source if source.is_dir() else source.parent
+    output = arguments.output or folder / "generated" / arguments.task
     write_files(output, arguments, settings, requests, clips, generator.frames_per_second)
     print(f"wrote {len(clips)} {'images' if grid.s == 1 else 'clips'} to {output}")
 
@@ -188,7 +196,7 @@ def write_files(
                 "prompt": request.prompt,
                 "seed": request.seed,
                 **asdict(settings),
-                "run": str(arguments.run),
+                "run": str(arguments.run or arguments.model),
             }
             if request.clip is not None:
                 origin |= {"given": str(request.clip), "keep_frames": arguments.keep_frames}

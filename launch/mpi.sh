@@ -2,7 +2,8 @@
 # An OpenMPI job over the nodes of a hostfile, started from the repository's root:
 #   launch/mpi.sh HOSTFILE launch/recipes/nuwa_870m.yaml --deepspeed_config ds_configs/zero1_bf16.json
 # SCRIPT=launch/preflight.py launch/mpi.sh HOSTFILE RECIPE checks the nodes only.
-# MPI_ARGS holds further options of mpirun, MASTER_PORT the port where the processes meet.
+# MPI_ARGS holds further options of mpirun, MASTER_PORT the port where the processes meet,
+# RESTARTS (default 10) how often the run is started again after a fault.
 set -euo pipefail
 
 if (($# < 2)); then
@@ -37,5 +38,6 @@ fi
 
 # One process a slot; binding a process to one core would starve its loader threads.
 # shellcheck disable=SC2086
-exec mpirun --hostfile "$hostfile" -n "$slots" --bind-to none ${MPI_ARGS:-} "${exports[@]}" \
+exec "$python" -u launch/supervise.py --restarts "${RESTARTS:-10}" \
+    mpirun --hostfile "$hostfile" -n "$slots" --bind-to none ${MPI_ARGS:-} "${exports[@]}" \
     "$python" -u "$script" "$@"

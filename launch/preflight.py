@@ -6,15 +6,14 @@ deepspeed --hostfile HOSTFILE launch/preflight.py RECIPE --deepspeed_config ds_c
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_nuwa.errors import run_command
 from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
+from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.preflight import Findings, examine
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe
@@ -116,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_process(main)

@@ -6,12 +6,11 @@ deepspeed --num_accelerators 2 launch/pretrain.py launch/recipes/demo.yaml sched
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from megatron_nuwa.errors import run_command
 from megatron_nuwa.generation.show import make_sample_shower
 from megatron_nuwa.plan.needs import memory_needed
+from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import load_recipe
@@ -54,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_process(main)

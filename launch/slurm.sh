@@ -2,6 +2,7 @@
 # A Slurm job of 8 nodes × 8 GPUs, submitted from the repository's root:
 #   sbatch launch/slurm.sh launch/recipes/nuwa_870m.yaml --deepspeed_config ds_configs/pp4_tp2_zero1_bf16.json
 # SCRIPT=launch/preflight.py sbatch launch/slurm.sh RECIPE checks the nodes only.
+# RESTARTS (default 10) says how often the run is started again inside the job after a fault.
 #SBATCH --job-name=nuwa
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -9,7 +10,7 @@
 #SBATCH --cpus-per-task=8
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@120
+#SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
@@ -30,15 +31,18 @@ if [[ -f .deepspeed_env ]]; then
     set +a
 fi
 
-# Two minutes before the time limit: queue again, and continue from the newest checkpoint then.
-continue_later() {
-    echo "the time limit is near; job $SLURM_JOB_ID is queued again and continues from its newest checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
+# Five minutes before the time limit: save and end, queue again, and continue from there then.
+near_limit=
+save_and_end() {
+    near_limit=yes
+    echo "the time limit is near: job $SLURM_JOB_ID saves, ends and is queued again"
+    kill -USR1 "$tasks"
 }
-trap continue_later USR1
+trap save_and_end USR1
 
 # One task a GPU. The processes read rank, size and meeting point from Slurm's variables.
-srun --kill-on-bad-exit=1 "$python" -u "$script" "$@" &
+"$python" -u launch/supervise.py --restarts "${RESTARTS:-10}" \
+    srun --kill-on-bad-exit=1 "$python" -u "$script" "$@" &
 tasks=$!
 # A signal ends a wait early; the tasks' own exit code is what counts.
 code=0
@@ -46,4 +50,7 @@ while true; do
     wait "$tasks" && code=0 || code=$?
     kill -0 "$tasks" 2>/dev/null || break
 done
+if [[ -n $near_limit ]] && ((code == 0)); then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
 exit "$code"

@@ -10,12 +10,11 @@ continues from its newest checkpoint when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 
-from megatron_nuwa.errors import run_command
+from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.frames import MediaFrames
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe
@@ -102,4 +101,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    run_process(main)

@@ -14,6 +14,10 @@ class ReportedElsewhereError(UserError):
     """The same mistake on another process of a run; the first process shows it."""
 
 
+class FailedProcessError(Exception):
+    """A process of a run ends for a reason that was shown and written down already."""
+
+
 def run_command(main: Callable[[], int | None]) -> int:
     """Run a command's main function and return its exit code.
 

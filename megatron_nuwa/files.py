@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -30,11 +30,32 @@ def written_atomically(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """Where a library that writes by name may write; becomes the file when the block ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a small file, and its folder, so that readers see the old text or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_atomically(path) as stream:
         stream.write(text.encode())
+
+
+def try_to_write(write: Callable[[], object]) -> None:
+    """Write what a run can do without: a full disk costs that and not the run, and is told."""
+    try:
+        write()
+    except OSError as error:
+        print(f"warning: not written: {error}", flush=True)
 
 
 def sync(path: Path) -> None:

@@ -107,9 +107,13 @@ class TextTokenizer:
             words.append(decoders.ByteLevel().decode(pieces))
         return " ".join(words)
 
+    def to_json(self) -> str:
+        """The tokenizer in the JSON of the `tokenizers` library."""
+        return self._tokenizer.to_str(pretty=True)
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as one JSON file of the `tokenizers` library."""
-        write_text_atomically(Path(path), self._tokenizer.to_str(pretty=True))
+        write_text_atomically(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> TextTokenizer:
@@ -121,13 +125,22 @@ class TextTokenizer:
         if path.suffix in (".txt", ".gz"):
             return cls(_byte_level_tokenizer(_read_merges(path)))
         try:
-            return cls(Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"BPE {path} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"BPE {path} is not a tokenizer file: {error}") from error
+        return cls.from_json(text, f"BPE {path}")
+
+    @classmethod
+    def from_json(cls, text: str, origin: str) -> TextTokenizer:
+        """What `to_json` gave; `UserError` naming `origin` where it is something else."""
+        try:
+            return cls(Tokenizer.from_str(text))
         # The library raises plain Exception for JSON that is not a tokenizer.
         except Exception as error:
             raise UserError(
-                f"BPE {path} is not a tokenizer file: {' '.join(str(error).split())}"
+                f"{origin} is not a tokenizer file: {' '.join(str(error).split())}"
             ) from error
 
 

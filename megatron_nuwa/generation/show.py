@@ -12,8 +12,9 @@ from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.models.vqgan import load_vqgan
 from megatron_nuwa.training.monitor import Monitor
-from megatron_nuwa.training.pretrain import BPE_FILE, VQGAN_FILE, ShowSamples
+from megatron_nuwa.training.pretrain import ShowSamples
 from megatron_nuwa.training.recipe import Recipe
+from megatron_nuwa.training.run_folder import BPE_FILE, VQGAN_FILE
 
 
 def make_sample_shower(recipe: Recipe) -> ShowSamples | None:

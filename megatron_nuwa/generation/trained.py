@@ -8,19 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer, text_mask
-from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.sampling import SamplingSettings, generate_tokens
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa
-from megatron_nuwa.models.vqgan import Vqgan, load_vqgan
-from megatron_nuwa.training.checkpoint import MODEL_FILE, Checkpoints, read_state
-from megatron_nuwa.training.pretrain import BPE_FILE, VQGAN_FILE
-from megatron_nuwa.training.recipe import load_recipe
+from megatron_nuwa.models.vqgan import Vqgan
+from megatron_nuwa.training.trained_model import open_trained
 
 _DEFAULT_FRAMES_PER_SECOND = 2.5
 
@@ -87,28 +83,20 @@ class Generator:
         return bytes_.permute(0, 2, 3, 1).unflatten(0, (-1, grid.s)).cpu().numpy()
 
 
-def open_run(run: Path, device: torch.device | None = None) -> Generator:
-    """Open a pretraining run's newest whole checkpoint; `UserError` says what is missing."""
-    recipe_path = run / "recipe.yaml"
-    if not recipe_path.is_file():
-        raise UserError(f"{run} is not a pretraining run: it has no recipe.yaml")
-    recipe = load_recipe(recipe_path)
-    recipe.require("model")
-    assert recipe.model is not None
-    newest, complaints = Checkpoints(run / "checkpoints", keep=1).newest()
-    if newest is None:
-        reason = f" ({complaints[0]})" if complaints else ""
-        raise UserError(f"run {run} has no whole checkpoint yet{reason}; train it further first")
+def open_generator(path: Path, field: str, device: torch.device | None = None) -> Generator:
+    """Open a pretraining run's newest whole checkpoint, one of its checkpoints or an exported file.
+
+    Raises `UserError` that names `field`, the argument that `path` comes from, or what is missing.
+    """
+    trained = open_trained(path, field, full_precision=False)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = Nuwa(recipe.model)
-    model.load_state_dict(load_file(newest / MODEL_FILE))
-    data = read_state(newest)["data"]
+    rates = trained.facts.frames_per_second.values()
     return make_generator(
-        model.to(device).eval(),
-        load_vqgan(run / VQGAN_FILE).to(device),
-        TextTokenizer.load(run / BPE_FILE),
-        [Grid(*grid) for grid in data["grids"].values()],
-        next((rate for rate in data["frames_per_second"].values() if rate), None),
+        trained.nuwa().to(device),
+        trained.vqgan().to(device),
+        trained.bpe(),
+        [Grid(*grid) for grid in trained.facts.grids.values()],
+        next((rate for rate in rates if rate), None),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import replaced_atomically
 from megatron_nuwa.models.autoencoder import Decoder, Encoder
 from megatron_nuwa.models.quantizer import GradientEstimator, VectorQuantizer
 
@@ -163,18 +163,10 @@ class Vqgan(nn.Module):
 
 def save_vqgan(model: Vqgan, path: Path) -> None:
     """Write weights and settings to one safetensors file, which appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     metadata = {"format": _FORMAT, "config": model.config.model_dump_json()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model)}
-    try:
+    with replaced_atomically(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        with temporary.open("rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_vqgan(path: str | Path) -> Vqgan:
@@ -210,6 +202,15 @@ def load_vqgan(path: str | Path) -> Vqgan:
     except RuntimeError as error:
         raise UserError(f"VQ-GAN {path} holds other weights than its settings describe") from error
     return model.eval()
+
+
+def is_vqgan_file(path: Path) -> bool:
+    """Whether a file was written by `save_vqgan`."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return (opened.metadata() or {}).get("format") == _FORMAT
+    except (SafetensorError, OSError):
+        return False
 
 
 def fingerprint(model: Vqgan) -> str:

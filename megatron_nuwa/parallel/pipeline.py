@@ -47,7 +47,15 @@ class NuwaPipeline(PipelineModule):
         """What the stage before packed, or a micro-batch → packed for the next, or the logits."""
         (units,) = self._units
         flow = units.run(Flow.unpack(tensors), self._start, self._stop)
-        return flow.x if self._stop == len(units) else flow.pack()
+        if self._stop == len(units):
+            return flow.x
+        packed = flow.pack()
+        if torch.is_grad_enabled():
+            # What frozen weights computed: the next stage sends a gradient for it all the same.
+            for tensor in packed:
+                if tensor.is_floating_point() and not tensor.requires_grad:
+                    tensor.requires_grad_()
+        return packed
 
     @torch.no_grad()
     def _synchronize_tied_weights(self) -> None:
@@ -69,16 +77,28 @@ def own_modules(units: Units, bounds: Sequence[int], stage: int) -> list[nn.Modu
     return modules
 
 
+def weight_names(units: Units) -> dict[str, str]:
+    """The model's name of every weight, by the name that `NuwaPipeline` and its checkpoints use."""
+    names = {id(parameter): name for name, parameter in units.model.named_parameters()}
+    found = {}
+    for number, layer in enumerate(_layers(units)):
+        tied = isinstance(layer, _TiedTable)
+        module, prefix = (layer.table, f"tied_modules.{layer.key}") if tied else (layer, number)
+        for name, parameter in module.named_parameters():
+            found[f"{prefix}.{name}"] = names[id(parameter)]
+    return found
+
+
 class _TiedTable(TiedLayerSpec):
     """The visual embedding, wherever it is needed."""
 
     def __init__(self, table: nn.Module, **settings: Any) -> None:
         names = [name for name, _ in table.named_parameters()]
         super().__init__("visual_embedding", nn.Module, tied_weight_attr=names, **settings)
-        self._table = table
+        self.table = table
 
     def build(self, log: bool = False) -> nn.Module:
-        return self._table
+        return self.table
 
 
 def _layers(units: Units) -> list[Any]:

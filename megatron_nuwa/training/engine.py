@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor, nn
 
 from megatron_nuwa.data.batches import TaskName, TokenBatch
 from megatron_nuwa.models.initialisation import whole_shape
 from megatron_nuwa.models.nuwa import Nuwa
-from megatron_nuwa.parallel.cut import cut, stage_table
 from megatron_nuwa.parallel.groups import Place, import_deepspeed
 from megatron_nuwa.parallel.tensor import split_model, whole_weight
 from megatron_nuwa.parallel.units import Flow, Units
 from megatron_nuwa.training.bf16_optimizer import streamline
 from megatron_nuwa.training.fused import fuse_norms, make_adam
+from megatron_nuwa.training.name_patterns import matching
 from megatron_nuwa.training.recipe import OptimizerSettings, Recipe
 
 
@@ -37,12 +36,18 @@ class Engine(ABC):
     """One process's part of the model in training.
 
     `model` is whole, or split over the tensor group; in a pipeline the units of other stages have
-    no weights. Processes that compute no losses return none.
+    no weights. Processes that compute no losses return none. `bounds` say where the pipeline is
+    cut; without one they are empty.
     """
+
+    bounds: list[int]
 
     def __init__(self, model: Nuwa, place: Place, device: torch.device) -> None:
         self.model, self.place, self.device = model, place, device
+        self.bounds = []
         self.deepspeed: Any = None
+        # Called between micro-batches, on all processes alike; what it raises ends the step there.
+        self.between: Callable[[], None] = lambda: None
 
     @abstractmethod
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
@@ -57,7 +62,7 @@ class Engine(ABC):
         """Losses without gradients; every replica brings the same number of micro-batches."""
 
     @abstractmethod
-    def _owned(self, stage: int) -> list[nn.Module]:
+    def owned(self, stage: int) -> list[nn.Module]:
         """The modules whose weights a stage holds."""
 
     def set_rate(self, rate: float) -> None:
@@ -75,6 +80,12 @@ class Engine(ABC):
             return None
         return float(self.deepspeed.optimizer.cur_scale)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every process holds all weights whole."""
+        layout = self.place.layout
+        return layout.pipeline * layout.tensor == 1 and layout.zero_stage < 3
+
     def whole_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU of the first process, none elsewhere; every process calls it."""
         place = self.place
@@ -83,7 +94,7 @@ class Engine(ABC):
         weights: dict[str, Tensor] = {}
         for stage in range(place.layout.pipeline):
             leader = place.mpu.stage_to_global(stage, data=0, model=0)
-            for parameter in (p for module in self._owned(stage) for p in module.parameters()):
+            for parameter in (p for module in self.owned(stage) for p in module.parameters()):
                 name = names[id(parameter)]
                 # A tied head's table lies on two stages.
                 if name not in fetched:
@@ -147,6 +158,8 @@ class WholeEngine(Engine):
         # All at once: a copy in the middle of the step would wait for what is queued before it.
         here = [batch.to(self.device) for batch in batches]
         for number, (batch, scale) in enumerate(zip(here, scales, strict=True)):
+            if number:
+                self.between()
             loss = self.deepspeed(batch, seed + number)
             self._losses.append(Loss(batch.task, loss.detach(), batch.share))
             self.deepspeed.backward(loss * scale)
@@ -155,17 +168,20 @@ class WholeEngine(Engine):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
         self.deepspeed.eval()
-        self._losses = [
-            Loss(batch.task, self.deepspeed(batch.to(self.device), 0), batch.share)
-            for batch in batches
-        ]
-        self.deepspeed.train()
+        self._losses = []
+        try:
+            for batch in batches:
+                self.between()
+                loss = self.deepspeed(batch.to(self.device), 0)
+                self._losses.append(Loss(batch.task, loss, batch.share))
+        finally:
+            self.deepspeed.train()
         return self._losses
 
     def losses(self) -> list[Loss]:
         return self._losses
 
-    def _owned(self, stage: int) -> list[nn.Module]:
+    def owned(self, stage: int) -> list[nn.Module]:
         return [self.model]
 
 
@@ -178,12 +194,12 @@ class StageEngine(Engine):
         place: Place,
         config: dict[str, Any],
         device: torch.device,
-        bounds: Sequence[int],
+        bounds: list[int],
     ) -> None:
         from megatron_nuwa.parallel.pipeline import own_modules
 
         super().__init__(_model_of(recipe, place, device), place, device)
-        self._units, self._bounds = _units_of(self.model, recipe, place), bounds
+        self._units, self.bounds = _units_of(self.model, recipe, place), bounds
         for module in own_modules(self._units, bounds, place.stage):
             module.to_empty(device=device)
         self.model.initialise(recipe.seed)
@@ -196,7 +212,7 @@ class StageEngine(Engine):
         """Hand the stage, with its starting weights, over to DeepSpeed."""
         from megatron_nuwa.parallel.pipeline import NuwaPipeline
 
-        pipeline = NuwaPipeline(self._units, self._bounds, self.place, self._scaled_loss)
+        pipeline = NuwaPipeline(self._units, self.bounds, self.place, self._scaled_loss)
         # Messages of different shapes travel; what a process sends is not split further.
         settings = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
         config = {**self._config, "pipeline": settings}
@@ -212,6 +228,7 @@ class StageEngine(Engine):
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
+        self.between()
         self._batches, self._means = batches, []
         count = torch.tensor(len(batches), device=self.device)
         # Stages in the middle read no data, and so do not know how much there is.
@@ -252,10 +269,10 @@ class StageEngine(Engine):
     def _new_buffer(self, _index: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def _owned(self, stage: int) -> list[nn.Module]:
+    def owned(self, stage: int) -> list[nn.Module]:
         from megatron_nuwa.parallel.pipeline import own_modules
 
-        return own_modules(self._units, self._bounds, stage)
+        return own_modules(self._units, self.bounds, stage)
 
 
 class _TaskLoss(nn.Module):
@@ -273,50 +290,6 @@ class _TaskLoss(nn.Module):
         return self.model.cross_entropy(flow.x, batch.target)
 
 
-def complete_config(
-    config: dict[str, Any], micro_batches: int, replicas: int, gradient_clipping: float
-) -> dict[str, Any]:
-    """A layout's DeepSpeed part with the recipe's batch and clipping filled in.
-
-    DeepSpeed counts in micro-batches of one task, whose sample counts differ, so its own batch
-    size says 1 a micro-batch and only the accumulation is real.
-    """
-    return {
-        # It would wait for the device before and after every micro-batch; nobody reads it.
-        "timers": {"throughput": {"enabled": False}},
-        **config,
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batches * replicas,
-        "gradient_clipping": gradient_clipping,
-        "steps_per_print": 1 << 62,
-    }
-
-
-def build_engine(
-    recipe: Recipe,
-    place: Place,
-    config: dict[str, Any],
-    device: torch.device,
-    unit_costs: Sequence[float],
-    codebook: Tensor | None,
-) -> Engine:
-    """Engine of a run with starting weights; `unit_costs` decide where a pipeline is cut."""
-    engine: WholeEngine | StageEngine
-    if place.layout.pipeline == 1:
-        engine = WholeEngine(recipe, place, config, device)
-    else:
-        bounds = cut(unit_costs, place.layout.pipeline)
-        engine = StageEngine(recipe, place, config, device, bounds)
-        if dist.get_rank() == 0:
-            names = Units(engine.model).names
-            Console().print(stage_table(names, unit_costs, bounds, place.layout.cut))
-    if codebook is not None and not engine.model.visual_embedding.codes.weight.is_meta:
-        engine.model.use_codebook(codebook)
-    engine.wrap()
-    return engine
-
-
 def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
     assert recipe.model is not None
     with torch.device("meta"):
@@ -328,6 +301,9 @@ def _model_of(recipe: Recipe, place: Place, device: torch.device) -> Nuwa:
     # A compiler cannot look into apex's.
     norm = "torch" if recipe.training.compile else recipe.training.norm
     taken = fuse_norms(norm, model, device)
+    parameters = dict(model.named_parameters())
+    for name in matching(recipe.optimizer.frozen, parameters, "optimizer.frozen"):
+        parameters[name].requires_grad_(False)
     if dist.get_rank() == 0:
         print(f"norms {taken}", flush=True)
     return model

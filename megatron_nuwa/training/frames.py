@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.training.progress import track
+from megatron_nuwa.training.stopping import outlive_stop_signals
 
 # Decoding moves on to the next item after a broken one, but not for ever.
 _ATTEMPTS = 20
@@ -198,6 +199,7 @@ def batches(
         batch_sampler=draws,
         num_workers=workers,
         collate_fn=_collate,
+        worker_init_fn=outlive_stop_signals,
         # Decoders start threads and processes, which a forked copy of this process could not.
         multiprocessing_context="spawn" if workers else None,
     )

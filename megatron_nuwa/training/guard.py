@@ -17,6 +17,7 @@ from pydantic import Field
 from megatron_nuwa.config import Settings
 from megatron_nuwa.data.batches import TaskName
 from megatron_nuwa.errors import ReportedElsewhereError, UserError
+from megatron_nuwa.files import try_to_write
 
 BAD_BATCHES_FILE = "bad_batches.jsonl"
 # A loss must also lie this many robust standard deviations above the level of its task, so that a
@@ -106,8 +107,8 @@ class Guard:
         if self._path is not None:
             numbers = {t: v if math.isfinite(v) else str(v) for t, v in losses.items()}
             entry = {"step": step, "reason": reason, "losses": numbers, "items": dict(items)}
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            line = json.dumps(entry, ensure_ascii=False) + "\n"
+            try_to_write(lambda: self._append(line))
         if self._in_a_row >= self._settings.patience:
             kind = ReportedElsewhereError if self._path is None else UserError
             raise kind(self._ending(step, reason, list(losses)))
@@ -134,6 +135,11 @@ class Guard:
         deviation = _DIFFERENCE_TO_DEVIATION * median(differences or [0.0])
         margin = max(math.log(self._settings.spike_factor), _DEVIATIONS * deviation)
         return math.exp(usual) - _SMALL_LOSS if _level(loss) - usual > margin else None
+
+    def _append(self, line: str) -> None:
+        assert self._path is not None
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(line)
 
     def _ending(self, step: int, reason: str, tasks: Sequence[TaskName]) -> str:
         count = self._in_a_row

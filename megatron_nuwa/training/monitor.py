@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -22,15 +25,19 @@ class Monitor:
 
     def __init__(self, run: Path, *, enabled: bool) -> None:
         self._enabled = enabled
+        self._run = run
         self._start = time.monotonic()
+        self._by_step: SummaryWriter | None = None
+        self._by_samples: SummaryWriter | None = None
+        self._fails = False
         if not enabled:
             return
         run.mkdir(parents=True, exist_ok=True)
-        self._by_step = SummaryWriter(str(run / "tensorboard"))
-        self._by_samples = SummaryWriter(str(run / "tensorboard" / "by_samples"))
         log_path = run / "log.jsonl"
         self._seconds_before = _last_seconds(log_path)
         self._log = log_path.open("a", encoding="utf-8")
+        _end_torn_line(log_path, self._log)
+        self._attempt(self._open)
 
     def __enter__(self) -> Monitor:
         return self
@@ -47,18 +54,23 @@ class Monitor:
         """Write figures under their tags, such as `train/loss`."""
         if not self._enabled:
             return
-        for tag, value in values.items():
-            self._by_step.add_scalar(tag, value, step)
-            self._by_samples.add_scalar(tag, value, samples)
         seconds = round(self._seconds_before + time.monotonic() - self._start, 3)
         line = {"step": step, "samples": samples, "seconds": seconds, **values}
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
+
+        def write() -> None:
+            self._log.write(json.dumps(line) + "\n")
+            self._log.flush()
+            by_step, by_samples = self._open()
+            for tag, value in values.items():
+                by_step.add_scalar(tag, value, step)
+                by_samples.add_scalar(tag, value, samples)
+
+        self._attempt(write)
 
     def images(self, tag: str, step: int, images: np.ndarray) -> None:
         """Show pictures; `images` is uint8 (count, rows, columns, 3)."""
         if self._enabled:
-            self._by_step.add_images(tag, images, step, dataformats="NHWC")
+            self._attempt(lambda: self._open()[0].add_images(tag, images, step, dataformats="NHWC"))
 
     def video(self, tag: str, step: int, clips: np.ndarray, frames_per_second: float) -> None:
         """Show clips as a strip of frames; `clips` is uint8 (count, frames, rows, columns, 3).
@@ -68,19 +80,56 @@ class Monitor:
         """
         if self._enabled:
             strip = np.concatenate([np.concatenate(list(clip), axis=1) for clip in clips], axis=0)
-            self._by_step.add_image(tag, strip, step, dataformats="HWC")
+            self._attempt(lambda: self._open()[0].add_image(tag, strip, step, dataformats="HWC"))
 
     def close(self) -> None:
         """Flush and close every file."""
         if self._enabled:
-            self._by_step.close()
-            self._by_samples.close()
-            self._log.close()
+            self._attempt(self._log.close)
+            self._attempt(self._close_boards)
+
+    def _open(self) -> tuple[SummaryWriter, SummaryWriter]:
+        if self._by_step is None or self._by_samples is None:
+            self._by_step = SummaryWriter(str(self._run / "tensorboard"))
+            self._by_samples = SummaryWriter(str(self._run / "tensorboard" / "by_samples"))
+        return self._by_step, self._by_samples
+
+    def _close_boards(self) -> None:
+        boards = (self._by_step, self._by_samples)
+        self._by_step = self._by_samples = None
+        for board in boards:
+            if board is not None:
+                board.close()
+
+    def _attempt(self, write: Callable[[], object]) -> None:
+        """A full disk costs figures, not the run; it is told once."""
+        try:
+            write()
+        except OSError as error:
+            if not self._fails:
+                print(f"warning: {self._run}: figures are lost ({error})", flush=True)
+            self._fails = True
+            # A writer that failed once fails for ever.
+            with suppress(OSError):
+                self._close_boards()
+        else:
+            self._fails = False
+
+
+def _end_torn_line(path: Path, log: TextIO) -> None:
+    """Keep what follows apart from the last line of a process that was killed while it wrote."""
+    if path.stat().st_size:
+        with path.open("rb") as stream:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":
+                log.write("\n")
 
 
 def _last_seconds(log_path: Path) -> float:
     """Seconds that the run had lasted when its log was last written; 0 for a new run."""
     if not log_path.exists():
         return 0.0
-    lines = [line for line in log_path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return float(json.loads(lines[-1]).get("seconds", 0.0)) if lines else 0.0
+    for line in reversed(log_path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        with suppress(ValueError):
+            return float(json.loads(line).get("seconds", 0.0))
+    return 0.0

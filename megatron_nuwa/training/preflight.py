@@ -126,7 +126,7 @@ def _report(recipe: Recipe, processes: Processes) -> ProcessReport:
         device=torch.cuda.get_device_name(device) if on_gpu else "CPU",
         versions=_versions(),
         free_device_bytes=torch.cuda.mem_get_info(device)[0] if on_gpu else None,
-        free_host_bytes=_free_host_bytes(),
+        free_host_bytes=free_host_bytes(),
         corpora={str(path): _fingerprint(path) for path in _corpora(recipe)},
         sees_run_folder=_sees_run_folder(recipe, processes),
     )
@@ -142,7 +142,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _free_host_bytes() -> int:
+def free_host_bytes() -> int:
     """Memory that the node can still give, or the container's share of it if that is less."""
     free = int(psutil.virtual_memory().available)
     try:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from megatron_nuwa.config import dump_settings
 from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
-from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import try_to_write, write_text_atomically
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.models.vqgan import save_vqgan
@@ -20,30 +22,46 @@ from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
-from megatron_nuwa.training.checkpoint import Checkpoints, read_state
-from megatron_nuwa.training.checkpoint import load as load_checkpoint
+from megatron_nuwa.training.building import build_engine, complete_config
+from megatron_nuwa.training.checkpoint import STATE_FILE, Checkpoints, read_state
 from megatron_nuwa.training.compiling import check_compile
 from megatron_nuwa.training.costs import unit_costs
-from megatron_nuwa.training.engine import build_engine, complete_config
+from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.evaluation import HeldOut, evaluate
+from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
+from megatron_nuwa.training.fine_tuning import StartWeights, find_source, fit
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.inputs import Inputs, open_inputs
 from megatron_nuwa.training.monitor import Monitor
+from megatron_nuwa.training.name_patterns import check_frozen
 from megatron_nuwa.training.prefetch import prefetched
 from megatron_nuwa.training.preflight import preflight
 from megatron_nuwa.training.processes import Processes
+from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
-from megatron_nuwa.training.run_folder import prepare_run_folder
+from megatron_nuwa.training.relayout import load
+from megatron_nuwa.training.run_folder import (
+    BPE_FILE,
+    ENVIRONMENT_FILE,
+    RECIPE_FILE,
+    VQGAN_FILE,
+    describe_environment,
+    prepare_run_folder,
+)
+from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
+from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
+from megatron_nuwa.training.watchdog import Watchdog
 
+# After a longer step the processes also look for stop signals between the next one's micro-batches;
+# short ones are spared that, because it would have the CPUs wait for the GPUs.
+LONG_STEP_SECONDS = 5.0
 # Shows pictures of the current model: (model, step, monitor, grids, frames a second).
 ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
 # Bytes that one process needs on its device, for a layout and its DeepSpeed config.
 MemoryNeeded = Callable[[Layout, dict[str, Any]], int]
-VQGAN_FILE = "tokenizers/vqgan.safetensors"
-BPE_FILE = "tokenizers/bpe.json"
 
 
 def pretrain(
@@ -69,25 +87,33 @@ def pretrain(
         check_compile(recipe.training, layout, processes.device)
         return layout, config
 
-    def check() -> tuple[Inputs, resume.Start]:
+    def check() -> tuple[Inputs, resume.Start, StartWeights | None]:
+        assert recipe.model is not None
+        check_frozen(recipe.optimizer.frozen, recipe.model)
         inputs = open_inputs(recipe, layout.data)
-        return inputs, resume.find_start(recipe, resume.describe(recipe, layout, config, inputs))
+        description = resume.describe(recipe, layout, config, inputs)
+        start = resume.find_start(recipe, description, found)
+        return inputs, start, fit(source, recipe, inputs)
 
     layout, config = processes.first_then_all(read)
     needs = None if memory_needed is None else memory_needed(layout, config)
     for warning in preflight(recipe, layout, processes, bytes_needed=needs):
         if processes.is_first:
             print(f"warning: {warning}", flush=True)
-    inputs, start = processes.first_then_all(check)
+    found = processes.first_tells(lambda: resume.find_newest(recipe))
+    source = None if found[0] else processes.first_tells(lambda: find_source(recipe))
+    inputs, start, weights = processes.first_then_all(check)
     assert recipe.run is not None
     if processes.is_first:
-        for line in start.messages:
+        for line in (*start.messages, *([] if weights is None else [weights.summary()])):
             print(line, flush=True)
+        clear_faults(recipe.run)
         _write_run_folder(recipe.run, recipe, inputs)
     with Monitor(recipe.run, enabled=processes.is_first) as monitor:
-        training = Pretraining(recipe, layout, config, inputs, processes, monitor)
-        training.begin(start)
-        training.run(show_samples)
+        training = Pretraining(recipe, layout, config, inputs, processes, monitor, weights)
+        with written_down(recipe.run, processes, lambda: training.step):
+            training.begin(start)
+            training.run(show_samples)
 
 
 class Pretraining:
@@ -101,6 +127,7 @@ class Pretraining:
         inputs: Inputs,
         processes: Processes,
         monitor: Monitor,
+        weights: StartWeights | None = None,
     ) -> None:
         assert recipe.run is not None
         assert recipe.model is not None
@@ -109,7 +136,6 @@ class Pretraining:
         self.processes, self.monitor = processes, monitor
         self.folder = recipe.run
         self.description = resume.describe(recipe, layout, config, inputs)
-        self.checkpoints = Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints)
         self.tasks: dict[TaskName, TaskBatches] = {
             task: TaskBatches(
                 task,
@@ -146,8 +172,16 @@ class Pretraining:
             processes.device,
             unit_costs(recipe, grids, layout.cut, processes.device),
             inputs.vqgan.codebook() if codes else None,
+            None if weights is None else weights.of,
         )
         make_skippable(self.engine.deepspeed, self._should_skip)
+        self.stop = StopSignals(processes)
+        self.watchdog = Watchdog(
+            recipe.training.hang_seconds, self.folder, processes, lambda: self.step
+        )
+        self.engine.between = self._between
+        self._asks_between = 1
+        self.saver = _saver(recipe, self.engine, processes, self.watchdog.beat)
         self.figures = StepFigures(recipe, self.tasks, processes, self.place.stage)
         self.figures.watch(self.engine.deepspeed.module)
         bad_batches = self.folder / BAD_BATCHES_FILE if processes.is_first else None
@@ -159,9 +193,10 @@ class Pretraining:
     def begin(self, start: resume.Start) -> None:
         """Load the checkpoint that the run continues from, and say how the run begins."""
         if start.checkpoint is not None:
-            load_checkpoint(self.engine.deepspeed, start.checkpoint)
+            state = read_state(start.checkpoint)
+            load(self.engine, start, state["bounds"])
             self.step = start.step
-            self.guard.restore(read_state(start.checkpoint)["guard"])
+            self.guard.restore(state["guard"])
         if self.processes.is_first:
             assert self.recipe.model is not None
             with torch.device("meta"):
@@ -170,28 +205,54 @@ class Pretraining:
             print("  ".join(f"{name} {number / 1e6:.2f} M" for name, number in counts.items()))
             begins = f"continuing after step {self.step}" if self.step else "starting"
             print(f"{begins}; {self.recipe.schedule.steps} steps in all", flush=True)
+        # At the end, because the above may draw numbers.
+        seed_random_state(mix(self.recipe.seed, self.processes.rank) >> 1)
+        if start.checkpoint is not None:
+            restore_random_state(start.checkpoint, self.processes.rank)
 
     def run(self, show_samples: ShowSamples | None) -> None:
-        """Train until the schedule or `training.stop_at_step` ends."""
+        """Train until the schedule or `training.stop_at_step` ends, or a signal asks to stop.
+
+        The last state is on the disk then.
+        """
         recipe = self.recipe
         last = min(recipe.schedule.steps, recipe.training.stop_at_step or recipe.schedule.steps)
         if self.step >= last:
             if self.processes.is_first:
                 print(f"nothing to do: step {self.step} of {last} is reached already", flush=True)
             return
+        with self.stop, self.watchdog:
+            try:
+                self._train(last, show_samples)
+            except StopRequested as request:
+                if self.processes.is_first:
+                    print(f"{request} received: saving step {self.step} and ending", flush=True)
+            self.saver.finish(self.step, self._texts())
+
+    def _train(self, last: int, show_samples: ShowSamples | None) -> None:
+        recipe = self.recipe
         for batches in prefetched(self._batches(), range(self.step, last), self.figures):
+            self.watchdog.beat()
+            begin = time.monotonic()
             self._train_step(batches)
             self.step += 1
             ended = self.step == last
             self._account()
             if self.step % recipe.training.log_every == 0 or ended:
                 self._log(last)
+            is_long = time.monotonic() - begin > LONG_STEP_SECONDS
+            signal_number, is_writing, self._asks_between = self.processes.agree(
+                [self.stop.received, int(self.saver.is_writing), int(is_long)]
+            )
+            if not is_writing:
+                self.saver.settle()
+            raise_if_stopped(signal_number)
+            if self.step % recipe.training.checkpoint_every == 0 and not ended:
+                self.saver.save(self.step, self._texts())
             if recipe.evaluation and (self.step % recipe.evaluation.every == 0 or ended):
                 self._evaluate()
             if recipe.samples and show_samples and self.step % recipe.samples.every == 0:
                 self._show(show_samples)
-            if self.step % recipe.training.checkpoint_every == 0 or ended:
-                self._save()
             self.figures.restart_clock()
 
     def _train_step(self, batches: list[TokenBatch]) -> None:
@@ -202,10 +263,17 @@ class Pretraining:
         seed = mix(self.recipe.seed, self.step, self.place.replica) >> 1
         self.engine.train_step(batches, seed)
 
+    def _between(self) -> None:
+        """Between micro-batches: steps and evaluations may last longer than a signal's grace."""
+        self.watchdog.beat()
+        if self._asks_between:
+            self.stop.check()
+
     def _should_skip(self) -> bool:
         """Judge the step before its optimizer step; DeepSpeed asks on every process."""
         self._means = self.figures.mean_losses(self.engine.losses())
         self._verdict = self.guard.verdict(self._means)
+        self.saver.wait_until_copied()
         return self._verdict.skip
 
     def _account(self) -> None:
@@ -221,7 +289,12 @@ class Pretraining:
             if self.processes.is_first:
                 path = self.folder / BAD_BATCHES_FILE
                 print(f"step {self.step} skipped: {reason}; its items are in {path}", flush=True)
-            self.guard.skipped(self.step, reason, self._means, self._items(self.step - 1))
+            try:
+                self.guard.skipped(self.step, reason, self._means, self._items(self.step - 1))
+            except UserError:
+                # The run ends here, on all processes alike.
+                self.saver.settle()
+                raise
 
     def _items(self, step: int) -> dict[TaskName, list[list[str]]]:
         """The items of all replicas, on the process that writes them down."""
@@ -258,6 +331,7 @@ class Pretraining:
                 print(f"slow: {straggler}", flush=True)
 
     def _evaluate(self) -> None:
+        self._asks_between = 1
         result = evaluate(self.engine, self.held_out)
         values = {
             f"eval/{figure}/{task}": value
@@ -267,7 +341,8 @@ class Pretraining:
         self.monitor.scalars(self.step, self.figures.samples(self.step), values)
         if self.processes.is_first:
             summary = {"step": self.step, "heldout": {**_worst_on_clips(result), "tasks": result}}
-            write_text_atomically(self.folder / "evaluation.json", json.dumps(summary, indent=2))
+            text = json.dumps(summary, indent=2)
+            try_to_write(lambda: write_text_atomically(self.folder / "evaluation.json", text))
             scores = ", ".join(
                 f"{task} {figures['loss_nats']:.3f} nats a token "
                 f"({figures['below_unigram']:.1%} below unigram)"
@@ -291,8 +366,7 @@ class Pretraining:
 
     def _whole_model(self) -> Nuwa | None:
         """The model as it is now, on the first process."""
-        layout = self.place.layout
-        if layout.pipeline * layout.tensor == 1 and layout.zero_stage < 3:
+        if self.engine.is_whole:
             return self.engine.model if self.processes.is_first else None
         weights = self.engine.whole_weights()
         if not self.processes.is_first:
@@ -303,12 +377,33 @@ class Pretraining:
         model.load_state_dict(weights, assign=True)
         return model.to(self.processes.device)
 
-    def _save(self) -> None:
-        start = time.perf_counter()
-        state = {**self.description, "guard": self.guard.state()}
-        path = self.checkpoints.save(self.engine, self.step, state, self.processes)
-        if self.processes.is_first:
-            print(f"saved {path} in {time.perf_counter() - start:.1f} s", flush=True)
+    def _texts(self) -> dict[str, str]:
+        """What a checkpoint says about the run beside its state, on the first process."""
+        if not self.processes.is_first:
+            return {}
+        state = {
+            "step": self.step,
+            **self.description,
+            "bounds": self.engine.bounds,
+            "guard": self.guard.state(),
+        }
+        return {
+            STATE_FILE: json.dumps(state, indent=2),
+            RECIPE_FILE: dump_settings(self.recipe),
+            ENVIRONMENT_FILE: json.dumps(describe_environment(), indent=2),
+        }
+
+
+def _saver(
+    recipe: Recipe, engine: Engine, processes: Processes, on_progress: Callable[[], None]
+) -> Saver:
+    assert recipe.run is not None
+    settings = recipe.training
+    checkpoints = Checkpoints(
+        recipe.run / "checkpoints", settings.keep_checkpoints, settings.keep_every
+    )
+    copy_bytes = None if settings.copy_gib is None else int(settings.copy_gib * 2**30)
+    return Saver(checkpoints, engine, processes, copy_bytes, on_progress)
 
 
 def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,6 +63,13 @@ class Processes:
         self.raise_first(failure)
         return cast(T, result)
 
+    def first_tells(self, work: Callable[[], T]) -> T:
+        """Do work on the first process alone, and return its result on every process."""
+        outcome: list[Any] = [work() if self.is_first else None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(outcome)
+        return cast(T, outcome[0])
+
     def gather(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks, on every process."""
         if not dist.is_initialized():
@@ -70,6 +77,14 @@ class Processes:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def agree(self, values: Sequence[int]) -> list[int]:
+        """The largest value of any process at each place; every process must call it."""
+        if not dist.is_initialized():
+            return list(values)
+        agreed = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        return [int(value) for value in agreed.tolist()]
 
     def raise_first(self, failure: str | None) -> None:
         """End every process if any of them brings a failure; the lowest rank's is told once."""

@@ -79,6 +79,8 @@ class OptimizerSettings(Settings):
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     gradient_clipping: float = Field(1.0, ge=0)
+    # Patterns of weights that stay as they are, such as "encoder.*" or "text_*".
+    frozen: list[str] = Field(default_factory=list)
 
 
 class TrainingSettings(Settings):
@@ -95,10 +97,26 @@ class TrainingSettings(Settings):
     norm: NormKind = "auto"
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
+    # The newest so many checkpoints stay, and those of every so many steps.
     keep_checkpoints: int = Field(3, ge=1)
+    keep_every: int | None = Field(None, ge=1)
+    # Memory of a node for copies of what is being saved, GiB; null for half of what is free. A
+    # file that does not fit is written while the next optimizer step waits.
+    copy_gib: float | None = Field(None, ge=0)
     # Save and end after this step although the schedule is longer.
     stop_at_step: int | None = Field(None, ge=1)
+    # A process without progress for so long ends the run.
+    hang_seconds: float = Field(1800, gt=0)
     guard: GuardSettings = GuardSettings()
+
+
+class StartSettings(Settings):
+    """Where a new run takes its weights from; a run that has a checkpoint continues from that."""
+
+    # A run, one of its checkpoints, or a file of launch/export.py.
+    weights: Path
+    # Patterns of weights that begin anew all the same, such as "visual_embedding.*".
+    fresh: list[str] = Field(default_factory=list)
 
 
 class EvaluationSettings(Settings):
@@ -134,6 +152,8 @@ class Recipe(Settings):
     model: NuwaConfig | None = None
     tokenizers: TokenizerPaths | None = None
     data: DataSettings | None = None
+    # Trained weights that a new run begins with.
+    start: StartSettings | None = None
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings = TrainingSettings()

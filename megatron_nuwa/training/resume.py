@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import fingerprint
 from megatron_nuwa.parallel.layout import Layout
@@ -17,22 +19,35 @@ from megatron_nuwa.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint to load (None: from scratch), its step, and what to tell the user."""
+    """The checkpoint to load (None: from scratch), its step, and what to tell the user.
+
+    `layout` wrote the checkpoint if that was another layout than the run has now, else None.
+    """
 
     checkpoint: Path | None
     step: int
     messages: tuple[str, ...]
+    layout: Layout | None = None
 
 
-def find_start(recipe: Recipe, description: dict[str, Any]) -> Start:
-    """The newest whole checkpoint of the run that `description` describes.
+# A run's newest whole checkpoint, and a sentence for each newer one that is damaged.
+Newest = tuple[Path | None, list[str]]
 
-    Raises `UserError` that names the first field in which the run differs from the recipe, the
-    layout or the number of processes at hand.
+
+def find_newest(recipe: Recipe) -> Newest:
+    """Look for the run's newest whole checkpoint; reads all of its files."""
+    assert recipe.run is not None
+    return Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints).newest()
+
+
+def find_start(recipe: Recipe, description: dict[str, Any], found: Newest) -> Start:
+    """Where the run that `description` describes continues from what `find_newest` found.
+
+    The layout may have changed. Raises `UserError` that names the first field in which the run
+    differs from the recipe.
     """
     assert recipe.run is not None
-    folder = Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints)
-    newest, complaints = folder.newest()
+    newest, complaints = found
     if newest is None:
         if complaints:
             raise UserError(
@@ -41,57 +56,82 @@ def find_start(recipe: Recipe, description: dict[str, Any]) -> Start:
             )
         return Start(None, 0, ())
     state = checkpoints.read_state(newest)
-    difference = _first_difference(state, description)
+    fixed = {key: value for key, value in description.items() if key != "layout"}
+    difference = _first_difference(state, fixed)
     if difference is not None:
-        field, before, now = difference
         raise UserError(
-            f"run {recipe.run} was trained with {field} = {before}, but now it is {now}; set it "
-            "back to continue the run, or choose another run folder with run=FOLDER"
+            f"run {recipe.run} was trained with {_told(*difference)} to continue the run, or "
+            f"begin another with its weights: run=FOLDER start.weights={recipe.run}"
         )
-    return Start(newest, int(state["step"]), tuple(complaints))
+    other = _other_layout(recipe.run, state, description)
+    return Start(newest, int(state["step"]), tuple(complaints), other)
+
+
+def _other_layout(run: Path, state: dict[str, Any], description: dict[str, Any]) -> Layout | None:
+    """The layout that wrote a checkpoint whose state must be taken over; None for the same."""
+    if state["layout"] == description["layout"]:
+        return None
+    before, now = (layout_of(each["layout"]) for each in (state, description))
+    if 0 in (before.zero_stage, now.zero_stage):
+        if before == now:
+            return None
+        raise UserError(
+            f"run {run} was trained as {before.name} and cannot continue as {now.name}: the layout "
+            "may change between zero_optimization.stage 1, 2 and 3 only"
+        )
+    return before
 
 
 def describe(
     recipe: Recipe, layout: Layout, config: dict[str, Any], inputs: Inputs
 ) -> dict[str, Any]:
-    """What must be the same for a run to continue exactly."""
+    """What a checkpoint says of its run: all but `layout` must stay for the run to continue.
+
+    How batches are cut into micro-batches is not among it: it depends on the memory at hand.
+    """
     assert recipe.model is not None
     assert recipe.data is not None
     return {
+        "layout": {**asdict(layout), "deepspeed_config": config},
+        "precision": layout.precision,
         "seed": recipe.seed,
-        "processes": layout.world_size,
-        "parallel": {
-            "pipeline": layout.pipeline,
-            "tensor": layout.tensor,
-            "sequence_parallel": layout.sequence_parallel,
-            "cut": layout.cut,
-        },
-        "deepspeed_config": config,
         "model": recipe.model.model_dump(mode="json"),
+        "tokenizers": {"vqgan": fingerprint(inputs.vqgan), "bpe": inputs.bpe.fingerprint},
         "data": {
-            "accumulation": recipe.data.accumulation,
-            "micro_batch_tokens": recipe.data.micro_batch_tokens,
             "shuffle_window": recipe.data.shuffle_window,
             "caption_dropout": recipe.data.caption_dropout,
-            "corpus_weights": {task: s.corpus_weights for task, s in recipe.data.tasks.items()},
-            "batch_sizes": {task: s.batch_size for task, s in recipe.data.tasks.items()},
-            "grids": {task: list(corpora[0].grid) for task, corpora in inputs.train.items()},
-            "frames_per_second": {
-                task: corpora[0].manifest.frames_per_second
-                for task, corpora in inputs.train.items()
+            "tasks": {
+                task: {
+                    "corpora": [_fingerprint(corpus) for corpus in inputs.train[task]],
+                    "grid": list(inputs.train[task][0].grid),
+                    "frames_per_second": inputs.train[task][0].manifest.frames_per_second,
+                    "corpus_weights": settings.corpus_weights,
+                    "batch_size": settings.batch_size,
+                    "weight": settings.weight,
+                }
+                for task, settings in recipe.data.tasks.items()
             },
-            "items": {task: [len(c) for c in corpora] for task, corpora in inputs.train.items()},
         },
         "optimizer": recipe.optimizer.model_dump(mode="json", exclude={"implementation"}),
-        "tokenizers": {"vqgan": fingerprint(inputs.vqgan), "bpe": inputs.bpe.fingerprint},
     }
+
+
+def _fingerprint(corpus: Corpus) -> str:
+    """Of what a corpus holds, wherever it lies."""
+    return hashlib.sha256(corpus.manifest.model_dump_json().encode()).hexdigest()
+
+
+def layout_of(description: dict[str, Any]) -> Layout:
+    """The layout in a checkpoint's or a run's description."""
+    return Layout(**{field.name: description[field.name] for field in fields(Layout)})
 
 
 def _first_difference(
     before: dict[str, Any], now: dict[str, Any], prefix: str = ""
 ) -> tuple[str, Any, Any] | None:
-    for key, value in now.items():
-        old, name = before.get(key), f"{prefix}{key}"
+    # A checkpoint says more than a recipe at the top, but in no group below it.
+    for key in {**now, **before} if prefix else now:
+        old, value, name = before.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(old, dict):
             inner = _first_difference(old, value, f"{name}.")
             if inner is not None:
@@ -99,3 +139,16 @@ def _first_difference(
         elif old != value:
             return name, old, value
     return None
+
+
+def _told(field: str, before: Any, now: Any) -> str:
+    """A difference in words, and what to do about it."""
+    if field.startswith("tokenizers."):
+        return f"another {field} than the recipe's; name that one"
+    if field.endswith(".corpora"):
+        return f"{field} that held other items than the recipe's do now; name those"
+    if field.startswith("data.tasks.") and isinstance(before, dict):
+        return f"{field}, which the recipe leaves out; add it"
+    if field.startswith("data.tasks.") and isinstance(now, dict):
+        return f"no {field}, which the recipe has; leave it out"
+    return f"{field} = {before}, but now it is {now}; set it back"

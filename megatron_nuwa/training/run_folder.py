@@ -15,6 +15,11 @@ from megatron_nuwa.config import Settings, dump_settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import write_text_atomically
 
+RECIPE_FILE = "recipe.yaml"
+ENVIRONMENT_FILE = "environment.json"
+# The tokenizers of a pretraining run, copied into it.
+VQGAN_FILE = "tokenizers/vqgan.safetensors"
+BPE_FILE = "tokenizers/bpe.json"
 _REPORTED_PACKAGES = ("megatron-nuwa", "torch", "deepspeed", "numpy", "tokenizers", "safetensors")
 
 
@@ -22,10 +27,8 @@ def prepare_run_folder(run: Path, recipe: Settings) -> None:
     """Create the run's folder and write `recipe.yaml` and `environment.json` into it."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(run / "recipe.yaml", dump_settings(recipe))
-        write_text_atomically(
-            run / "environment.json", json.dumps(describe_environment(), indent=2)
-        )
+        write_text_atomically(run / RECIPE_FILE, dump_settings(recipe))
+        write_text_atomically(run / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2))
     except OSError as error:
         raise UserError(
             f"the run folder {run} cannot be written: {error.strerror}; "

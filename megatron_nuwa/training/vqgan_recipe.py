@@ -108,6 +108,8 @@ class VqganRecipe(Settings):
     """Everything about one VQ-GAN training; `batch_size` counts images over all processes."""
 
     run: Path
+    # A VQ-GAN, or a run of one, whose weights a new run begins with.
+    start: Path | None = None
     model: VqganConfig = VqganConfig()
     data: VqganData
     loss: VqganLoss = VqganLoss()
@@ -127,6 +129,15 @@ class VqganRecipe(Settings):
         if size is not None and size < self.model.image_size:
             raise ValueError(
                 f"data.decode_size {size} must be at least model.image_size {self.model.image_size}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keep_the_codes(self) -> VqganRecipe:
+        if self.start is not None and (self.codebook.kmeans or self.codebook.start_step):
+            raise ValueError(
+                "start takes the codes of a trained VQ-GAN: set codebook.kmeans to false and "
+                "codebook.start_step to 0, which would place them anew"
             )
         return self
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import write_text_atomically
-from megatron_nuwa.models.vqgan import save_vqgan
+from megatron_nuwa.models.vqgan import Vqgan, load_vqgan, save_vqgan
 from megatron_nuwa.training.codebook_upkeep import perplexity
 from megatron_nuwa.training.frames import (
     Batch,
@@ -31,6 +31,7 @@ from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.progress import track
 from megatron_nuwa.training.run_folder import prepare_run_folder
+from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
 from megatron_nuwa.training.vqgan_checkpoint import load_checkpoint, save_checkpoint
 from megatron_nuwa.training.vqgan_evaluation import (
     VqganEvaluation,
@@ -56,6 +57,8 @@ def train_vqgan(
 ) -> VqganEvaluation | None:
     """Train from the run's newest checkpoint to its last step; returns the final evaluation.
 
+    None without held-out frames, and where SIGTERM or SIGUSR1 ended the training early.
+
     Leaves `RUN/vqgan.safetensors` and, with held-out frames, `RUN/evaluation.json`. Raises
     `UserError` for settings that do not fit, media that cannot be decoded, a foreign run folder.
     """
@@ -64,6 +67,7 @@ def train_vqgan(
             f"vqgan.batch_size {recipe.batch_size} must be a multiple of the number of processes, "
             f"{processes.world_size}"
         )
+    start = processes.first_then_all(lambda: _start(recipe))
     if processes.is_first:
         prepare_run_folder(recipe.run, whole_recipe)
     processes.barrier()
@@ -72,10 +76,18 @@ def train_vqgan(
     if held_out is not None:
         held = _dataset(recipe, held_out, recipe.run / "held_out_frames.npy", processes)
     state = VqganStep(recipe, seed, processes)
+    if start is not None:
+        state.model.load_state_dict(start.state_dict())
     step = load_checkpoint(recipe.run, state)
     _announce(state, step, frames)
-    with Monitor(recipe.run, enabled=processes.is_first) as monitor:
-        evaluation = _run_steps(state, seed, step, frames, held, monitor)
+    with Monitor(recipe.run, enabled=processes.is_first) as monitor, StopSignals(processes) as stop:
+        try:
+            evaluation = _run_steps(state, seed, step, frames, held, monitor, stop)
+        except StopRequested as request:
+            if processes.is_first:
+                print(f"{request} received: the last step is saved", flush=True)
+            processes.barrier()
+            return None
     if processes.is_first:
         if evaluation:
             text = json.dumps(evaluation._asdict(), indent=2)
@@ -86,6 +98,22 @@ def train_vqgan(
     return evaluation
 
 
+def _start(recipe: VqganRecipe) -> Vqgan | None:
+    """The trained VQ-GAN that a new run begins with."""
+    if recipe.start is None or (recipe.run / "checkpoints" / "latest").is_file():
+        return None
+    start = load_vqgan(recipe.start)
+    # Its networks take pictures of any size.
+    theirs, ours = (c.model_dump(exclude={"image_size"}) for c in (start.config, recipe.model))
+    for field, value in theirs.items():
+        if ours[field] != value:
+            raise UserError(
+                f"vqgan.start: {recipe.start} was trained with vqgan.model.{field} = {value}, but "
+                f"the recipe says {ours[field]}; set it to {value}"
+            )
+    return start
+
+
 def _run_steps(
     state: VqganStep,
     seed: int,
@@ -93,8 +121,12 @@ def _run_steps(
     frames: Dataset[Sample],
     held_out: Dataset[Sample] | None,
     monitor: Monitor,
+    stop: StopSignals,
 ) -> VqganEvaluation | None:
-    """Train from `step` to the end; returns the evaluation at the end."""
+    """Train from `step` to the end; returns the evaluation at the end.
+
+    Raises `StopRequested`, with the last step saved, after a signal.
+    """
     recipe, processes = state.recipe, state.processes
     say = print if processes.is_first else _say_nothing
     window = _Window(recipe.model.codebook_size, processes)
@@ -115,8 +147,12 @@ def _run_steps(
             say(_line(step, recipe.steps, means), flush=True)
         if held_out and recipe.evaluate_every and step % recipe.evaluate_every == 0 and not last:
             say(_evaluation_line(step, _evaluate(state, held_out, step, monitor)), flush=True)
-        if processes.is_first and (step % recipe.checkpoint_every == 0 or last):
+        signal_number = processes.agree([stop.received])[0]
+        due = step % recipe.checkpoint_every == 0 or last or signal_number
+        if processes.is_first and due:
             save_checkpoint(recipe.run, step, state, recipe.keep_checkpoints)
+        if not last:
+            raise_if_stopped(signal_number)
     if held_out is None:
         return None
     evaluation = _evaluate(state, held_out, step, monitor)

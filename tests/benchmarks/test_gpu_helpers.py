@@ -106,9 +106,9 @@ def test_the_largest_mix_is_found_and_steps_go_on_after_it(monkeypatch: pytest.M
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 1 << 29))
-    recipe = load_recipe(ROOT / "launch/recipes/nuwa_870m.yaml", real_step._SMALL)
+    recipe = load_recipe(ROOT / "launch/recipes/nuwa_870m.yaml", real_step.SMALL)
     plan = StepPlan(recipe, ROOT / "ds_configs/zero1_bf16.json", DEVICES["cpu"])
-    engine = real_step._engine(recipe, plan, torch.device("cpu"), micro_batches=3)
+    engine = real_step.single_engine(recipe, plan, torch.device("cpu"), micro_batches=3)
     forward = engine.model.cross_entropy.forward
 
     def limited(logits: Tensor, target: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def test_the_largest_mix_is_found_and_steps_go_on_after_it(monkeypatch: pytest.M
     # What was tried out left no gradients: the next step is that of an engine of its own.
     batches = token_batches(plan.model, found.sizes(plan.model))
     losses = [step(batches) for _ in range(2)]
-    other = real_step._engine(recipe, plan, torch.device("cpu"), micro_batches=3)
+    other = real_step.single_engine(recipe, plan, torch.device("cpu"), micro_batches=3)
     real_step._step(other, token_batches(plan.model, mix.scaled(1).sizes(plan.model)))
     assert losses == [real_step._step(other, batches).loss for _ in range(2)]
 

@@ -17,7 +17,7 @@ from PIL import Image
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.decoding import CachedDecoder
 from megatron_nuwa.generation.sampling import SamplingSettings, draw, filtered, generate_tokens
-from megatron_nuwa.generation.trained import open_run
+from megatron_nuwa.generation.trained import open_generator
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
 from megatron_nuwa.training.pretrain import pretrain
@@ -211,7 +211,7 @@ def test_images_and_clips_are_written_with_their_origin(
 
 
 def test_the_given_frames_of_a_video_are_kept_token_for_token(run: Path, clip: Path) -> None:
-    generator = open_run(run)
+    generator = open_generator(run, "--run")
     frames = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
     grid = generator.clip_grid
     known = torch.zeros(1, grid.cells, dtype=torch.int64)
@@ -229,7 +229,7 @@ def test_the_given_frames_of_a_video_are_kept_token_for_token(run: Path, clip: P
     ("arguments", "message"),
     [
         (("t2i", "--run", "RUN"), "task t2i needs --prompt"),
-        (("t2i", "--run", "nowhere", "--prompt", "x"), "nowhere is not a pretraining run"),
+        (("t2i", "--run", "nowhere", "--prompt", "x"), "--run: nowhere is no pretraining run"),
         (("t2v", "--run", "RUN", "--prompt", "word " * 100), "77"),
         (("t2v", "--run", "RUN", "--prompt", " "), "empty"),
         (("t2v", "--run", "RUN", "--prompt", "x", "--top-p", "2"), "--top-p must be"),

@@ -23,12 +23,19 @@ SUMS = ["rank 0 of 2 local 0 sum 3", "rank 1 of 2 local 1 sum 3"]
 # srun as the processes see it: every task has a number, and the step has a list of nodes.
 FAKE_SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
+trap 'kill -USR1 "${tasks[@]}"' USR1
 export SLURM_JOB_ID=71 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=localhost
 for task in 0 1; do
     SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks[$task]=$!
 done
 code=0
-for task in 0 1; do wait "${tasks[$task]}" || code=$?; done
+for task in 0 1; do
+    while true; do
+        wait "${tasks[$task]}" && ended=0 || ended=$?
+        kill -0 "${tasks[$task]}" 2>/dev/null || break
+    done
+    ((ended == 0)) || code=$ended
+done
 exit $code
 """
 FAKE_SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$SCONTROL_CALLS"\n'
@@ -248,18 +255,23 @@ def test_the_slurm_job_runs_the_preflight_on_two_tasks(
     assert not (small_world.folder / "slurm").exists()
 
 
-def test_the_slurm_job_keeps_exit_codes_and_queues_itself_again(
-    fake_slurm: Path, tmp_path: Path
+@pytest.mark.parametrize("code", [0, 3])
+def test_near_the_time_limit_the_slurm_job_saves_and_is_queued_again(
+    fake_slurm: Path, tmp_path: Path, code: int
 ) -> None:
-    calls, ready, end = tmp_path / "calls", tmp_path / "ready", tmp_path / "end"
-    script = tmp_path / "task.sh"
+    """Unless the save fails; the tasks' exit code is the job's."""
+    calls, ready = tmp_path / "calls", tmp_path / "ready"
+    script = tmp_path / "task.py"
     script.write_text(
-        f'touch {ready}; while [[ ! -e {end} ]]; do sleep 0.1; done; exit "$SLURM_PROCID"\n'
+        "import os, pathlib, signal, sys, time\n"
+        f"end = lambda *_: sys.exit({code} * int(os.environ['SLURM_PROCID']))\n"
+        "signal.signal(signal.SIGUSR1, end)\n"
+        f"pathlib.Path('{ready}' + os.environ['SLURM_PROCID']).touch()\n"
+        "time.sleep(60)\n"
+        "sys.exit(9)\n"
     )
     extra = {
         "PATH": f"{fake_slurm}{os.pathsep}{environment()['PATH']}",
-        # "bash -u SCRIPT RECIPE" in the place of "python -u SCRIPT RECIPE".
-        "PYTHON": "bash",
         "SCRIPT": str(script),
         "SCONTROL_CALLS": str(calls),
         "SLURM_JOB_ID": "71",
@@ -268,14 +280,13 @@ def test_the_slurm_job_keeps_exit_codes_and_queues_itself_again(
         ["bash", "launch/slurm.sh", "RECIPE"], cwd=ROOT, env=environment(**extra)
     )
     try:
-        wait_for(ready)
+        for task in (0, 1):
+            wait_for(Path(f"{ready}{task}"))
         job.send_signal(signal.SIGUSR1)
-        wait_for(calls)
-        assert calls.read_text() == "requeue 71\n"
-        assert job.poll() is None, "the tasks go on until Slurm ends them"
+        assert job.wait(50) == code
     finally:
-        end.touch()
-        assert job.wait(30) == 1
+        job.kill()
+    assert (calls.read_text() if calls.exists() else "") == ("" if code else "requeue 71\n")
 
 
 def wait_for(path: Path) -> None:

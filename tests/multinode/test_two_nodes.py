@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import ROOT, SmallWorld, deepspeed_command, run_command_line
 from two_nodes import TwoNodes, reason_against, two_nodes
+
+from megatron_nuwa.training.checkpoint import Checkpoints, step_of
 
 SCRIPT = ROOT / "launch/pretrain.py"
 TAGS = ("train/loss", "train/loss/t2i", "train/loss/v2v", "train/loss/t2v", "train/grad_norm")
@@ -65,6 +73,62 @@ def test_two_nodes_of_two_processes_train_like_one_of_four(
     recipe.write_text(text)
     world = SmallWorld(**{**vars(small_world), "recipe": recipe})
     compare(world, nodes, tmp_path, slots=2)
+
+
+def training(nodes: TwoNodes, node: int) -> list[int]:
+    """Ids of the run's processes on a node."""
+    found = []
+    for number in nodes.processes(node):
+        with suppress(psutil.Error):
+            words = psutil.Process(number).cmdline()
+            if str(SCRIPT) in words[1:3]:
+                found.append(number)
+    return found
+
+
+def wait_until(happened: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_run_whose_second_node_is_cut_off_ends_on_both_and_continues_on_one(
+    small_world: SmallWorld, nodes: TwoNodes, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    saving = ("training.checkpoint_every=2", "training.hang_seconds=15")
+    supervised = [sys.executable, ROOT / "launch/supervise.py", "--restarts", "0"]
+    endless = [*arguments(small_world, run, 100_000), *saving]
+    launcher = nodes.start(0, [*supervised, *nodes.deepspeed(1, *endless)])
+    try:
+        latest = run / "checkpoints/latest"
+        wait_until(lambda: latest.exists() or launcher.poll() is not None, 120)
+        assert launcher.poll() is None, launcher.communicate()
+        assert len(training(nodes, 0)) == len(training(nodes, 1)) == 1
+        nodes.cut(1)
+        for node in (0, 1):
+            wait_until(lambda node=node: not training(nodes, node), 90)  # type: ignore[misc]
+        output, errors = launcher.communicate(timeout=120)
+    finally:
+        nodes.mend(1)
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode not in (0, 2), output + errors
+    assert "Traceback" not in output + errors
+    *_, said, reason = errors.splitlines()
+    assert "the others (process 0, 1) lost it after step" in said
+    assert "which is the limit" in reason
+    whole, complaints = Checkpoints(run / "checkpoints", keep=1).newest()
+    assert whole is not None
+    assert complaints == []
+    last = step_of(whole) + 2
+    alone = run_command_line(
+        *deepspeed_command(2, *arguments(small_world, run, last), "training.checkpoint_every=2")
+    )
+    assert alone.returncode == 0, alone.stdout + alone.stderr
+    assert f"continuing after step {last - 2}; {last} steps in all" in alone.stdout
 
 
 def test_a_cut_node_is_silent_and_nothing_is_left_after_a_failure(

@@ -11,7 +11,10 @@ from helpers import ROOT, SmallWorld
 from safetensors.torch import load_file
 from worlds import Scenario, figures, held_out, layout, run_world
 
+from megatron_nuwa.training.checkpoint import read_manifest
+
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (3, 1, 1), (2, 2, 2)]
+RESUMED = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)]
 TEN = ("schedule.steps=10", "optimizer.gradient_clipping=0.5")
 VARIANTS = {
     "fp32": ({}, ()),
@@ -57,8 +60,13 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
     pictures = ("samples.every=10", "samples.prompts=[a red square moves left]")
     sequence = layout(2, 2, sequence_parallel=True)
     by_size[4].append(Scenario("sequence", sequence, (*TEN, *pictures)))
-    stopped = (*TEN, "training.stop_at_step=4")
-    by_size[4] += [Scenario("resumed", layout(2, 2), changes) for changes in (stopped, TEN)]
+    for sizes in RESUMED:
+        for kind in ("fp32", "bf16"):
+            whole = scenario(kind, *sizes)
+            for changes in (("training.stop_at_step=4",), ()):
+                by_size[sizes[0] * sizes[1] * sizes[2]].append(
+                    Scenario(f"{whole.name}_resumed", whole.layout, (*TEN, *changes))
+                )
     for size, scenarios in by_size.items():
         run_world(small_world.recipe, root, size, scenarios)
     return root
@@ -104,14 +112,25 @@ def test_a_model_in_four_parts_draws_samples(runs: Path) -> None:
     assert shown == {"step_00000010_t2i.png", "step_00000010_t2v.png", "step_00000010_t2v_0.gif"}
 
 
-def test_a_pipeline_stopped_after_four_steps_continues_bit_for_bit(runs: Path) -> None:
-    whole = scenario("fp32", 2, 2).name
-    assert figures(runs / "resumed") == figures(runs / whole)
-    weights, expected = (
-        load_file(runs / run / "checkpoints/step_00000010/model.safetensors")
-        for run in ("resumed", whole)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("sizes", RESUMED, ids=str)
+def test_a_run_stopped_after_four_steps_continues_bit_for_bit(
+    runs: Path, sizes: tuple[int, int, int], kind: str
+) -> None:
+    whole = runs / scenario(kind, *sizes).name
+    resumed = whole.with_name(f"{whole.name}_resumed")
+    assert len(figures(resumed)) == 10
+    assert figures(resumed) == figures(whole)
+    assert held_out(resumed) == held_out(whole)
+    states, expected = (
+        {
+            name: file["sha256"]
+            for name, file in read_manifest(run / "checkpoints/step_00000010").items()
+            if name.endswith(("states.pt", ".safetensors"))
+        }
+        for run in (resumed, whole)
     )
-    assert all(weights[name].equal(expected[name]) for name in expected)
+    assert states == expected
 
 
 def compare_bf16(runs: Path, name: str) -> None:

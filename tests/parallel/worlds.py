@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 
 from megatron_nuwa.generation.show import make_sample_shower
 from megatron_nuwa.training.pretrain import pretrain
-from megatron_nuwa.training.processes import join_processes
+from megatron_nuwa.training.processes import Processes, join_processes
 from megatron_nuwa.training.recipe import load_recipe
 
 FIGURES = ("train/loss", "train/loss/t2i", "train/loss/v2v", "train/loss/t2v", "train/grad_norm")
@@ -82,11 +82,15 @@ def _process(
     }
     with join_processes() as joined:
         for scenario in scenarios:
-            run = scenario.folder(root)
-            path = root / f"{scenario.name}.json"
-            if joined.is_first:
-                path.write_text(json.dumps(scenario.layout))
-            joined.barrier()
-            settings = load_recipe(recipe, [f"run={run}", *scenario.overrides])
-            pretrain(settings, path, joined, make_sample_shower(settings))
-            joined.barrier()
+            carry_out(scenario, recipe, root, joined)
+
+
+def carry_out(scenario: Scenario, recipe: Path, root: Path, processes: Processes) -> None:
+    """One run, by processes that exist already."""
+    path = root / f"{scenario.name}.json"
+    if processes.is_first:
+        path.write_text(json.dumps(scenario.layout))
+    processes.barrier()
+    settings = load_recipe(recipe, [f"run={scenario.folder(root)}", *scenario.overrides])
+    pretrain(settings, path, processes, make_sample_shower(settings))
+    processes.barrier()

@@ -113,7 +113,7 @@ def corpus(processes: Processes, place: str) -> Any:
 
 def little_memory(processes: Processes) -> Any:
     free = 4 * GIB if processes.rank == 2 else 5 * GIB
-    with patch.object(room, "_free_host_bytes", lambda: free):
+    with patch.object(room, "free_host_bytes", lambda: free):
         # alpha has two processes, so that 5 GiB hold 2 GiB each, and beta's 4 GiB one of 2.
         with equal_speeds():
             enough = check(processes, bytes_needed=2 * GIB)

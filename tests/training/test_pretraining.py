@@ -131,17 +131,17 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(
     assert "step 2 of 2 is reached already" in output
 
 
-def test_another_number_of_processes_is_refused_once_and_nothing_changes(
+def test_another_recipe_is_refused_once_and_nothing_changes(
     small_world: SmallWorld, undisturbed: Path, tmp_path: Path
 ) -> None:
     """On two processes: the message comes once, and neither process hangs."""
     train_here(small_world, tmp_path / "run", "training.stop_at_step=1")
     before = (tmp_path / "run/recipe.yaml").read_bytes()
-    command = deepspeed_command(2, SCRIPT, small_world.recipe, f"run={tmp_path / 'run'}")
+    command = deepspeed_command(2, SCRIPT, small_world.recipe, f"run={tmp_path / 'run'}", "seed=4")
     done = run_command_line(*command)
     assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
-    assert "processes = 1, but now it is 2" in done.stderr
+    assert "seed = 3, but now it is 4" in done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "run/recipe.yaml").read_bytes() == before
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
 from helpers import ROOT, deepspeed_command, run_command_line
 from PIL import Image
+from ranks import Ranks
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.quantizer import VectorQuantizer
@@ -209,6 +212,32 @@ def test_stopped_run_resumes_bit_for_bit(straight_run: Path, media: Path, tmp_pa
         assert all(torch.equal(moments[name], other[name]) for name in moments)
 
 
+def test_a_new_run_begins_with_the_weights_of_another(
+    straight_run: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from launch.train_vqgan import main
+
+    changes: dict[str, Any] = {
+        "start": str(straight_run / "run/vqgan.safetensors"),
+        "codebook": {"kmeans": False, "start_step": 0, "restart_every": 0},
+        "optimizer": {"learning_rate": 1e-12},
+        "steps": 1,
+        "batch_size": 2,
+    }
+    command = ["train_vqgan.py", str(write_recipe(tmp_path, media, **changes))]
+    monkeypatch.setattr(sys, "argv", command)
+    main()
+    before, after = (load_vqgan(folder / "run").state_dict() for folder in (straight_run, tmp_path))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-9)
+    other = f"vqgan.run={tmp_path / 'other'}"
+    monkeypatch.setattr(sys, "argv", [*command, other, "vqgan.model.code_dim=8"])
+    with pytest.raises(UserError, match=r"with vqgan\.model\.code_dim = 16, but the recipe says 8"):
+        main()
+    assert not (tmp_path / "other").exists()
+
+
 def test_frames_are_decoded_by_workers_while_training_in_bf16(media: Path, tmp_path: Path) -> None:
     data = {"cache_frames": False, "workers": 1}
     recipe = write_recipe(tmp_path, media, data=data, steps=5, precision="bf16", batch_size=6)
@@ -220,6 +249,26 @@ def test_frames_are_decoded_by_workers_while_training_in_bf16(media: Path, tmp_p
     assert sum(logged(tmp_path / "run", "data/broken_items")) >= 2
 
 
+def test_sigterm_to_all_processes_saves_and_ends_with_0(media: Path, tmp_path: Path) -> None:
+    """The workers get it, too, as from a scheduler, and must not fail the run."""
+    data = {"cache_frames": False, "workers": 1}
+    recipe = write_recipe(tmp_path, media, data=data, steps=100_000, batch_size=6)
+    with Ranks(1, tmp_path / "logs", recipe, script=ROOT / COMMAND) as ranks:
+        log = tmp_path / "run/log.jsonl"
+        assert ranks.wait_for(lambda: log.exists() and log.stat().st_size), ranks.output()
+        [process] = ranks.processes
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert workers
+        for each in (*workers, process):
+            each.send_signal(signal.SIGTERM)
+        assert ranks.wait(60) == [0], ranks.output()
+        assert "SIGTERM received: the last step is saved" in ranks.output()
+    [checkpoint] = (tmp_path / "run/checkpoints").glob("step_*")
+    assert len(logged(tmp_path / "run", "train/loss/total")) == int(checkpoint.name[5:])
+    assert not (tmp_path / "run/vqgan.safetensors").exists()
+    assert psutil.wait_procs(workers, 30)[1] == []
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -228,6 +277,7 @@ def test_frames_are_decoded_by_workers_while_training_in_bf16(media: Path, tmp_p
         ("vqgan.data.decode_size=16", "data.decode_size 16 must be at least model.image_size 32"),
         ("vqgan.data.train=[absent.jsonl]", "manifest absent.jsonl does not exist"),
         ("vqgan.loss.perceptual.network=vgg16", "network 'vgg16' needs weights"),
+        ("vqgan.start=runs/other", "set codebook.kmeans to false and codebook.start_step to 0"),
         ("vqgan=null", "recipe 'tiny' has no 'vqgan'"),
         ("vqgan.batch_size=0", "vqgan.batch_size: "),
     ],

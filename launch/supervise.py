@@ -1,0 +1,45 @@
+"""Run a launcher's command, and start it again after a fault. Example:
+
+python launch/supervise.py deepspeed --hostfile hostfile launch/pretrain.py RECIPE
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.training.supervision import Supervisor
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python launch/supervise.py",
+        description="Run a launcher's command, and start it again after a fault: up to a limit, "
+        "while starts add checkpoints, and on the nodes of the hostfile that still answer. Its "
+        "last lines say which process failed, and why.",
+        epilog=f"example:{__doc__.split(':', 1)[1]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--restarts", type=int, default=10, help="at most so many (default: 10)")
+    parser.add_argument(
+        "--pause", type=float, default=10.0, metavar="SECONDS", help="before each (default: 10)"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="the launcher and its arguments")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Supervise one command."""
+    arguments = parse_arguments()
+    if not arguments.command:
+        raise UserError("no command to supervise; python launch/supervise.py --help shows one")
+    supervisor = Supervisor(
+        arguments.command, restarts=arguments.restarts, pause_seconds=arguments.pause
+    )
+    return supervisor.supervise()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,80 @@
+"""Ending a run early because somebody asked for it: all processes together, with a save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from megatron_nuwa.training.processes import Processes
+
+# What schedulers and launchers send before they kill; Slurm's --signal may be the second.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_WORKERS_GRACE_SECONDS = 20.0
+
+
+class StopRequested(Exception):  # noqa: N818
+    """The processes have agreed to stop, on the word of a signal."""
+
+
+class StopSignals:
+    """Takes note of SIGTERM and SIGUSR1 in a `with` block, instead of dying of them.
+
+    A signal may reach one process only, or all at different moments, so what counts is what the
+    processes agree on. Outside the main thread no signals are taken.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._received = 0
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._usual = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+
+    @property
+    def received(self) -> int:
+        """The number of the signal that this process got, 0 before."""
+        return self._received
+
+    def check(self) -> None:
+        """Raise `StopRequested` on every process if any got a signal; each must call it."""
+        raise_if_stopped(self._processes.agree([self._received])[0])
+
+
+def outlive_stop_signals(_worker: int) -> None:
+    """Have a loader's worker process go on for a while after a stop signal.
+
+    Launchers and schedulers send one to every process, but a run that lost its workers could not
+    go on to the next save.
+    """
+
+    def end_later(number: int, frame: FrameType | None) -> None:
+        timer = threading.Timer(_WORKERS_GRACE_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, end_later)
+
+
+def raise_if_stopped(number: int) -> None:
+    """Raise `StopRequested` for an agreed signal number other than 0."""
+    if number:
+        raise StopRequested(signal.Signals(number).name)
