@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow bench lint format clean
+.PHONY: help install demo test test-slow test-gpu bench lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ test: install ## the tests that CI runs
 
 test-slow: install ## tests of minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+test-gpu: install ## tests of the CUDA kernels, on a machine with a GPU
+	$(BIN)/python -m pytest -m gpu
 
 bench: install ## nearby attention against its peers, a training step with and without it, and overheads
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore -m benchmarks.nearby_attention

@@ -14,6 +14,14 @@ from benchmarks.harness.layouts import STRIP_BLOCK, STRIP_ROWS, Strips
 from benchmarks.harness.unavailable import UnavailableError
 from megatron_nuwa.grid import Grid
 
+_STRIP_TILES = {
+    "BLOCK_M": STRIP_BLOCK,
+    "BLOCK_N": STRIP_BLOCK,
+    "BLOCK_M1": STRIP_BLOCK // 2,
+    "BLOCK_N1": STRIP_BLOCK,
+    "BLOCK_M2": STRIP_BLOCK,
+    "BLOCK_N2": STRIP_BLOCK // 2,
+}
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -70,4 +78,6 @@ def _compiled(
     torch._dynamo.reset()
     block_mask = create_block_mask(mask_mod, None, None, queries, keys, load.device, **options)
     attend = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: attend(q, k, v, block_mask=block_mask)
+    # Its tiles must fit the mask's blocks, which on GPUs it does not see to by itself.
+    tiles = _STRIP_TILES if options and load.device.type == "cuda" else None
+    return lambda q, k, v: attend(q, k, v, block_mask=block_mask, kernel_options=tiles)

@@ -144,3 +144,12 @@ def test_peers_have_names_of_their_own() -> None:
         names = [peer.name for peer in all_peers(torch.device(kind))]
         assert names[0] == "auto"
         assert len(set(names)) == len(names)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="times the kernels where there is a GPU")
+def test_times_of_kernels_need_a_gpu_and_say_so(tmp_path: Path) -> None:
+    command = ("-m", "benchmarks.nearby_kernels", "--output", tmp_path / "no.json")
+    done = run_command_line(sys.executable, *command)
+    assert done.returncode == 2
+    assert "benchmarks.nearby_kernels needs a GPU" in done.stderr
+    assert not list(tmp_path.iterdir())
