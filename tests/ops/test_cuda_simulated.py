@@ -59,18 +59,22 @@ class Call(ctypes.Structure):
     )
 
 
-@pytest.fixture(scope="module")
-def simulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def compiled_simulator(folder: Path, *flags: str) -> ctypes.CDLL:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++ to compile the simulated device with")
-    library = tmp_path_factory.mktemp("simulator") / "simulator.so"
+    library = folder / "simulator.so"
     source = HERE / "cuda_simulator"
     # As on the device, the same memory is read as scalars and as vectors.
-    flags = ["-std=c++20", "-O2", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
-    flags += [f"-I{source}", f"-I{KERNELS}"]
-    subprocess.run([compiler, *flags, "-o", str(library), str(source / "simulate.cpp")], check=True)
+    command = [compiler, "-std=c++20", "-O2", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
+    command += [*flags, f"-I{source}", f"-I{KERNELS}", "-o", str(library)]
+    subprocess.run([*command, str(source / "simulate.cpp")], check=True)
     return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def simulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    return compiled_simulator(tmp_path_factory.mktemp("simulator"))
 
 
 def simulate(
@@ -251,6 +255,18 @@ def test_kernels_of_many_chunks_equal_the_definition(
     grid = Grid(7, 9, 6)
     geometry = Geometry(grid, grid, Extent(7, 7, 7), causal)
     check(simulator, geometry, torch.bfloat16, size, 3, True, 4.0, images=(1, 1))
+
+
+def test_kernels_of_a_device_with_less_shared_memory_equal_the_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    smaller = compiled_simulator(tmp_path, "-DMEGATRON_NUWA_SMALL")
+    monkeypatch.setattr(cuda, "_is_large", lambda device: False)
+    grid = Grid(7, 9, 6)
+    for size in (32, 64, 128):
+        for causal in (True, False):
+            geometry = Geometry(grid, grid, Extent(7, 7, 7), causal)
+            check(smaller, geometry, torch.bfloat16, size, 4, True, 4.0, images=(1, 1))
 
 
 def test_padding_tokens_may_hold_anything(simulator: ctypes.CDLL) -> None:
