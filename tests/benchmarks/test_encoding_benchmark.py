@@ -50,12 +50,13 @@ def test_ways_that_no_time_is_left_for_are_named(tmp_path: Path) -> None:
     assert {row["reason"] for row in others} == {"the 0 s were used up"}
 
 
-def test_a_gpu_is_measured_as_the_farm_uses_it_first() -> None:
-    first, *others = ways([64, 128], cuda=True, compiled=True)
-    assert first.compiled
-    assert first.channels_last
-    assert first.precision == "bfloat16"
-    assert not first.searched
+def test_a_gpu_is_measured_as_the_farm_uses_it_once_it_was_without_a_compiler() -> None:
+    eager, first, *others = ways([64, 128], cuda=True, compiled=True)
+    assert (eager.compiled, first.compiled) == (False, True)
+    for way in (eager, first):
+        assert way.channels_last
+        assert way.precision == "bfloat16"
+        assert not way.searched
     assert any(not way.compiled and way.precision == "float32" for way in others)
 
 
