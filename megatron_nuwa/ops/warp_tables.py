@@ -46,7 +46,7 @@ class Shape(NamedTuple):
     def offsets(self, slots: Array) -> Array:
         """Where ring slots start in shared memory, with the turn of their 16-byte segments.
 
-        It is `swizzled(slot, 0)` of tile_walk.cuh; other segments differ by exclusive or.
+        It is `swizzled(slot, 0)` of tiles.cuh; other segments differ by exclusive or.
         """
         turns = slots >> 1 & 3 if self.row_bytes == 64 else slots & 7
         return slots * self.row_bytes + (turns << 4)
@@ -89,7 +89,7 @@ class RowTables(NamedTuple):
 
 
 def shape_of(head_dim: int, mirrored: bool, is_large: bool) -> Shape:
-    """The kernel for a head size that is built: `Shape` and `Depth` of tile_walk.cuh.
+    """The kernel for a head size that is built: `Shape` of tiles.cuh.
 
     `is_large`: does a multiprocessor have the shared memory of compute capability 9.0?
     """
