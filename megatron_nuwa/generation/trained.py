@@ -70,7 +70,7 @@ class Generator:
 
     def encode_frames(self, frames: np.ndarray) -> Tensor:
         """uint8 (frames, rows, columns, 3) → tokens int64 (frames · h · w) in generation order."""
-        pixels = torch.from_numpy(frames).to(self.device).float() / 127.5 - 1
+        pixels = torch.tensor(frames, device=self.device).float() / 127.5 - 1
         with torch.no_grad():
             return self.vqgan.encode(pixels.permute(0, 3, 1, 2)).flatten()
 
