@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 
@@ -10,6 +11,30 @@ from megatron_nuwa.errors import UserError
 
 # Sums of fractions of pixels are compared with a little slack.
 _SLACK = 1e-6
+
+
+def check_fits(
+    shape: tuple[int, int], size: tuple[int, int], fit: Literal["crop", "exact"], name: str
+) -> None:
+    """`UserError` naming a picture that is not to be fitted to the model's `size`.
+
+    `shape` and `size` are (rows, columns). With `fit` crop it may be larger, and is scaled and
+    centre-cropped as long as half of it remains; exact asks for the size itself.
+    """
+    found, wanted = (f"{columns} × {rows}" for rows, columns in (shape, size))
+    if fit == "exact" and shape != size:
+        raise UserError(f"{name} is {found} pixels, and the model draws {wanted}")
+    if shape[0] < size[0] or shape[1] < size[1]:
+        raise UserError(
+            f"{name} is {found} pixels, and the model draws {wanted}: give one that is at least as "
+            "large"
+        )
+    scale = min(shape[0] / size[0], shape[1] / size[1])
+    if size[0] * size[1] * scale**2 < shape[0] * shape[1] / 2:
+        raise UserError(
+            f"{name} is {found} pixels: to draw {wanted}, more than half of it would be cut away; "
+            "crop it to what matters first"
+        )
 
 
 def touched(region: np.ndarray, rows: int, columns: int) -> np.ndarray:
