@@ -35,7 +35,9 @@ def colours(classes: int) -> list[str]:
     found = [colour for _, colour in _NAMED[:classes]]
     for number in range(len(found), classes):
         hue, ring = number * _GOLDEN_RATIO % 1, number % 3
-        red, green, blue = colorsys.hsv_to_rgb(hue, (0.75, 0.5, 0.9)[ring], (0.85, 0.95, 0.55)[ring])
+        red, green, blue = colorsys.hsv_to_rgb(
+            hue, (0.75, 0.5, 0.9)[ring], (0.85, 0.95, 0.55)[ring]
+        )
         found.append(f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}")
     return found
 
@@ -47,13 +49,17 @@ def coloured(maps: np.ndarray, classes: int) -> np.ndarray:
 
 def classes_of(pixels: np.ndarray, classes: int) -> np.ndarray:
     """The class of the nearest colour: uint8 (rows, columns, 3) → uint8 (rows, columns)."""
-    # A brush's soft edge lies between two colours and becomes one of them.
-    distances = np.square(pixels[..., None, :].astype(np.int32) - _table(classes)).sum(-1)
-    return distances.argmin(-1).astype(np.uint8)
+    # A brush's soft edge lies between two colours and becomes one of them. Few colours occur.
+    found, place = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    distances = np.square(found[:, None].astype(np.int32) - _table(classes)).sum(-1)
+    return distances.argmin(-1).astype(np.uint8)[place].reshape(pixels.shape[:-1])
 
 
 def _table(classes: int) -> np.ndarray:
     return np.array(
-        [[int(colour[place : place + 2], 16) for place in (1, 3, 5)] for colour in colours(classes)],
+        [
+            [int(colour[place : place + 2], 16) for place in (1, 3, 5)]
+            for colour in colours(classes)
+        ],
         np.uint8,
     )

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.regions import touched
+from megatron_nuwa.generation.sampling import SamplingSettings, generate_tokens
 from megatron_nuwa.generation.trained import Generator
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context
@@ -78,6 +79,18 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What came of a request: `frames` uint8 (frames, rows, columns, 3).
+
+    `origin` is what its files say about themselves: task, prompt, seed, checkpoint, settings.
+    """
+
+    request: Request
+    frames: np.ndarray
+    origin: dict[str, object]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Requests of one task, as the sampler takes them; cells where `is_known` is True are kept."""
 
@@ -126,6 +139,29 @@ def prepare(generator: Generator, requests: Sequence[Request]) -> Prepared:
         nothing,
         known,
         is_known,
+    )
+
+
+def generate(
+    generator: Generator,
+    prepared: Prepared,
+    settings: SamplingSettings,
+    *,
+    on_token: Callable[[], object] | None = None,
+    on_frame: Callable[[int, Tensor], object] | None = None,
+) -> Tensor:
+    """Tokens int64 (batch, cells) of prepared requests; see `generate_tokens`."""
+    return generate_tokens(
+        generator.model,
+        prepared.context,
+        prepared.without_text,
+        prepared.grid,
+        prepared.seeds,
+        settings,
+        known=prepared.known,
+        is_known=prepared.is_known,
+        on_token=on_token,
+        on_frame=on_frame,
     )
 
 
