@@ -43,7 +43,7 @@ from megatron_nuwa.generation.tasks import (
     task_named,
 )
 from megatron_nuwa.generation.trained import Generator, open_generator
-from preprocessing.decoders import DecodeSettings, decode_sketch
+from preprocessing.decoders import DecodeSettings, MediaKind, decode_sketch
 from preprocessing.given import Given, read_given, read_mask
 
 
@@ -216,12 +216,13 @@ def read_starts(arguments: argparse.Namespace, task: Task, generator: Generator)
         )
     frames = keep if task.given == "frames" else grid.s
     starts = []
-    for path, count in (
-        *((path, 1) for path in arguments.image),
-        *((path, frames) for path in arguments.clip),
-    ):
+    media: list[tuple[Path, MediaKind, int]] = [
+        *((path, "image", 1) for path in arguments.image),
+        *((path, "clip", frames) for path in arguments.clip),
+    ]
+    for path, kind, count in media:
         size, rate = generator.picture_size, generator.frames_per_second
-        given = read_given(path, size, count, rate, arguments.fit)
+        given = read_given(path, kind, size, count, rate, arguments.fit)
         origin: dict[str, object] = {"given": str(path)}
         if task.given == "frames":
             starts.append(Start(origin | {"keep_frames": count}, given.frames))
