@@ -80,7 +80,7 @@ def encoding_flops(config: VqganConfig) -> int:
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         vqgan = Vqgan(config)
-        vqgan.encoder(torch.empty(1, 3, config.image_size, config.image_size))
+        vqgan.encoder(torch.empty(1, config.image_channels, config.image_size, config.image_size))
     dim = config.lookup_dim or config.code_dim
     projection = config.code_dim * dim if config.lookup_dim else 0
     search = 2 * config.grid_side**2 * (projection + dim * config.codebook_size)

@@ -133,7 +133,7 @@ def export(trained: TrainedModel, output: Path, dtype: torch.dtype) -> None:
     metadata = {
         "format": _FORMAT,
         "facts": trained.facts.model_dump_json(),
-        "vqgan": vqgan.config.model_dump_json(),
+        "vqgan": vqgan.config.description(),
         "bpe": trained.bpe().to_json(),
     }
     with replaced_atomically(output) as temporary:
