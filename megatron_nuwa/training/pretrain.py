@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_nuwa.config import dump_settings
-from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch, interleave
+from megatron_nuwa.data.batches import IMAGE_TASKS, TaskBatches, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import try_to_write, write_text_atomically
@@ -408,7 +408,7 @@ def _saver(
 
 def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float]:
     """The figures of the clip task that gains least on the unigrams; of any without clips."""
-    clips = [figures for task, figures in result.items() if task != "t2i"]
+    clips = [figures for task, figures in result.items() if task not in IMAGE_TASKS]
     return min(clips or result.values(), key=lambda figures: figures["below_unigram"])
 
 
