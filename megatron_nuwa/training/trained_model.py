@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import replaced_atomically
+from megatron_nuwa.files import replaced_atomically, sha256_of
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, load_vqgan
 from megatron_nuwa.training.checkpoint import (
@@ -24,6 +24,7 @@ from megatron_nuwa.training.checkpoint import (
     Checkpoints,
     DamagedCheckpointError,
     check,
+    read_manifest,
     read_state,
 )
 from megatron_nuwa.training.resume import layout_of
@@ -61,6 +62,11 @@ class TrainedModel(ABC):
     @abstractmethod
     def bpe(self) -> TextTokenizer:
         """The tokenizer of its captions."""
+
+    @property
+    @abstractmethod
+    def weights_sha256(self) -> str:
+        """sha256 of the file that holds the weights."""
 
     @property
     def names(self) -> list[str]:
@@ -166,6 +172,10 @@ class _Checkpoint(TrainedModel):
             return self._state.whole(name, "fp32")
         return self._file.get_tensor(name)
 
+    @property
+    def weights_sha256(self) -> str:
+        return read_manifest(self.origin)[MODEL_FILE]["sha256"]
+
     def vqgan(self) -> Vqgan:
         return load_vqgan(self._run / VQGAN_FILE)
 
@@ -197,6 +207,10 @@ class _ExportedModel(TrainedModel):
 
     def weight(self, name: str) -> Tensor:
         return self._file.get_tensor(f"{_MODEL}{name}")
+
+    @property
+    def weights_sha256(self) -> str:
+        return sha256_of(self.origin)
 
     def vqgan(self) -> Vqgan:
         config = parse_settings(VqganConfig, self._json("vqgan"), f"{self.origin}, 'vqgan'")
