@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from megatron_nuwa.ops.tables import Geometry
 
 Widths = tuple[int | None, int | None, int | None]
 ContextKind = Literal["text", "visual", "sketch"]
+# Fields that came later: runs of models without sketches began before there were any.
+_SKETCH_FIELDS = {"sketch_codebook_size", "sketch_code_dim"}
 
 
 class NuwaConfig(Settings):
@@ -75,6 +77,11 @@ class NuwaConfig(Settings):
         for name in ("text_extent", "image_extent", "video_extent"):
             Extent.from_reading(getattr(self, name), self.extent_reading)
         return self
+
+    def description(self) -> dict[str, Any]:
+        """The settings as plain values, the same ones for the same model in later versions, too."""
+        knows_sketches = self.sketch_codebook_size is not None
+        return self.model_dump(mode="json", exclude=None if knows_sketches else _SKETCH_FIELDS)
 
     @property
     def encoder_pattern(self) -> Pattern:

@@ -45,6 +45,7 @@ from megatron_nuwa.training.run_folder import (
     BPE_FILE,
     ENVIRONMENT_FILE,
     RECIPE_FILE,
+    SKETCH_VQGAN_FILE,
     VQGAN_FILE,
     describe_environment,
     prepare_run_folder,
@@ -165,6 +166,7 @@ class Pretraining:
             write_text_atomically(self.folder / "ds_config.json", shown)
         grids = {task: batches.grid for task, batches in self.tasks.items()}
         codes = recipe.model.visual_embedding == "codebook"
+        sketch_vqgan = inputs.sketch_vqgan if codes else None
         self.engine = build_engine(
             recipe,
             self.place,
@@ -173,6 +175,7 @@ class Pretraining:
             unit_costs(recipe, grids, layout.cut, processes.device),
             inputs.vqgan.codebook() if codes else None,
             None if weights is None else weights.of,
+            None if sketch_vqgan is None else sketch_vqgan.codebook(),
         )
         make_skippable(self.engine.deepspeed, self._should_skip)
         self.stop = StopSignals(processes)
@@ -437,4 +440,6 @@ def _write_run_folder(run: Path, recipe: Recipe, inputs: Inputs) -> None:
     prepare_run_folder(run, recipe)
     (run / VQGAN_FILE).parent.mkdir(exist_ok=True)
     save_vqgan(inputs.vqgan, run / VQGAN_FILE)
+    if inputs.sketch_vqgan is not None:
+        save_vqgan(inputs.sketch_vqgan, run / SKETCH_VQGAN_FILE)
     inputs.bpe.save(run / BPE_FILE)
