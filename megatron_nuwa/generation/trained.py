@@ -144,8 +144,12 @@ def open_generator(path: Path, field: str, device: torch.device | None = None) -
         [Grid(*grid) for grid in trained.facts.grids.values()],
         next((rate for rate in rates if rate), None),
     )
-    facts = CheckpointFacts(trained.origin, trained.facts.step, trained.weights_sha256)
-    return replace(generator, checkpoint=facts)
+    sketch_vqgan = trained.sketch_vqgan()
+    return replace(
+        generator,
+        sketch_vqgan=None if sketch_vqgan is None else sketch_vqgan.to(device),
+        checkpoint=CheckpointFacts(trained.origin, trained.facts.step, trained.weights_sha256),
+    )
 
 
 def make_generator(

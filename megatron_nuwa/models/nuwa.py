@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from megatron_nuwa.ops.tables import Geometry
 
 Widths = tuple[int | None, int | None, int | None]
 ContextKind = Literal["text", "visual", "sketch"]
+# Fields that came later: runs of models without sketches began before there were any.
+_SKETCH_FIELDS = {"sketch_codebook_size", "sketch_code_dim"}
 
 
 class NuwaConfig(Settings):
@@ -76,6 +78,11 @@ class NuwaConfig(Settings):
             Extent.from_reading(getattr(self, name), self.extent_reading)
         return self
 
+    def description(self) -> dict[str, Any]:
+        """The settings as plain values, the same ones for the same model in later versions, too."""
+        knows_sketches = self.sketch_codebook_size is not None
+        return self.model_dump(mode="json", exclude=None if knows_sketches else _SKETCH_FIELDS)
+
     @property
     def encoder_pattern(self) -> Pattern:
         """Who sees whom in the encoder."""
@@ -96,6 +103,12 @@ class NuwaConfig(Settings):
         widths = self.image_extent if grid.s == 1 else self.video_extent
         return Extent.from_reading(widths, self.extent_reading)
 
+    def context_extent(self, kind: ContextKind, grid: Grid) -> Extent:
+        """Window of a context; sketches have that of what they are sketches of."""
+        if kind == "text":
+            return Extent.from_reading(self.text_extent, self.extent_reading)
+        return self.visual_extent(grid)
+
 
 @dataclass(frozen=True)
 class Context:
@@ -109,6 +122,11 @@ class Context:
     tokens: Tensor
     grid: Grid
     mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Context:
+        """The same on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, tokens=self.tokens.to(device), mask=mask)
 
 
 class PositionEmbedding(nn.Module):
@@ -260,12 +278,14 @@ class Nuwa(nn.Module):
 
     def encoder_geometry(self, context: Context) -> Geometry:
         """Who sees whom in the encoder."""
-        return Geometry(context.grid, context.grid, self._context_extent(context), False)
+        extent = self.config.context_extent(context.kind, context.grid)
+        return Geometry(context.grid, context.grid, extent, False)
 
     def decoder_geometries(self, grid: Grid, context: Context) -> tuple[Geometry, Geometry]:
         """Who sees whom in the decoder's self-attention and in its cross-attention."""
         own = Geometry(grid, grid, self.config.visual_extent(grid), True)
-        return own, Geometry(grid, context.grid, self._context_extent(context), False)
+        extent = self.config.context_extent(context.kind, context.grid)
+        return own, Geometry(grid, context.grid, extent, False)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the transformer with its visual embedding, text table, head, and total.
@@ -300,11 +320,6 @@ class Nuwa(nn.Module):
             raise ValueError("the model reads no sketches: model.sketch_codebook_size is null")
         _check_codebook(codebook, (size, self.config.sketch_code_dim), "sketch codebook")
         assign(self.sketch_embedding.codes.weight, codebook)
-
-    def _context_extent(self, context: Context) -> Extent:
-        if context.kind == "text":
-            return Extent.from_reading(self.config.text_extent, self.config.extent_reading)
-        return self.config.visual_extent(context.grid)
 
 
 def _check_codebook(codebook: Tensor, expected: tuple[int, int], name: str) -> None:

@@ -164,7 +164,6 @@ def test_counted_flops_are_the_linear_layers_and_the_visible_pairs() -> None:
     """Against PyTorch's own counter, which sees every matrix product but no window."""
     config = small()
     model, grid, text = Nuwa(config).eval(), Grid(5, 4, 3), Grid(1, 1, 77)
-    text_extent = Extent.of(config.text_extent)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(text_context(batch=1), torch.randint(0, 50, (1, grid.cells)), grid)
     operators = counter.get_flop_counts()["Global"].items()
@@ -175,7 +174,7 @@ def test_counted_flops_are_the_linear_layers_and_the_visible_pairs() -> None:
     pairs = config.encoder_layers * 77 * 77 + config.decoder_layers * (nearby + grid.cells * 77)
     # The first cell's input is `<bos>`, so one token fewer passes the codebook's projection.
     linear += 2 * config.code_dim * config.width
-    assert forward_flops(config, text, text_extent, grid) == linear + 4 * config.width * pairs
+    assert forward_flops(config, "text", text, grid) == linear + 4 * config.width * pairs
 
 
 def test_errors_name_the_field() -> None:
