@@ -126,7 +126,10 @@ WITH_PROMPT = ("--prompt", PROMPT)
         ("t2i", WITH_PROMPT),
         ("i2i", ("--image", "photo.png", "--region", "0.5,0,1,1")),
         ("ti2i", ("--image", "photo.png", "--mask", "photo-mask.png", *WITH_PROMPT)),
+        ("s2i", ("--sketch", "sketch.png")),
         ("t2v", (*WITH_PROMPT, "--top-p", 0.9)),
+        ("s2v", ("--sketch", "sketch.npy")),
+        ("s2v", ("--sketch", "sketch.png")),
         ("v2v", ("--clip", "clip.mp4", "--keep-frames", 2)),
         ("v2v", ("--image", "photo.png")),
         ("tv2v", ("--clip", "clip.mp4", "--mask", "clip-mask.png", *WITH_PROMPT)),
@@ -156,7 +159,12 @@ def test_every_file_says_how_it_was_made(
             assert Path(said["checkpoint"]) == checkpoint
             assert int(said["step"]) == 2
             assert said["sha256"] == read_manifest(checkpoint)["model.safetensors"]["sha256"]
-            for argument, key in (("--image", "given"), ("--clip", "given"), ("--mask", "mask")):
+            for argument, key in (
+                ("--image", "given"),
+                ("--clip", "given"),
+                ("--mask", "mask"),
+                ("--sketch", "sketch"),
+            ):
                 if argument in arguments:
                     assert said[key] == str(media / arguments[arguments.index(argument) + 1])
     if task.endswith("2v"):
@@ -281,14 +289,23 @@ def test_the_gallery_shows_what_was_given_beside_what_came_of_it(
             ("tv2v", "--clip", "photo.png", "--prompt", "x", "--region", "0,0,1,0.5"),
             "photo.png is an image, and a video is needed here",
         ),
-        (("s2i", "--sketch", "photo-mask.png"), "the model was not trained on sketches"),
+        (("s2i",), "task s2i (sketch to image) needs --sketch"),
+        (("s2i", "--sketch", "photo-mask.png"), "photo-mask.png has class 255"),
+        (("s2i", "--sketch", "sketch.npy"), "sketch.npy has more than one map"),
+        (("s2i", "--run", "PLAIN", "--sketch", "sketch.png"), "was not trained on sketches"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else None,
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
-    generate, media: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    generate,
+    media: Path,
+    run_without_sketches: Path,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
 ) -> None:
-    filled = [str(media / a) if a.endswith((".png", ".mp4")) else a for a in arguments]
+    arguments = tuple(str(run_without_sketches) if a == "PLAIN" else a for a in arguments)
+    filled = [str(media / a) if a.endswith((".png", ".mp4", ".npy")) else a for a in arguments]
     with pytest.raises(UserError) as caught:
         generate(*filled)
     assert message.replace("MEDIA", str(media)) in str(caught.value)
@@ -296,7 +313,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["vqgan.safetensors", "bpe.json"])
+@pytest.mark.parametrize("name", ["vqgan.safetensors", "bpe.json", "sketch_vqgan.safetensors"])
 def test_a_checkpoint_without_its_tokenizer_is_named(
     generate, run: Path, tmp_path: Path, name: str
 ) -> None:
