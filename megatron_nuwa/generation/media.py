@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +19,9 @@ from PIL.PngImagePlugin import PngInfo
 from megatron_nuwa.errors import UserError
 
 _ENCODE_SECONDS = 120
+_PAUSE_MILLISECONDS = 600
+# Above it, a page of lossless clips would become too heavy.
+_LARGEST_LOSSLESS_SIDE = 128
 
 
 def write_png(path: Path, frame: np.ndarray, origin: Mapping[str, object]) -> None:
@@ -75,5 +81,54 @@ def write_mp4(
 
 
 def contact_sheet(clips: np.ndarray) -> np.ndarray:
-    """uint8 (clips, frames, rows, columns, 3) → one picture: a row a clip, a column a frame."""
+    """uint8 (clips, frames, rows, columns, 3) → one picture: a row a clip, a column a frame.
+
+    Images, clips of one frame, stand in as many columns as rows.
+    """
+    count, frames, *shape = clips.shape
+    if frames == 1:
+        side = math.ceil(math.sqrt(count))
+        rows = math.ceil(count / side)
+        cells = np.full((rows * side, *shape), 255, np.uint8)
+        cells[:count] = clips[:, 0]
+        clips = cells.reshape(rows, side, *shape)
     return np.concatenate([np.concatenate(list(clip), axis=1) for clip in clips], axis=0)
+
+
+def still(frame: np.ndarray) -> str:
+    """A data address of a PNG; `frame` is uint8 (rows, columns, 3)."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG", optimize=True)
+    return _address("image/png", buffer.getvalue())
+
+
+def animation(frames: np.ndarray, frames_per_second: float) -> str:
+    """A data address of an endless WebP; `frames` is uint8 (frames, rows, columns, 3).
+
+    The last frame stays a moment longer, so that the eye sees where a clip begins again.
+    """
+    lossless = frames.shape[1] <= _LARGEST_LOSSLESS_SIDE
+    durations = [round(1000 / frames_per_second)] * len(frames)
+    durations[-1] += _PAUSE_MILLISECONDS
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    first.save(
+        buffer,
+        "WEBP",
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        lossless=lossless,
+        quality=90,
+    )
+    return _address("image/webp", buffer.getvalue())
+
+
+def address(frames: np.ndarray, frames_per_second: float) -> str:
+    """`still` of an image, `animation` of a clip."""
+    return still(frames[0]) if len(frames) == 1 else animation(frames, frames_per_second)
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

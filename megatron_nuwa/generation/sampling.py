@@ -49,6 +49,7 @@ def generate_tokens(
     known: Tensor | None = None,
     is_known: Tensor | None = None,
     on_token: Callable[[], object] | None = None,
+    on_frame: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
     """Tokens int64 (batch, grid cells), cell by cell in generation order.
 
@@ -57,8 +58,9 @@ def generate_tokens(
             the second is read only when guidance differs from 1.
         seeds: one a sample; a sample depends on its own seed alone, not on its neighbours.
         known: int64 (batch, grid cells) tokens that are given; those where `is_known`
-            (bool, grid cells) is True are kept as they are.
+            (bool, grid cells or batch × grid cells) is True are kept as they are.
         on_token: called after every cell, for a progress bar.
+        on_frame: called after every frame with its number and tokens (batch, h·w).
     """
     batch = len(seeds)
     if context.tokens.shape[0] != batch:
@@ -72,21 +74,22 @@ def generate_tokens(
     device = context.tokens.device
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     tokens = torch.zeros(batch, grid.cells, dtype=torch.int64, device=device)
-    kept = [False] * grid.cells if is_known is None else is_known.tolist()
+    area = grid.h * grid.w
     previous: Tensor | None = None
     for n in range(grid.cells):
         logits = decoder.step(previous).float()
-        if kept[n]:
-            assert known is not None
-            tokens[:, n] = known[:, n]
-        else:
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + settings.guidance * (conditional - unconditional)
-            tokens[:, n] = draw(logits, settings, generators)
+        if guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = unconditional + settings.guidance * (conditional - unconditional)
+        drawn = draw(logits, settings, generators)
+        if known is not None and is_known is not None:
+            drawn = torch.where(is_known[..., n], known[:, n], drawn)
+        tokens[:, n] = drawn
         previous = tokens[:, n].repeat(2) if guided else tokens[:, n]
         if on_token is not None:
             on_token()
+        if on_frame is not None and (n + 1) % area == 0:
+            on_frame(n // area, tokens[:, n + 1 - area : n + 1])
     return tokens
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,40 +15,47 @@ from megatron_nuwa.models.compiled import is_compiled_for_gpus
 TENSOR_CORE_CHANNELS = 8
 
 
-class Encoder(nn.Module):
-    """Images (batch, 3, H, W) → vectors (batch, code_dim, H/f, W/f).
+class Shape(NamedTuple):
+    """What both halves share; the lists go from the highest resolution to the lowest.
 
-    `channels` holds the width at each resolution; between two the resolution halves. With
-    `patch_size` > 1 patches of pixels become channels first, so that no convolution runs at full
-    resolution.
+    `channels` holds the width at each resolution; between two the resolution halves. Where
+    `attention` holds true every residual block of that resolution is followed by self-attention;
+    `middle_attention` asks for it at the lowest resolution between the halves. With `patch_size`
+    > 1 patches of pixels become channels first, so that no convolution runs at full resolution.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        residual_blocks: int,
-        code_dim: int,
-        attention: bool,
-        patch_size: int,
-    ) -> None:
+    image_channels: int
+    channels: Sequence[int]
+    attention: Sequence[bool]
+    residual_blocks: int
+    code_dim: int
+    middle_attention: bool
+    patch_size: int
+
+
+class Encoder(nn.Module):
+    """Images (batch, image_channels, H, W) → vectors (batch, code_dim, H/f, W/f)."""
+
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.patch = nn.PixelUnshuffle(patch_size)
-        self.conv_in = nn.Conv2d(3 * patch_size**2, channels[0], 3, padding=1)
+        channels = shape.channels
+        self.patch = nn.PixelUnshuffle(shape.patch_size)
+        pixels = shape.image_channels * shape.patch_size**2
+        self.conv_in = nn.Conv2d(pixels, channels[0], 3, padding=1)
         levels: list[nn.Module] = []
         width = channels[0]
         for level, out in enumerate(channels):
-            for _ in range(residual_blocks):
-                levels.append(ResidualBlock(width, out))
-                width = out
+            levels += _blocks(width, out, shape.residual_blocks, shape.attention[level])
+            width = out
             if level < len(channels) - 1:
                 levels.append(Downsample(width))
         self.levels = nn.Sequential(*levels)
-        self.middle = _middle(width, attention)
+        self.middle = _middle(width, shape.middle_attention)
         self.norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, code_dim, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, shape.code_dim, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Encode images (batch, 3, H, W)."""
+        """Encode images (batch, image_channels, H, W)."""
         hidden = self.middle(self.levels(self._read(self.patch(images))))
         encoded: Tensor = self.conv_out(F.silu(self.norm_out(hidden)))
         return encoded
@@ -61,35 +69,29 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes (batch, code_dim, h, w) → images (batch, 3, h·f, w·f), the encoder's mirror image.
+    """Codes (batch, code_dim, h, w) → (batch, image_channels, h·f, w·f), the encoder's mirror.
 
     Each resolution has one residual block more than in the encoder, since writing an image is
     harder than reading it.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        residual_blocks: int,
-        code_dim: int,
-        attention: bool,
-        patch_size: int,
-    ) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        width = channels[-1]
-        self.conv_in = nn.Conv2d(code_dim, width, 3, padding=1)
-        self.middle = _middle(width, attention)
+        width = shape.channels[-1]
+        self.conv_in = nn.Conv2d(shape.code_dim, width, 3, padding=1)
+        self.middle = _middle(width, shape.middle_attention)
         levels: list[nn.Module] = []
-        for level, out in enumerate(reversed(channels)):
-            if level > 0:
+        for level in reversed(range(len(shape.channels))):
+            if level < len(shape.channels) - 1:
                 levels.append(Upsample(width))
-            for _ in range(residual_blocks + 1):
-                levels.append(ResidualBlock(width, out))
-                width = out
+            out = shape.channels[level]
+            levels += _blocks(width, out, shape.residual_blocks + 1, shape.attention[level])
+            width = out
         self.levels = nn.Sequential(*levels)
         self.norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, 3 * patch_size**2, 3, padding=1)
-        self.unpatch = nn.PixelShuffle(patch_size)
+        pixels = shape.image_channels * shape.patch_size**2
+        self.conv_out = nn.Conv2d(width, pixels, 3, padding=1)
+        self.unpatch = nn.PixelShuffle(shape.patch_size)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Decode codes (batch, code_dim, h, w)."""
@@ -205,6 +207,16 @@ def group_norm_by_rows(
     shift = bias.float().view(groups, -1) - mean * scale
     normalised = pixels * scale.view(batch, 1, 1, width) + shift.view(batch, 1, 1, width)
     return normalised.permute(0, 3, 1, 2).to(hidden.dtype)
+
+
+def _blocks(width: int, out: int, count: int, attention: bool) -> list[nn.Module]:
+    """The blocks of one resolution; the first one changes the width."""
+    blocks: list[nn.Module] = []
+    for place in range(count):
+        blocks.append(ResidualBlock(width if place == 0 else out, out))
+        if attention:
+            blocks.append(SpatialAttention(out))
+    return blocks
 
 
 def _middle(width: int, attention: bool) -> nn.Sequential:

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import replaced_atomically
-from megatron_nuwa.models.autoencoder import Decoder, Encoder
+from megatron_nuwa.models.autoencoder import Decoder, Encoder, Shape
 from megatron_nuwa.models.quantizer import GradientEstimator, VectorQuantizer
 
 _FORMAT = "megatron_nuwa.vqgan/1"
+# Fields that came later: left out of a description at their defaults, so that the fingerprints of
+# tokenizers that know nothing of them stay what corpora were made with.
+_LATER_FIELDS = ("classes", "attention_factors")
 _DEFAULT_MULTIPLIERS = {4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}
 
 
@@ -27,7 +30,10 @@ class VqganConfig(Settings):
     """Sizes of a VQ-GAN; the defaults are the paper's 336² → 21×21 with 12,288 codes of 256.
 
     The paper's literal codebook is `lookup_dim: null`, `normalise_codes: false` and
-    `gradient: straight_through`; the defaults here keep a large codebook in use.
+    `gradient: straight_through`; the defaults here keep a large codebook in use. With `classes` it
+    is VQ-GAN-Seg, for maps of that many classes instead of pictures. `attention_factors` names
+    resolutions, by how far they are downsampled, whose residual blocks are each followed by
+    self-attention; `attention` is the one at the lowest resolution between encoder and codebook.
     """
 
     image_size: int = Field(336, ge=4)
@@ -42,6 +48,8 @@ class VqganConfig(Settings):
     lookup_dim: int | None = Field(8, ge=1)
     normalise_codes: bool = True
     gradient: GradientEstimator = "rotation"
+    classes: int | None = Field(None, ge=2, le=256)
+    attention_factors: tuple[int, ...] = ()
 
     @model_validator(mode="after")
     def _check_sizes(self) -> VqganConfig:
@@ -59,7 +67,18 @@ class VqganConfig(Settings):
             )
         if any(multiplier < 1 for multiplier in self.channel_multipliers):
             raise ValueError("channel_multipliers must be at least 1")
+        known = self._level_factors
+        for factor in self.attention_factors:
+            if factor not in known:
+                raise ValueError(
+                    f"attention_factors must be among {', '.join(map(str, known))}, not {factor}"
+                )
         return self
+
+    @property
+    def _level_factors(self) -> tuple[int, ...]:
+        levels = (self.downsampling // self.patch_size).bit_length()
+        return tuple(self.patch_size << level for level in range(levels))
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -73,11 +92,35 @@ class VqganConfig(Settings):
         """Rows and columns of the token grid."""
         return self.image_size // self.downsampling
 
+    @property
+    def image_channels(self) -> int:
+        """Channels of what is encoded: three colours, or one a class."""
+        return self.classes or 3
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of encoder and decoder."""
+        return Shape(
+            image_channels=self.image_channels,
+            channels=self.level_channels,
+            attention=[factor in self.attention_factors for factor in self._level_factors],
+            residual_blocks=self.residual_blocks,
+            code_dim=self.code_dim,
+            middle_attention=self.attention,
+            patch_size=self.patch_size,
+        )
+
+    def description(self) -> str:
+        """The settings as JSON, the same text for the same network in later versions, too."""
+        fields = type(self).model_fields
+        unused = {name for name in _LATER_FIELDS if getattr(self, name) == fields[name].default}
+        return self.model_dump_json(exclude=unused)
+
 
 class VqganOutput(NamedTuple):
     """What a training pass yields."""
 
-    reconstruction: Tensor  # (batch, 3, H, W), not clamped
+    reconstruction: Tensor  # (batch, 3, H, W), not clamped, or class logits (batch, classes, H, W)
     tokens: Tensor  # (batch, h, w) int64
     codebook_loss: Tensor
     commitment_loss: Tensor
@@ -85,15 +128,16 @@ class VqganOutput(NamedTuple):
 
 
 class Vqgan(nn.Module):
-    """Encoder, codebook and decoder: images (batch, 3, H, W) in [-1, 1] ↔ tokens (batch, h, w)."""
+    """Encoder, codebook and decoder: images (batch, 3, H, W) in [-1, 1] ↔ tokens (batch, h, w).
+
+    With `config.classes` it encodes one-hot maps (batch, classes, H, W) and decodes class logits of
+    that shape (VQ-GAN-Seg); `models/segmentation.py` has both ways between these and maps.
+    """
 
     def __init__(self, config: VqganConfig) -> None:
         super().__init__()
         self.config = config
-        channels = config.level_channels
-        self.encoder = Encoder(
-            channels, config.residual_blocks, config.code_dim, config.attention, config.patch_size
-        )
+        self.encoder = Encoder(config.shape)
         self.quantizer = VectorQuantizer(
             config.codebook_size,
             config.code_dim,
@@ -101,9 +145,7 @@ class Vqgan(nn.Module):
             normalise_codes=config.normalise_codes,
             gradient=config.gradient,
         )
-        self.decoder = Decoder(
-            channels, config.residual_blocks, config.code_dim, config.attention, config.patch_size
-        )
+        self.decoder = Decoder(config.shape)
 
     @property
     def grid_side(self) -> int:
@@ -115,7 +157,7 @@ class Vqgan(nn.Module):
         return self.quantizer.codebook()
 
     def forward(self, images: Tensor, quantise: bool = True) -> VqganOutput:
-        """Reconstruct images (batch, 3, H, W) in [-1, 1], with the codebook's losses."""
+        """Reconstruct images or one-hot maps, with the codebook's losses."""
         found = self.quantizer(self.encoder(self._checked(images)), quantise)
         return VqganOutput(
             self.decoder(found.codes),
@@ -126,7 +168,7 @@ class Vqgan(nn.Module):
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens (batch, h, w) int64 of images (batch, 3, H, W) in [-1, 1].
+        """Tokens (batch, h, w) int64 of images (batch, 3, H, W) in [-1, 1] or of one-hot maps.
 
         Raises `ValueError` when `images` has another shape or sides that `downsampling` does not
         divide.
@@ -134,7 +176,7 @@ class Vqgan(nn.Module):
         return self.quantizer.tokens_of(self.encoder(self._checked(images)))
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (batch, 3, H, W) in [-1, 1] of tokens (batch, h, w).
+        """Images (batch, 3, H, W) in [-1, 1], or class logits, of tokens (batch, h, w).
 
         Raises `ValueError` when `tokens` has another shape or values outside the codebook.
         """
@@ -147,23 +189,24 @@ class Vqgan(nn.Module):
                 f"tokens must lie in 0 … {self.config.codebook_size - 1}, not "
                 f"{int(tokens.min())} … {int(tokens.max())}"
             )
-        images: Tensor = self.decoder(self.quantizer.codes_of(tokens.long()))
-        return images.clamp(-1, 1)
+        decoded: Tensor = self.decoder(self.quantizer.codes_of(tokens.long()))
+        return decoded if self.config.classes else decoded.clamp(-1, 1)
 
     def _checked(self, images: Tensor) -> Tensor:
-        factor = self.config.downsampling
+        factor, channels = self.config.downsampling, self.config.image_channels
         shape = tuple(images.shape)
-        if len(shape) != 4 or shape[1] != 3 or shape[2] % factor or shape[3] % factor:
+        if len(shape) != 4 or shape[1] != channels or shape[2] % factor or shape[3] % factor:
+            kind = "one-hot maps" if self.config.classes else "images"
             raise ValueError(
-                f"images must have shape (batch, 3, H, W) with H and W multiples of {factor}, "
-                f"not {shape}"
+                f"{kind} must have shape (batch, {channels}, H, W) with H and W multiples of "
+                f"{factor}, not {shape}"
             )
         return images
 
 
 def save_vqgan(model: Vqgan, path: Path) -> None:
     """Write weights and settings to one safetensors file, which appears whole or not at all."""
-    metadata = {"format": _FORMAT, "config": model.config.model_dump_json()}
+    metadata = {"format": _FORMAT, "config": model.config.description()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model)}
     with replaced_atomically(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -215,7 +258,7 @@ def is_vqgan_file(path: Path) -> bool:
 
 def fingerprint(model: Vqgan) -> str:
     """SHA-256 (hex) over the settings and every tensor's name, dtype, shape and bytes."""
-    digest = hashlib.sha256(model.config.model_dump_json().encode())
+    digest = hashlib.sha256(model.config.description().encode())
     for name, tensor in _tensors(model):
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -80,7 +80,11 @@ def train_vqgan(
         state.model.load_state_dict(start.state_dict())
     step = load_checkpoint(recipe.run, state)
     _announce(state, step, frames)
-    with Monitor(recipe.run, enabled=processes.is_first) as monitor, StopSignals(processes) as stop:
+    samples = step * recipe.batch_size
+    with (
+        Monitor(recipe.run, enabled=processes.is_first, step=step, samples=samples) as monitor,
+        StopSignals(processes) as stop,
+    ):
         try:
             evaluation = _run_steps(state, seed, step, frames, held, monitor, stop)
         except StopRequested as request:

@@ -1,4 +1,4 @@
-"""Media files to RGB frames: images by Pillow, clips by ffmpeg or PyAV."""
+"""Media files to RGB frames: images by Pillow, clips by ffmpeg or PyAV; sketches."""
 
 from preprocessing.decoders.clips import decode_clip
 from preprocessing.decoders.facts import MediaFacts, media_facts
@@ -16,6 +16,7 @@ from preprocessing.decoders.settings import (
     DecodeLimits,
     DecodeSettings,
 )
+from preprocessing.decoders.sketches import decode_sketch
 
 __all__ = [
     "CLIP_SUFFIXES",
@@ -30,6 +31,7 @@ __all__ = [
     "decode_clip",
     "decode_image",
     "decode_media",
+    "decode_sketch",
     "media_facts",
     "media_kind",
 ]

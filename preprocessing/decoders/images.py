@@ -22,30 +22,32 @@ def decode_image(path: Path, settings: DecodeSettings) -> np.ndarray:
 
     Alpha is laid over white; of an animation the first frame is taken. Raises `DecodeError`.
     """
-    with _opened(path) as opened:
+    with opened_image(path) as opened:
         upright = ImageOps.exif_transpose(opened)
-        size = _target_size(upright.width, upright.height, settings)
+        size = target_size(upright.width, upright.height, settings)
         fitted = ImageOps.fit(_opaque(upright), size, Image.Resampling.BICUBIC)
     return np.asarray(fitted, dtype=np.uint8)[None]
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright image, from its header; raises `DecodeError`."""
-    with _opened(path) as opened:
+    with opened_image(path) as opened:
         turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return (opened.height, opened.width) if turned else opened.size
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def opened_image(path: Path, formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterator[Image.Image]:
     """The opened image; whatever goes wrong with it in the block becomes a `DecodeError`."""
     read_head(path)
     try:
         with warnings.catch_warnings():
             # Pillow only warns about images of suspicious size; a farm must not decode them.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as opened:
+            with Image.open(path, formats=formats) as opened:
                 yield opened
+    except DecodeError:
+        raise
     except MemoryError as error:
         raise DecodeError(f"{path} needs more memory to decode than is allowed") from error
     # Broken bytes raise whatever the format's parser stumbles on: OSError, SyntaxError,
@@ -54,7 +56,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise DecodeError(f"{path} cannot be decoded as an image: {_one_line(error)}") from error
 
 
-def _target_size(width: int, height: int, settings: DecodeSettings) -> tuple[int, int]:
+def target_size(width: int, height: int, settings: DecodeSettings) -> tuple[int, int]:
+    """Width and height that a medium of this width and height gets."""
     side = settings.image_size
     if settings.fit == "crop":
         return side, side

@@ -17,9 +17,11 @@ import numpy as np
 from preprocessing.decoders import pyav_reader
 from preprocessing.decoders.images import decode_image, image_size
 from preprocessing.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
+from preprocessing.decoders.sketches import read_sketch
 
 # A worker that keeps more than this after a request is replaced.
 KEPT_BYTES = 1 << 26
+_WITHOUT_AV = ("image", "image-size", "sketch")
 
 
 def main() -> None:
@@ -56,6 +58,8 @@ def _do(request: dict[str, Any], path: Path) -> Any:
         return decode_image(path, settings)
     if request["task"] == "image-size":
         return image_size(path)
+    if request["task"] == "sketch":
+        return read_sketch(path, settings, arguments["classes"], arguments["unlabelled"])
     if request["task"] == "frames":
         rate = Fraction(arguments["rate"])
         start, wanted = arguments["start"], arguments["wanted"]
@@ -71,7 +75,7 @@ def _limit(limits: DecodeLimits, task: str) -> None:
         import resource
     except ImportError:
         return
-    memory = _own_memory(task not in ("image", "image-size")) + limits.memory_bytes
+    memory = _own_memory(task not in _WITHOUT_AV) + limits.memory_bytes
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard != resource.RLIM_INFINITY:
         memory = min(memory, hard)

@@ -214,7 +214,8 @@ def test_encoder_and_decoder_choose_apart(encoder: AttentionKind, decoder: Atten
 
     extent = config.visual_extent(sketch)
     plain = config.model_copy(update={"encoder_attention": "nearby", "decoder_attention": "nearby"})
-    more = forward_flops(config, sketch, extent, grid) - forward_flops(plain, sketch, extent, grid)
+    counted, usual = (forward_flops(each, "visual", sketch, grid) for each in (config, plain))
+    more = counted - usual
     across = Geometry(grid, sketch, extent, False)
     inside = Geometry(sketch, sketch, extent, False)
     own = Geometry(grid, grid, config.visual_extent(grid), True)

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models import autoencoder
+from megatron_nuwa.models.segmentation import one_hot
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, fingerprint, load_vqgan, save_vqgan
 
 
@@ -122,6 +123,8 @@ def test_wrong_tokens_are_refused() -> None:
         ({"channel_multipliers": [1, 2]}, "channel_multipliers must have 5 numbers"),
         ({"code_dimm": 8}, "unknown key 'code_dimm'; did you mean 'code_dim'?"),
         ({"gradient": "none"}, "gradient: "),
+        ({"classes": 1}, "classes: "),
+        ({"attention_factors": [32]}, "attention_factors must be among 1, 2, 4, 8, 16, not 32"),
     ],
 )
 def test_wrong_settings_are_named(change: dict[str, object], sentence: str) -> None:
@@ -154,6 +157,47 @@ def test_fingerprint_sees_one_weight_and_the_settings_but_not_the_layout_in_memo
         model.decoder.conv_out.bias[1] += 1e-6
     assert fingerprint(model) != before
     assert fingerprint(small(gradient="straight_through")) != before
+
+
+def test_settings_that_came_later_leave_earlier_descriptions_as_they_were() -> None:
+    """Corpora name the fingerprint of their VQ-GAN, which holds this text."""
+    assert VqganConfig().description() == (
+        '{"image_size":336,"downsampling":16,"base_channels":128,"channel_multipliers":[],'
+        '"residual_blocks":2,"attention":true,"patch_size":1,"codebook_size":12288,'
+        '"code_dim":256,"lookup_dim":8,"normalise_codes":true,"gradient":"rotation"}'
+    )
+    assert '"classes":5' in VqganConfig(classes=5).description()
+    assert fingerprint(small(classes=5)) != fingerprint(small(classes=6))
+
+
+@torch.no_grad()
+def test_attention_stands_after_every_residual_block_of_the_named_resolutions() -> None:
+    model = small(attention=False, attention_factors=[4], residual_blocks=2)
+    for half, blocks in ((model.encoder, 2), (model.decoder, 3)):
+        kinds = [type(module).__name__ for module in half.levels]
+        assert kinds.count("SpatialAttention") == blocks
+        for place, kind in enumerate(kinds):
+            assert kind != "SpatialAttention" or kinds[place - 1] == "ResidualBlock"
+    side = {module: 0 for module in model.modules() if type(module).__name__ == "SpatialAttention"}
+    for module in side:
+        module.register_forward_hook(lambda m, i, o: side.update({m: o.shape[-1]}))
+    model(torch.zeros(1, 3, 32, 32))
+    assert set(side.values()) == {8}
+
+
+@torch.no_grad()
+def test_segmentation_encodes_one_hot_maps_and_decodes_logits(tmp_path: Path) -> None:
+    model = small(classes=5)
+    maps = one_hot(torch.randint(0, 5, (2, 32, 32)), 5)
+    tokens = model.encode(maps)
+    logits = model.decode(tokens)
+    assert tokens.shape == (2, 4, 4)
+    assert logits.shape == (2, 5, 32, 32)
+    torch.testing.assert_close(logits, model(maps).reconstruction)
+    save_vqgan(model, tmp_path / "seg.safetensors")
+    assert torch.equal(load_vqgan(tmp_path / "seg.safetensors").decode(tokens), logits)
+    with pytest.raises(ValueError, match=r"one-hot maps must have shape \(batch, 5, H, W\)"):
+        model.encode(torch.zeros(2, 3, 32, 32))
 
 
 def _not_there(path: Path) -> None:
