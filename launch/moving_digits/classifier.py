@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +31,7 @@ class DigitClassifier(nn.Module):
         super().__init__()
         self.world = world
         self.window = world.digit + 2 * _MARGIN
-        side = -(-(-(-self.window // 2)) // 2)
+        side = math.ceil(math.ceil(self.window / 2) / 2)
         self.layers = nn.Sequential(
             nn.Conv2d(1, _CHANNELS, 3, padding=1),
             nn.BatchNorm2d(_CHANNELS),
@@ -74,7 +76,9 @@ def windows(ink: np.ndarray, middles: np.ndarray, side: int) -> np.ndarray:
     )
 
 
-def train_classifier(digits: Handwriting, world: World, seed: int = 0) -> DigitClassifier:
+def train_classifier(
+    digits: Handwriting, world: World, seed: int = 0, steps: int = _STEPS
+) -> DigitClassifier:
     """Train on digits drawn anywhere in a frame, a little turned, stretched, shifted and noisy."""
     random = np.random.default_rng(seed)
     frames = np.concatenate([draw(world, ink, place(world, random)) for ink in digits.ink])
@@ -85,8 +89,8 @@ def train_classifier(digits: Handwriting, world: World, seed: int = 0) -> DigitC
         inputs = torch.from_numpy(windows(ink, centres(ink), model.window))
         labels = torch.from_numpy(digits.labels)
         optimizer = torch.optim.AdamW(model.parameters(), _LEARNING_RATE, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, _STEPS)
-        for _ in range(_STEPS):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, steps)
+        for _ in range(steps):
             rows = torch.randint(len(labels), (_BATCH,))
             loss = F.cross_entropy(model(_disturbed(inputs[rows])), labels[rows])
             optimizer.zero_grad()

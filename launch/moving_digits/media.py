@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write_media(output: Path, world: World, counts: Mapping[str, int], seed: int) -> None:
-    """Write media, `NAME.jsonl` for each name of `counts`, and `world.json`.
+    """Write media, `NAME.jsonl` for each name of `counts`, lists of captions, and `world.json`.
 
     The folder appears as a whole or not at all. Raises `UserError` where the package with the
     digits is missing, or where `output` holds other files.
@@ -94,7 +94,18 @@ def write_media(output: Path, world: World, counts: Mapping[str, int], seed: int
             rows = write(folder, name, world, digits, count, held_out, random)
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        for name, captions in prompt_lists().items():
+            (folder / f"{name}.txt").write_text("".join(f"{caption}\n" for caption in captions))
         (folder / WORLD_FILE).write_text(world.model_dump_json(indent=2) + "\n")
+
+
+def prompt_lists() -> dict[str, list[str]]:
+    """The captions to generate from: of clips, held out and trained on, and of images."""
+    return {
+        "heldout-captions": [scene.caption for scene in scenes(held_out=True)],
+        "train-captions": [scene.caption for scene in scenes(held_out=False)],
+        "image-captions": [image_caption(digit) for digit in range(DIGITS)],
+    }
 
 
 def _write_scenes(

@@ -35,14 +35,19 @@ class Scene:
     @property
     def caption(self) -> str:
         """The sentence that a model reads."""
-        then = "" if self.first == self.second else f", then {self.second}"
-        return f"the digit {self.digit} moves {self.first}{then}"
+        return f"the digit {self.digit} moves {motion_text(self.motion)}"
 
     @property
     def is_held_out(self) -> bool:
         """Whether the caption is kept from training: every fifth, of all digits and motions."""
         place = MOTIONS.index(self.motion)
         return (self.digit + _HELD_OUT_STRIDE * place) % _HELD_OUT_PERIOD == 0
+
+
+def motion_text(motion: tuple[str, str]) -> str:
+    """Two directions as a caption says them."""
+    first, second = motion
+    return first if first == second else f"{first}, then {second}"
 
 
 def scenes(*, held_out: bool | None = None) -> list[Scene]:

@@ -234,13 +234,14 @@ def table(scores: Scores) -> Table:
     own = {"real held-out clips": scores.real, "… as reconstructed": scores.reconstructed}
     for name, score in {**own, **{score.name: score for score in scores.samples}}.items():
         shares = [score.digit, score.motion, score.both]
-        result.add_row(name, str(len(score.readings)), *map(_share_text, shares))
+        result.add_row(name, str(len(score.readings)), *map(share_text, shares))
     chances = (1 / DIGITS, 1 / len(MOTIONS), 1 / DIGITS / len(MOTIONS))
     result.add_row("chance", "", *(f"{chance:.1%}" for chance in chances))
     return result
 
 
-def _share_text(share: Share) -> str:
+def share_text(share: Share) -> str:
+    """A share with its interval, as people write it."""
     if not share.of:
         return "–"
     low, high = share.interval

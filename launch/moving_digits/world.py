@@ -6,7 +6,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from launch.moving_digits.motions import offsets
-from megatron_nuwa.config import Settings
+from megatron_nuwa.config import Settings, parse_settings
+from megatron_nuwa.training.recipe import Recipe
 
 # Ink of at least so much counts as the digit in a sketch.
 _SKETCH_INK = 0.25
@@ -34,6 +35,26 @@ class World(Settings):
                 f"pixels needs {reach} pixels; the side is {self.side}"
             )
         return self
+
+
+def world_of(recipe: Recipe) -> World:
+    """The world of a recipe's frames and clips: digits fill it as far as their paths allow.
+
+    Raises `UserError` for a recipe without VQ-GAN or model, and for sizes in which no path fits.
+    """
+    recipe.require("vqgan", "model")
+    assert recipe.vqgan is not None
+    assert recipe.model is not None
+    side, frames = recipe.vqgan.model.image_size, recipe.model.position_grid[2]
+    digit = side * 7 // 16
+    sizes = {
+        "side": side,
+        "digit": digit,
+        "step": (side - digit) // max(1, frames - 1),
+        "frames": frames,
+        "frames_per_second": recipe.vqgan.data.frames_per_second,
+    }
+    return parse_settings(World, sizes, f"recipe '{recipe.name}'")
 
 
 def path(world: World, motion: tuple[str, str], random: np.random.Generator) -> np.ndarray:
