@@ -67,7 +67,10 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
         by_size[4].append(Scenario(f"{name}_split", layout(2, 2), (*TEN, *changes)))
     sketches = (*TEN, *_sketches(small_world))
     by_size[1].append(Scenario("sketches", layout(), sketches))
+    offloaded = layout(zero=3, zero_force_ds_cpu_optimizer=False)
+    offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     by_size[2].append(Scenario("sketches_zero3", layout(zero=3), sketches))
+    by_size[2].append(Scenario("sketches_offloaded", offloaded, sketches))
     by_size[4].append(Scenario("sketches_split", layout(2, 2), sketches))
     pictures = ("samples.every=10", "samples.prompts=[a red square moves left]")
     sequence = layout(2, 2, sequence_parallel=True)
@@ -114,7 +117,7 @@ def test_what_the_recipe_changes_is_the_same_everywhere(runs: Path, name: str) -
     compare(runs, name, f"{name}_split")
 
 
-@pytest.mark.parametrize("name", ["sketches_split", "sketches_zero3"])
+@pytest.mark.parametrize("name", ["sketches_split", "sketches_zero3", "sketches_offloaded"])
 def test_sketches_are_learned_from_like_on_one_process(runs: Path, name: str) -> None:
     compare(runs, "sketches", name)
     weights = load_file(runs / name / "checkpoints/step_00000010/model.safetensors")
