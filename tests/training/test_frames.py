@@ -19,7 +19,7 @@ from megatron_nuwa.training.frames import (
     to_bytes,
     to_images,
 )
-from megatron_nuwa.training.vqgan_evaluation import psnr
+from megatron_nuwa.training.image_quality import psnr
 
 
 def media(items: list[int], key: str = "k") -> MediaFrames:
