@@ -139,13 +139,13 @@ class VqganStep:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        _load_moments(self.optimizer, state["optimizer"])
         self.keeper.usage.copy_(state["usage"])
         self.guard.restore(state["guard"])
         if self.average:
             self.average.updates = int(state.get("average_updates", 0))
         if self.discriminator_optimizer:
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+            _load_moments(self.discriminator_optimizer, state["discriminator_optimizer"])
 
     def _enter(self, step: int) -> bool:
         """Whether the discriminator takes part; the guard is told where the losses change."""
@@ -268,6 +268,17 @@ def _adam(network: nn.Module, settings: VqganOptimizer, learning_rate: float) ->
     for group in optimizer.param_groups:
         group["initial_lr"] = learning_rate
     return optimizer
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up saved moments; learning rate and betas stay what the recipe says now."""
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        group.update(mine)
 
 
 def _placed(network: N, processes: Processes) -> N:
