@@ -88,7 +88,7 @@ def test_it_learns_maps_and_tells_accuracy_iou_and_shows_them_in_colours(
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"images": 0})
     board.Reload()
     assert {"eval/pixel_accuracy", "eval/fwiou"} <= set(board.Tags()["scalars"])
-    [picture] = board.Images("reconstructions/image/0")[-1:]
+    [picture] = board.Images("reconstructions")[-1:]
     (tmp_path / "shown.png").write_bytes(picture.encoded_image_string)
     pixels = np.asarray(Image.open(tmp_path / "shown.png").convert("RGB"))
     maps = np.load(run / "held_out_frames.npy")[0, 2:34, 2:34]
