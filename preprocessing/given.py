@@ -15,6 +15,7 @@ from megatron_nuwa.generation.regions import check_fits, touched
 from preprocessing.decoders import (
     DecodeError,
     DecodeSettings,
+    MediaKind,
     decode_clip,
     decode_image,
     media_facts,
@@ -22,6 +23,7 @@ from preprocessing.decoders import (
 )
 from preprocessing.decoders.images import opened_image
 
+_AN = {"image": "an image", "clip": "a video"}
 _NPY = b"\x93NUMPY"
 
 
@@ -39,20 +41,21 @@ class Given:
 
 def read_given(
     path: Path,
+    kind: MediaKind,
     size: tuple[int, int],
     frames: int,
     frames_per_second: float,
     fit: Literal["crop", "exact"] = "crop",
 ) -> Given:
-    """The first `frames` frames of a clip at the model's rate, or an image (`frames` is 1).
+    """An image, or the first `frames` frames of a clip at the model's rate.
 
     Fitted like a corpus: scaled to the model's `size` (rows, columns) and centre-cropped. Raises
     `UserError` naming the file where that would enlarge it or cut more than half of it away, or
     where `fit` is exact and the size another.
     """
-    kind = media_kind(path)
-    if kind == "image" and frames > 1:
-        raise UserError(f"{path} is an image, and a clip of {frames} frames is needed")
+    found = media_kind(path)
+    if found != kind:
+        raise UserError(f"{path} is {_AN[found]}, and {_AN[kind]} is needed here")
     facts = media_facts(path)
     shape = (facts.height, facts.width)
     check_fits(shape, size, fit, str(path))

@@ -105,12 +105,16 @@ def pretrain(
     source = None if found[0] else processes.first_tells(lambda: find_source(recipe))
     inputs, start, weights = processes.first_then_all(check)
     assert recipe.run is not None
+    assert recipe.data is not None
     if processes.is_first:
         for line in (*start.messages, *([] if weights is None else [weights.summary()])):
             print(line, flush=True)
         clear_faults(recipe.run)
         _write_run_folder(recipe.run, recipe, inputs)
-    with Monitor(recipe.run, enabled=processes.is_first) as monitor:
+    samples = start.step * sum(task.batch_size for task in recipe.data.tasks.values())
+    with Monitor(
+        recipe.run, enabled=processes.is_first, step=start.step, samples=samples
+    ) as monitor:
         training = Pretraining(recipe, layout, config, inputs, processes, monitor, weights)
         with written_down(recipe.run, processes, lambda: training.step):
             training.begin(start)
