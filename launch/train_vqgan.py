@@ -3,6 +3,10 @@
     deepspeed --num_accelerators 2 launch/train_vqgan.py launch/recipes/demo.yaml
     python launch/train_vqgan.py launch/recipes/vqgan_f16.yaml vqgan.run=runs/f16 vqgan.steps=1000
 
+With vqgan.model.classes it is VQ-GAN-Seg, trained on the 'sketch' of each item, a map of classes:
+
+    deepspeed launch/train_vqgan.py launch/recipes/vqgan_seg.yaml
+
 On a machine without GPUs set DS_ACCELERATOR=cpu for the deepspeed launcher. A run that was stopped
 continues from its newest checkpoint when the same command is given again.
 """
@@ -14,14 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.frames import MediaFrames
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 from megatron_nuwa.training.vqgan_trainer import train_vqgan
-from preprocessing.decoders import DecodeSettings, decode_clip, decode_image, media_kind
-from preprocessing.sources import SourceItem, read_manifest
+from preprocessing.decoders import (
+    DecodeSettings,
+    decode_clip,
+    decode_image,
+    decode_sketch,
+    media_kind,
+)
+from preprocessing.sources import SourceItem, local_copy, read_manifest
+from preprocessing.sources.items import Media
 
 
 def main() -> None:
@@ -45,7 +57,7 @@ def read_inputs(arguments: argparse.Namespace) -> tuple[Recipe, MediaFrames, Med
     return recipe, train, held_out
 
 
-class Decoder:
+class FrameDecoder:
     """Decodes manifest items, images and clips alike, to their real frames."""
 
     def __init__(self, recipe: VqganRecipe) -> None:
@@ -66,10 +78,36 @@ class Decoder:
         return frames[:real]
 
 
+class MapDecoder:
+    """Decodes the sketches of manifest items to their real maps."""
+
+    def __init__(self, recipe: VqganRecipe) -> None:
+        assert recipe.model.classes is not None
+        self.classes, self.unlabelled = recipe.model.classes, recipe.data.unlabelled
+        self.settings = DecodeSettings(
+            image_size=recipe.decode_size,
+            frames=recipe.data.frames,
+            frames_per_second=recipe.data.frames_per_second,
+            short_clips="pad",
+        )
+
+    def __call__(self, item: object) -> np.ndarray:
+        """Maps uint8 (frames, size, size); `UserError` naming a file that is broken."""
+        assert isinstance(item, SourceItem)
+        assert item.sketch is not None
+        with local_copy(item.sketch) as path:
+            maps, real = decode_sketch(
+                path, self.settings, self.classes, unlabelled=self.unlabelled
+            )
+        return maps[:real]
+
+
 def media_frames(recipe: VqganRecipe, manifests: tuple[Path, ...], name: str) -> MediaFrames:
     """The items of several manifests with their decoder; `UserError` for a bad manifest."""
     items = [item for manifest in manifests for item in read_manifest(manifest)]
-    decoder = Decoder(recipe)
+    if recipe.model.classes is not None:
+        return _maps(recipe, items, manifests, name)
+    decoder = FrameDecoder(recipe)
     described = [
         # A file that is replaced under the same name must be decoded again.
         (str(item.media), _size_and_time(item.media), item.start, item.end)
@@ -79,7 +117,28 @@ def media_frames(recipe: VqganRecipe, manifests: tuple[Path, ...], name: str) ->
     return MediaFrames(items, decoder, recipe.decode_size, key, name)
 
 
-def _size_and_time(media: Path) -> tuple[int, int] | None:
+def _maps(
+    recipe: VqganRecipe, items: list[SourceItem], manifests: tuple[Path, ...], name: str
+) -> MediaFrames:
+    """The sketches of those items that have one."""
+    sketched = [item for item in items if item.sketch is not None]
+    if not sketched:
+        names = ", ".join(str(manifest) for manifest in manifests)
+        raise UserError(
+            f"{names}: no item has a 'sketch', the map of classes that a VQ-GAN with model.classes "
+            "is trained on"
+        )
+    decoder = MapDecoder(recipe)
+    described = [(str(item.sketch), _size_and_time(item.sketch)) for item in sketched]
+    rules = f"{decoder.settings.fingerprint()} {decoder.classes} {decoder.unlabelled}"
+    return MediaFrames(
+        sketched, decoder, recipe.decode_size, f"{rules} {described}", name, are_maps=True
+    )
+
+
+def _size_and_time(media: Media) -> tuple[int, int] | None:
+    if not isinstance(media, Path):
+        return None
     try:
         status = media.stat()
     except OSError:
