@@ -215,6 +215,8 @@ def _region_editor(label: str, name: str, sources: tuple[Any, ...]) -> gr.ImageE
 
 def _sketch_editor(generator: Generator, classes: int) -> tuple[gr.ImageEditor, gr.HTML]:
     blank = None
+    # Gradio wants some even where there is nothing to draw.
+    brushes = colours(max(classes, 2))
     if generator.sketch_vqgan is not None:
         blank = drawing.blank_sketch(generator.sketch_vqgan.config.image_size)
     editor = gr.ImageEditor(
@@ -225,8 +227,8 @@ def _sketch_editor(generator: Generator, classes: int) -> tuple[gr.ImageEditor, 
         layers=False,
         brush=gr.Brush(
             default_size=60,
-            colors=list(colours(classes)),
-            default_color=colours(classes)[min(1, classes - 1)] if classes else None,
+            colors=list(brushes),
+            default_color=brushes[1],
             color_mode="fixed",
         ),
         visible=False,
