@@ -21,7 +21,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.generation.outputs import write_samples
+from megatron_nuwa.generation.outputs import origin_of, write_samples
 from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import (
@@ -140,7 +140,8 @@ def main() -> None:
     ):
         seed = arguments.seed + number
         requests.append(Request(task, seed, prompt, start.pixels, start.region, start.sketch))
-        origins.append(describe(arguments, task, generator, settings, prompt, seed) | start.origin)
+        origin = origin_of(generator, requests[-1], settings)
+        origins.append(origin | {"run": str(source)} | start.origin)
     clips = sample(generator, requests, settings, arguments.batch_size)
     if arguments.keep_pixels:
         clips = [
@@ -290,29 +291,6 @@ def sample(
             tokens = generate(generator, batch, settings, on_token=lambda: progress.advance(bar))
             clips += list(generator.pixels(tokens, batch.grid))
     return clips
-
-
-def describe(
-    arguments: argparse.Namespace,
-    task: Task,
-    generator: Generator,
-    settings: SamplingSettings,
-    prompt: str,
-    seed: int,
-) -> dict[str, object]:
-    """What the files of a sample say about themselves."""
-    assert generator.checkpoint is not None
-    return {
-        "software": "megatron_nuwa",
-        "task": task.name,
-        "prompt": prompt,
-        "seed": seed,
-        **asdict(settings),
-        "run": str(arguments.run or arguments.model),
-        "checkpoint": str(generator.checkpoint.path),
-        "step": generator.checkpoint.step,
-        "sha256": generator.checkpoint.sha256,
-    }
 
 
 def _task_list() -> str:

@@ -3,6 +3,14 @@
     deepspeed --num_accelerators 2 launch/train_vqgan.py launch/recipes/demo.yaml
     python launch/train_vqgan.py launch/recipes/vqgan_f16.yaml vqgan.run=runs/f16 vqgan.steps=1000
 
+With vqgan.model.classes it is VQ-GAN-Seg, trained on the 'sketch' of each item, a map of classes:
+
+    deepspeed launch/train_vqgan.py launch/recipes/vqgan_seg.yaml
+
+A recipe that has both has VQ-GAN-Seg in its section 'sketch_vqgan':
+
+    python launch/train_vqgan.py launch/recipes/demo.yaml --section sketch_vqgan
+
 On a machine without GPUs set DS_ACCELERATOR=cpu for the deepspeed launcher. A run that was stopped
 continues from its newest checkpoint when the same command is given again.
 """
@@ -11,41 +19,59 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.frames import MediaFrames
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 from megatron_nuwa.training.vqgan_trainer import train_vqgan
-from preprocessing.decoders import DecodeSettings, decode_clip, decode_image, media_kind
-from preprocessing.sources import SourceItem, read_manifest
+from preprocessing.decoders import (
+    DecodeSettings,
+    decode_clip,
+    decode_image,
+    decode_sketch,
+    media_kind,
+)
+from preprocessing.sources import SourceItem, local_copy, read_manifest
+from preprocessing.sources.items import Media
 
 
 def main() -> None:
     """Read the arguments, join the other processes and train."""
     arguments = _arguments()
     with join_processes() as processes:
-        recipe, train, held_out = processes.first_then_all(lambda: read_inputs(arguments))
-        assert recipe.vqgan is not None
-        train_vqgan(recipe.vqgan, recipe, recipe.seed, processes, train, held_out)
+        inputs = processes.first_then_all(lambda: read_inputs(arguments))
+        recipe, train, held_out = inputs.recipe, inputs.train, inputs.held_out
+        train_vqgan(inputs.section, recipe, recipe.seed, processes, train, held_out)
 
 
-def read_inputs(arguments: argparse.Namespace) -> tuple[Recipe, MediaFrames, MediaFrames | None]:
+class Inputs(NamedTuple):
+    """The recipe, its section of the VQ-GAN that is trained, and the media of that."""
+
+    recipe: Recipe
+    section: VqganRecipe
+    train: MediaFrames
+    held_out: MediaFrames | None
+
+
+def read_inputs(arguments: argparse.Namespace) -> Inputs:
     """The recipe and the media of its manifests; `UserError` for what is missing or misspelt."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    recipe.require("vqgan")
-    assert recipe.vqgan is not None
-    train = media_frames(recipe.vqgan, recipe.vqgan.data.train, "training frames")
+    recipe.require(arguments.section)
+    section: VqganRecipe = getattr(recipe, arguments.section)
+    train = media_frames(section, section.data.train, "training frames")
     held_out = None
-    if recipe.vqgan.data.held_out:
-        held_out = media_frames(recipe.vqgan, recipe.vqgan.data.held_out, "held-out frames")
-    return recipe, train, held_out
+    if section.data.held_out:
+        held_out = media_frames(section, section.data.held_out, "held-out frames")
+    return Inputs(recipe, section, train, held_out)
 
 
-class Decoder:
+class FrameDecoder:
     """Decodes manifest items, images and clips alike, to their real frames."""
 
     def __init__(self, recipe: VqganRecipe) -> None:
@@ -66,10 +92,36 @@ class Decoder:
         return frames[:real]
 
 
+class MapDecoder:
+    """Decodes the sketches of manifest items to their real maps."""
+
+    def __init__(self, recipe: VqganRecipe) -> None:
+        assert recipe.model.classes is not None
+        self.classes, self.unlabelled = recipe.model.classes, recipe.data.unlabelled
+        self.settings = DecodeSettings(
+            image_size=recipe.decode_size,
+            frames=recipe.data.frames,
+            frames_per_second=recipe.data.frames_per_second,
+            short_clips="pad",
+        )
+
+    def __call__(self, item: object) -> np.ndarray:
+        """Maps uint8 (frames, size, size); `UserError` naming a file that is broken."""
+        assert isinstance(item, SourceItem)
+        assert item.sketch is not None
+        with local_copy(item.sketch) as path:
+            maps, real = decode_sketch(
+                path, self.settings, self.classes, unlabelled=self.unlabelled
+            )
+        return maps[:real]
+
+
 def media_frames(recipe: VqganRecipe, manifests: tuple[Path, ...], name: str) -> MediaFrames:
     """The items of several manifests with their decoder; `UserError` for a bad manifest."""
     items = [item for manifest in manifests for item in read_manifest(manifest)]
-    decoder = Decoder(recipe)
+    if recipe.model.classes is not None:
+        return _maps(recipe, items, manifests, name)
+    decoder = FrameDecoder(recipe)
     described = [
         # A file that is replaced under the same name must be decoded again.
         (str(item.media), _size_and_time(item.media), item.start, item.end)
@@ -79,7 +131,28 @@ def media_frames(recipe: VqganRecipe, manifests: tuple[Path, ...], name: str) ->
     return MediaFrames(items, decoder, recipe.decode_size, key, name)
 
 
-def _size_and_time(media: Path) -> tuple[int, int] | None:
+def _maps(
+    recipe: VqganRecipe, items: list[SourceItem], manifests: tuple[Path, ...], name: str
+) -> MediaFrames:
+    """The sketches of those items that have one."""
+    sketched = [item for item in items if item.sketch is not None]
+    if not sketched:
+        names = ", ".join(str(manifest) for manifest in manifests)
+        raise UserError(
+            f"{names}: no item has a 'sketch', the map of classes that a VQ-GAN with model.classes "
+            "is trained on"
+        )
+    decoder = MapDecoder(recipe)
+    described = [(str(item.sketch), _size_and_time(item.sketch)) for item in sketched]
+    rules = f"{decoder.settings.fingerprint()} {decoder.classes} {decoder.unlabelled}"
+    return MediaFrames(
+        sketched, decoder, recipe.decode_size, f"{rules} {described}", name, are_maps=True
+    )
+
+
+def _size_and_time(media: Media) -> tuple[int, int] | None:
+    if not isinstance(media, Path):
+        return None
     try:
         status = media.stat()
     except OSError:
@@ -91,13 +164,19 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path, help="a recipe (YAML) with a section 'vqgan'")
+    parser.add_argument("recipe", type=Path, help="a recipe (YAML) with such a section")
     parser.add_argument(
         "overrides", nargs="*", help="fields to change, such as vqgan.optimizer.learning_rate=1e-4"
     )
+    parser.add_argument(
+        "--section",
+        choices=("vqgan", "sketch_vqgan"),
+        default="vqgan",
+        help="which of the recipe's two VQ-GANs to train (default: %(default)s)",
+    )
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

@@ -48,18 +48,16 @@ class SmallWorld:
     sketched_clips: Path
 
     def sketch_overrides(self, *tasks: str) -> list[str]:
-        """What makes the recipe one with sketches, and of these tasks where there are any."""
-        corpora = {
-            task: self.sketched_images if task[-1] == "i" else self.sketched_clips for task in tasks
-        }
-        given = [
-            f"{task}: {{corpora: ['{path}'], batch_size: 2}}" for task, path in corpora.items()
-        ]
+        """What makes the recipe's model read sketches, and gives it these tasks, too."""
+        corpora = {"s2i": self.sketched_images, "s2v": self.sketched_clips}
         return [
             f"model.sketch_codebook_size={SKETCH_CODES}",
             "model.sketch_code_dim=6",
             f"tokenizers.sketch_vqgan={self.sketch_vqgan}",
-            *([f"data.tasks={{{', '.join(given)}}}"] if tasks else []),
+            *(
+                f"data.tasks.{task}={{corpora: ['{corpora[task]}'], batch_size: 2}}"
+                for task in tasks
+            ),
         ]
 
 

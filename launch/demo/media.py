@@ -1,5 +1,7 @@
 """Cut the demo's captioned clips and images out of the media that installed packages carry.
 
+Each gets a sketch, too.
+
 python -m launch.demo.media --output runs/demo/media
 """
 
@@ -25,6 +27,7 @@ import imageio_ffmpeg
 from PIL import Image
 
 from launch.demo.catalogue import Catalogue, Cut, Video, clip_cuts, image_cuts, load_catalogue
+from launch.demo.sketches import draw_sketch
 from megatron_nuwa.errors import UserError, run_command
 
 TRUNCATED_ID = "deliberately-truncated"
@@ -73,6 +76,7 @@ def gather_media(output: Path, catalogue: Catalogue) -> Counter[str]:
     files = {(package, path): find_package_file(package, path) for package, path in wanted}
     with replaced_folder(output, PROVENANCE) as partial:
         cuts = _cut_everything(partial, catalogue, files)
+        _draw_sketches(partial, [media for _, media in cuts])
         return _write_manifests(partial, cuts)
 
 
@@ -201,6 +205,23 @@ def _cut_photograph(source: Path, cuts: Iterable[Cut], folder: Path, catalogue: 
         crop.save(folder / f"images/{cut.id}.jpg", quality=95, subsampling=0)
 
 
+def _draw_sketches(folder: Path, media: Sequence[str]) -> None:
+    """Draw the sketch of every image and clip."""
+    (folder / "sketches").mkdir()
+    with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
+        jobs = [
+            pool.submit(draw_sketch, folder / each, folder / _sketch_of(each)) for each in media
+        ]
+        for job in jobs:
+            job.result()
+    print(f"drew the sketches of {len(media)} images and clips", flush=True)
+
+
+def _sketch_of(media: str) -> str:
+    path = Path(media)
+    return f"sketches/{path.stem}{'.gif' if path.suffix == '.mp4' else '.png'}"
+
+
 def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[str]:
     """Write the four manifests and the provenance of every file; returns items per manifest."""
     manifests: dict[str, list[dict[str, object]]] = defaultdict(list)
@@ -209,7 +230,12 @@ def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[s
         kind = Path(media).parent.name
         name = f"{'heldout' if cut.heldout else 'train'}-{kind}"
         manifests[name].append(
-            {"id": Path(media).stem, "media": media, "captions": list(cut.captions)}
+            {
+                "id": Path(media).stem,
+                "media": media,
+                "captions": list(cut.captions),
+                "sketch": _sketch_of(media),
+            }
         )
         provenance.append(
             {
@@ -223,7 +249,9 @@ def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[s
                 "start": cut.start,
                 "end": None if cut.start is None else round(cut.start + (cut.seconds or 0.0), 3),
                 "media": media,
-                "sha256": hashlib.sha256((folder / media).read_bytes()).hexdigest(),
+                "sha256": _sha256(folder / media),
+                "sketch": _sketch_of(media),
+                "sketch_sha256": _sha256(folder / _sketch_of(media)),
             }
         )
     manifests["train-clips"].append(_truncated_clip(folder, made))
@@ -239,7 +267,12 @@ def _truncated_clip(folder: Path, made: Sequence[tuple[Cut, str]]) -> dict[str, 
     whole = (folder / media).read_bytes()
     broken = f"clips/{TRUNCATED_ID}.mp4"
     (folder / broken).write_bytes(whole[: len(whole) // 2])
-    return {"id": TRUNCATED_ID, "media": broken, "captions": list(cut.captions)}
+    captions = list(cut.captions)
+    return {"id": TRUNCATED_ID, "media": broken, "captions": captions, "sketch": _sketch_of(media)}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write_json_lines(path: Path, lines: Iterable[dict[str, object]]) -> None:

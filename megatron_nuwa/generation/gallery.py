@@ -105,9 +105,10 @@ def _group(
     named = entry.get("sketch") or entry.get("given")
     return {
         "prompt": request.prompt if request.task.reads == "text" else None,
-        "given": None if given is None else address(given, frames_per_second),
+        "given": None if given is None else address(given, frames_per_second, lossless=True),
         "label": label,
-        "file": None if named is None else str(named),
+        "file": None if named is None else Path(str(named)).name,
+        "path": named,
         "results": [],
     }
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,26 @@ import numpy as np
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.gallery import gallery_page
 from megatron_nuwa.generation.media import contact_sheet, write_gif, write_mp4, write_png
-from megatron_nuwa.generation.tasks import Sample
+from megatron_nuwa.generation.sampling import SamplingSettings
+from megatron_nuwa.generation.tasks import Request, Sample
+from megatron_nuwa.generation.trained import Generator
+
+
+def origin_of(
+    generator: Generator, request: Request, settings: SamplingSettings
+) -> dict[str, object]:
+    """What the files of a sample say about themselves."""
+    checkpoint = generator.checkpoint
+    return {
+        "software": "megatron_nuwa",
+        "task": request.task.name,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        **asdict(settings),
+        "checkpoint": None if checkpoint is None else str(checkpoint.path),
+        "step": None if checkpoint is None else checkpoint.step,
+        "sha256": None if checkpoint is None else checkpoint.sha256,
+    }
 
 
 def write_media(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,12 @@ from torch import Tensor
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer, text_mask
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.sampling import SamplingSettings, generate_tokens
+from megatron_nuwa.generation.sampling import (
+    OnFrame,
+    OnToken,
+    SamplingSettings,
+    generate_tokens,
+)
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa
 from megatron_nuwa.models.segmentation import one_hot
@@ -99,7 +104,8 @@ class Generator:
         *,
         known: Tensor | None = None,
         is_known: Tensor | None = None,
-        on_token: Callable[[], object] | None = None,
+        on_token: OnToken | None = None,
+        on_frame: OnFrame | None = None,
     ) -> Tensor:
         """Tokens int64 (batch, grid cells) for prompts; see `generate_tokens`."""
         return generate_tokens(
@@ -112,6 +118,7 @@ class Generator:
             known=known,
             is_known=is_known,
             on_token=on_token,
+            on_frame=on_frame,
         )
 
     def encode_frames(self, frames: np.ndarray) -> Tensor:

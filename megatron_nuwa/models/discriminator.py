@@ -14,15 +14,16 @@ AdversarialLoss = Literal["hinge", "log", "log_non_saturating"]
 
 
 class PatchDiscriminator(nn.Module):
-    """Scores overlapping patches of an image: (batch, 3, H, W) → logits (batch, 1, h, w).
+    """Scores overlapping patches: (batch, image_channels, H, W) → logits (batch, 1, h, w).
 
     A patch is 16, 34 or 70 pixels wide with 1, 2 or 3 `layers`.
     """
 
-    def __init__(self, base_channels: int = 64, layers: int = 3) -> None:
+    def __init__(self, base_channels: int = 64, layers: int = 3, image_channels: int = 3) -> None:
         super().__init__()
         width = base_channels
-        blocks: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        first = nn.Conv2d(image_channels, width, 4, stride=2, padding=1)
+        blocks: list[nn.Module] = [first, nn.LeakyReLU(0.2)]
         for layer in range(1, layers + 1):
             out = base_channels * min(2**layer, 8)
             stride = 2 if layer < layers else 1
@@ -37,7 +38,7 @@ class PatchDiscriminator(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of images (batch, 3, H, W) in [-1, 1]; positive means real."""
+        """Logits of images in [-1, 1], or of maps' probabilities; positive means real."""
         logits: Tensor = self.blocks(images)
         return logits
 

@@ -20,6 +20,7 @@ from megatron_nuwa.ops.tables import Geometry
 
 Widths = tuple[int | None, int | None, int | None]
 ContextKind = Literal["text", "visual", "sketch"]
+_READ_IN_TRAINING: tuple[ContextKind, ...] = ("text", "sketch")
 # Fields that came later: runs of models without sketches began before there were any.
 _SKETCH_FIELDS = {"sketch_codebook_size", "sketch_code_dim"}
 
@@ -257,13 +258,15 @@ class Nuwa(nn.Module):
 
     def embed_context(self, context: Context) -> Tensor:
         """Encoder input (batch, context cells, width); `ValueError` for an unknown kind of it."""
-        if context.kind == "text":
-            x = self.text_embedding(context.tokens) + self.text_positions(context.grid)
-        else:
-            table = self.visual_embedding if context.kind == "visual" else self.sketch_embedding
-            if table is None:
-                raise ValueError("the model reads no sketches: model.sketch_codebook_size is null")
-            x = table(context.tokens) + self.context_positions(context.grid)
+        x = self._vectors(context)
+        if self.sketch_embedding is not None and torch.is_grad_enabled():
+            # Every weight must get a gradient in every micro-batch: to that of one that has none in
+            # a step's first, DeepSpeed's ZeRO 3 (0.19.8) adds the step before's, and where one has
+            # none in the last, its offloading takes the step before's.
+            token = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+            for kind in _READ_IN_TRAINING:
+                if kind != context.kind:
+                    x = x + 0 * self._vectors(Context(kind, token, Grid(1, 1, 1)))
         return self.embedding_output(x)
 
     def embed_target(self, target: Tensor, grid: Grid) -> Tensor:
@@ -320,6 +323,15 @@ class Nuwa(nn.Module):
             raise ValueError("the model reads no sketches: model.sketch_codebook_size is null")
         _check_codebook(codebook, (size, self.config.sketch_code_dim), "sketch codebook")
         assign(self.sketch_embedding.codes.weight, codebook)
+
+    def _vectors(self, context: Context) -> Tensor:
+        if context.kind == "text":
+            return self.text_embedding(context.tokens) + self.text_positions(context.grid)
+        table = self.visual_embedding if context.kind == "visual" else self.sketch_embedding
+        if table is None:
+            raise ValueError("the model reads no sketches: model.sketch_codebook_size is null")
+        vectors: Tensor = table(context.tokens)
+        return vectors + self.context_positions(context.grid)
 
 
 def _check_codebook(codebook: Tensor, expected: tuple[int, int], name: str) -> None:

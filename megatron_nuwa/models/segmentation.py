@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,19 @@ def one_hot(maps: Tensor, classes: int) -> Tensor:
     # Written in place of `F.one_hot`, whose int64 would take twice the memory of the result.
     empty = torch.zeros(maps.shape[0], classes, *maps.shape[1:], device=maps.device)
     return empty.scatter_(1, maps.long().unsqueeze(1), 1.0)
+
+
+def palette(classes: int) -> np.ndarray:
+    """A colour a class, uint8 (classes, 3): black for class 0, then those of PASCAL VOC.
+
+    Bits 0, 3, 6 of a class number are the highest bits of red, bits 1, 4, 7 of green, and so on.
+    """
+    colours = np.zeros((classes, 3), np.uint8)
+    for channel in range(3):
+        for place in range(3):
+            bits = (np.arange(classes) >> (3 * place + channel)) & 1
+            colours[:, channel] |= (bits << (7 - place)).astype(np.uint8)
+    return colours
 
 
 def class_map(logits: Tensor) -> Tensor:

@@ -206,10 +206,16 @@ class Vqgan(nn.Module):
 
 def save_vqgan(model: Vqgan, path: Path) -> None:
     """Write weights and settings to one safetensors file, which appears whole or not at all."""
-    metadata = {"format": _FORMAT, "config": model.config.description()}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model)}
+    tensors, metadata = file_content(model)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with replaced_atomically(Path(path)) as temporary:
         save_file(tensors, temporary, metadata=metadata)
+
+
+def file_content(model: Vqgan) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file that `load_vqgan` reads."""
+    tensors = {name: tensor.detach() for name, tensor in _tensors(model)}
+    return tensors, {"format": _FORMAT, "config": model.config.description()}
 
 
 def load_vqgan(path: str | Path) -> Vqgan:

@@ -16,11 +16,19 @@ class CodebookKeeper:
     """Counts how often each code is taken and replaces the codes that nobody takes.
 
     Every method is called by all processes together; the codebooks stay equal, since new codes
-    are chosen by the first process and broadcast.
+    are chosen by the first process and broadcast. The codes of `average`, which follows the
+    quantizer at a distance, are replaced along with the quantizer's.
     """
 
-    def __init__(self, quantizer: VectorQuantizer, settings: CodebookUpkeep, seed: int) -> None:
+    def __init__(
+        self,
+        quantizer: VectorQuantizer,
+        settings: CodebookUpkeep,
+        seed: int,
+        average: VectorQuantizer | None = None,
+    ) -> None:
         self._quantizer = quantizer
+        self._average = average
         self._settings = settings
         self._seed = seed
         size = quantizer.table.shape[0]
@@ -49,7 +57,7 @@ class CodebookKeeper:
                 generator=torch.Generator().manual_seed(self._seed + step),
             )
         dist.broadcast(centres, 0)
-        self._quantizer.replace_codes(torch.arange(size, device=centres.device), centres)
+        self._replace(torch.arange(size, device=centres.device), centres)
         self.usage.fill_(1 / size)
 
     def count(self, tokens: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ class CodebookKeeper:
         if not every or (step + 1) % every or (until is not None and step >= until):
             return 0
         size = self.usage.shape[0]
-        dead = (self.usage < self._settings.restart_below / size).nonzero().flatten()
+        dead = self._is_dead().nonzero().flatten()
         rows = _gather(vectors)
         dead = dead[: rows.shape[0]]
         if not dead.numel():
@@ -80,9 +88,21 @@ class CodebookKeeper:
             order = torch.randperm(rows.shape[0], generator=generator)[: dead.numel()]
             chosen = rows[order.to(rows.device)].contiguous()
         dist.broadcast(chosen, 0)
-        self._quantizer.replace_codes(dead, chosen)
+        self._replace(dead, chosen)
         self.usage[dead] = 1 / size
         return int(dead.numel())
+
+    def dead_fraction(self) -> Tensor:
+        """Share of the codes (scalar) that are rarely taken now."""
+        return self._is_dead().float().mean()
+
+    def _is_dead(self) -> Tensor:
+        return self.usage < self._settings.restart_below / self.usage.shape[0]
+
+    def _replace(self, places: Tensor, vectors: Tensor) -> None:
+        for quantizer in (self._quantizer, self._average):
+            if quantizer is not None:
+                quantizer.replace_codes(places, vectors)
 
 
 def perplexity(counts: Tensor) -> float:

@@ -28,8 +28,9 @@ _ATTEMPTS = 20
 class MediaFrames:
     """Media items that can be decoded: the bridge to whoever reads manifests and media.
 
-    `decode(item)` gives an item's real frames, uint8 (frames, size, size, 3), and raises
-    `UserError` for a broken one; `key` changes whenever any frame may; `name` is for messages.
+    `decode(item)` gives an item's real frames, uint8 (frames, size, size, 3), or maps of classes,
+    uint8 (frames, size, size), where `are_maps`, and raises `UserError` for a broken one; `key`
+    changes whenever any frame may; `name` is for messages.
     """
 
     items: Sequence[object]
@@ -37,6 +38,12 @@ class MediaFrames:
     size: int
     key: str
     name: str
+    are_maps: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one frame."""
+        return (self.size, self.size) if self.are_maps else (self.size, self.size, 3)
 
 
 class Draw(NamedTuple):
@@ -47,7 +54,7 @@ class Draw(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """One frame uint8 (size, size, 3), and how many broken items were passed over to get it."""
+    """One frame uint8 (size, size[, 3]), and how many broken items were passed over to get it."""
 
     frame: np.ndarray
     broken: int
@@ -103,13 +110,14 @@ class CacheReport(NamedTuple):
 def cache_frames(
     media: MediaFrames, path: Path, description: str = "decoding frames"
 ) -> CacheReport:
-    """Decode all items into `path` (.npy, uint8 (frames, size, size, 3)), or keep what is there.
+    """Decode all items into `path` (.npy, uint8 (frames, size, size[, 3])), or keep what is there.
 
     A description beside it (`.json`) names the settings that it was made with, and appears last.
     Broken items are left out and reported. Raises `UserError` when no item can be decoded.
     """
     record = path.with_suffix(".json")
-    key = hashlib.sha256(f"frames/1 {media.size} {media.key}".encode()).hexdigest()
+    kind = "maps" if media.are_maps else "frames"
+    key = hashlib.sha256(f"{kind}/1 {media.size} {media.key}".encode()).hexdigest()
     if path.is_file() and record.is_file():
         known = json.loads(record.read_text(encoding="utf-8"))
         if known["key"] == key:
@@ -119,7 +127,7 @@ def cache_frames(
     failures: list[str] = []
     temporary = path.with_name(f".{path.name}.part")
     try:
-        count = _write_frames(temporary, _decoded(media, description, failures), media.size)
+        count = _write_frames(temporary, _decoded(media, description, failures), media.shape)
         if count == 0:
             raise UserError(
                 f"{media.name}: none of the {len(media.items)} items can be decoded; the first: "
@@ -142,31 +150,33 @@ def _decoded(media: MediaFrames, description: str, failures: list[str]) -> Itera
             failures.append(str(error))
 
 
-def _write_frames(path: Path, groups: Iterable[np.ndarray], size: int) -> int:
+def _write_frames(path: Path, groups: Iterable[np.ndarray], shape: tuple[int, ...]) -> int:
     """Write an .npy file of frames whose number is known only at the end; returns the number."""
     count = 0
     with path.open("wb") as stream:
-        header_end = _write_header(stream, 0, size)
+        header_end = _write_header(stream, 0, shape)
         for frames in groups:
             stream.write(np.ascontiguousarray(frames, np.uint8).tobytes())
             count += len(frames)
         stream.seek(0)
         # NumPy leaves room in the header for the first axis to grow, so both have one length.
-        if _write_header(stream, count, size) != header_end:
+        if _write_header(stream, count, shape) != header_end:
             raise AssertionError("the .npy header changed its length")
         stream.flush()
         os.fsync(stream.fileno())
     return count
 
 
-def _write_header(stream: object, count: int, size: int) -> int:
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+def _write_header(stream: object, count: int, shape: tuple[int, ...]) -> int:
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
     return int(stream.tell())  # type: ignore[attr-defined]
 
 
 class Batch(NamedTuple):
-    """Images (batch, 3, H, W) in [-1, 1], and how many broken items were passed over."""
+    """Images (batch, 3, H, W) in [-1, 1], or maps uint8 (batch, H, W), and how many broken items
+    were passed over.
+    """
 
     images: Tensor
     broken: int
@@ -209,7 +219,9 @@ def batches(
 
 
 def to_images(frames: Tensor) -> Tensor:
-    """Bytes (batch, H, W, 3) as images (batch, 3, H, W) in [-1, 1]."""
+    """Bytes (batch, H, W, 3) as images (batch, 3, H, W) in [-1, 1]; maps (batch, H, W) as such."""
+    if frames.ndim == 3:
+        return frames
     return frames.movedim(-1, 1).float().div_(127.5).sub_(1)
 
 

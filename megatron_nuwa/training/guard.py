@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from pydantic import Field
@@ -18,13 +15,9 @@ from megatron_nuwa.config import Settings
 from megatron_nuwa.data.batches import TaskName
 from megatron_nuwa.errors import ReportedElsewhereError, UserError
 from megatron_nuwa.files import try_to_write
+from megatron_nuwa.training.levels import Levels
 
 BAD_BATCHES_FILE = "bad_batches.jsonl"
-# A loss must also lie this many robust standard deviations above the level of its task, so that a
-# task of small, noisy batches is left alone.
-_DEVIATIONS = 6.0
-# A normal distribution's standard deviation over the median absolute difference of two draws.
-_DIFFERENCE_TO_DEVIATION = 1.4826 / math.sqrt(2)
 # Nats a token; jumps between losses far below it are of no harm.
 _SMALL_LOSS = 0.1
 
@@ -59,7 +52,7 @@ class Guard:
 
     def __init__(self, settings: GuardSettings, path: Path | None) -> None:
         self._settings, self._path = settings, path
-        self._levels: dict[TaskName, deque[float]] = {}
+        self._levels: dict[TaskName, Levels] = {}
         self._taken = 0
         self._in_a_row = 0
 
@@ -75,7 +68,8 @@ class Guard:
         if self._taken < self._settings.warm_steps:
             return Verdict(False)
         for task, loss in losses.items():
-            usual = self._exceeded(task, loss)
+            levels = self._levels.get(task)
+            usual = levels and levels.exceeded_by(loss, self._settings.spike_factor)
             if usual is not None:
                 reason = f"the loss of {task} jumped to {loss:.3f} from about {usual:.3f}"
                 return Verdict(True, reason)
@@ -84,8 +78,7 @@ class Guard:
     def accepted(self, losses: Mapping[TaskName, float]) -> None:
         """Note the losses of a step that was taken."""
         for task, loss in losses.items():
-            levels = self._levels.setdefault(task, deque(maxlen=self._settings.window))
-            levels.append(_level(loss))
+            self._levels.setdefault(task, self._new_levels()).add(loss)
         self._taken += 1
         self._in_a_row = 0
 
@@ -115,26 +108,16 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know, as plain JSON values."""
-        levels = {task: list(values) for task, values in self._levels.items()}
+        levels = {task: values.state() for task, values in self._levels.items()}
         return {"levels": levels, "taken": self._taken, "in_a_row": self._in_a_row}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
-        window = self._settings.window
-        self._levels = {task: deque(v, maxlen=window) for task, v in state["levels"].items()}
+        self._levels = {task: self._new_levels(v) for task, v in state["levels"].items()}
         self._taken, self._in_a_row = int(state["taken"]), int(state["in_a_row"])
 
-    def _exceeded(self, task: TaskName, loss: float) -> float | None:
-        """The usual loss of a task where this one is a spike above it."""
-        levels = self._levels.get(task)
-        if not levels:
-            return None
-        usual = median(levels)
-        # From step to step, so that a quickly falling loss does not pass for a noisy one.
-        differences = [abs(after - before) for before, after in pairwise(levels)]
-        deviation = _DIFFERENCE_TO_DEVIATION * median(differences or [0.0])
-        margin = max(math.log(self._settings.spike_factor), _DEVIATIONS * deviation)
-        return math.exp(usual) - _SMALL_LOSS if _level(loss) - usual > margin else None
+    def _new_levels(self, logarithms: Sequence[float] = ()) -> Levels:
+        return Levels(self._settings.window, _SMALL_LOSS, logarithms)
 
     def _append(self, line: str) -> None:
         assert self._path is not None
@@ -150,8 +133,3 @@ class Guard:
             f"in the last one {reason}{where}, and the run continues from its newest checkpoint "
             "when it is started again with the cause removed or training.guard changed"
         )
-
-
-def _level(loss: float) -> float:
-    """A loss on a scale where equal ratios are equal distances."""
-    return math.log(max(loss, 0.0) + _SMALL_LOSS)

@@ -1,74 +1,116 @@
-"""Checkpoints of a VQ-GAN training: written whole, found again, pruned."""
+"""Checkpoints of a VQ-GAN training: written whole, held against their manifest, found again.
+
+`RUN/checkpoints/step_00001000/` holds `vqgan.safetensors` (the tokenizer), `weights.safetensors`
+(the trained weights where the tokenizer is their average), `discriminator.safetensors`,
+`trainer.pt` (optimizers, usage of the codes, the guard's account), `state.json` and
+`manifest.json`; see `checkpoint.py` for how they become whole.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import write_text_atomically
-from megatron_nuwa.models.vqgan import load_vqgan, save_vqgan
+from megatron_nuwa.models.vqgan import file_content, load_vqgan
+from megatron_nuwa.training.checkpoint import STATE_FILE, Checkpoints, read_state
+from megatron_nuwa.training.snapshot import Part, Weights
 from megatron_nuwa.training.vqgan_step import VqganStep
 
+_TOKENIZER_FILE = "vqgan.safetensors"
+_WEIGHTS_FILE = "weights.safetensors"
+_DISCRIMINATOR_FILE = "discriminator.safetensors"
+_TRAINER_FILE = "trainer.pt"
 
-def save_checkpoint(run: Path, step: int, state: VqganStep, keep: int) -> None:
-    """Write `checkpoints/step_XXXXXXXX` for `step` finished steps, then point `latest` at it.
 
-    The newest `keep` checkpoints stay. Called by the first process alone.
+def save_checkpoint(checkpoints: Checkpoints, step: int, state: VqganStep) -> None:
+    """Write a checkpoint of `step` finished steps. Called by the first process alone.
+
+    Raises `OSError`, and then leaves all whole checkpoints as they are.
     """
-    folder = run / "checkpoints"
-    name = f"step_{step:08d}"
-    temporary = folder / f".{name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_vqgan(state.model, temporary / "vqgan.safetensors")
-    if state.discriminator:
-        weights = {
-            name: value.contiguous() for name, value in state.discriminator.state_dict().items()
-        }
-        save_file(weights, temporary / "discriminator.safetensors")
-    torch.save({"step": step, **state.state()}, temporary / "trainer.pt")
-    for file in temporary.iterdir():
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
-    shutil.rmtree(folder / name, ignore_errors=True)
-    temporary.replace(folder / name)
-    write_text_atomically(folder / "latest", name + "\n")
-    for old in sorted(folder.glob("step_*"))[:-keep]:
-        if old.name != name:
-            shutil.rmtree(old)
+    folder = checkpoints.begin(step)
+    try:
+        files = {part.name: part.write(folder) for part in _parts(step, state)}
+        checkpoints.commit(step, files)
+    except OSError:
+        checkpoints.abandon()
+        raise
+    checkpoints.remove_retired()
 
 
-def load_checkpoint(run: Path, state: VqganStep) -> int:
-    """Take up the newest checkpoint of a run; returns the number of finished steps, 0 without one.
+def find_checkpoint(checkpoints: Checkpoints) -> Path | None:
+    """The newest whole checkpoint; None without any. Called by the first process alone.
 
-    Raises `UserError` when the checkpoint is damaged or belongs to another recipe.
+    Tells of each newer one that is damaged; raises `UserError` when all of them are.
     """
-    latest = run / "checkpoints" / "latest"
-    if not latest.is_file():
-        return 0
-    folder = run / "checkpoints" / latest.read_text(encoding="utf-8").strip()
-    saved = load_vqgan(folder / "vqgan.safetensors")
-    if saved.config != state.model.config:
+    newest, complaints = checkpoints.newest()
+    if newest is None and complaints:
+        raise UserError(
+            f"{complaints[-1].removesuffix('; using the one before')}, and "
+            f"{checkpoints.folder} has no other; restore its files or train into a new folder with "
+            "vqgan.run=FOLDER"
+        )
+    for complaint in complaints:
+        print(complaint, flush=True)
+    return newest
+
+
+def load_checkpoint(folder: Path, state: VqganStep) -> int:
+    """Take up a whole checkpoint; returns the number of finished steps.
+
+    Raises `UserError` when it belongs to another recipe.
+    """
+    tokenizer = load_vqgan(folder / _TOKENIZER_FILE)
+    if tokenizer.config != state.model.config:
         raise UserError(
             f"{folder} holds a VQ-GAN with other settings than the recipe's vqgan.model; train "
             f"into a new folder with vqgan.run=FOLDER"
         )
-    try:
-        trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        if state.discriminator:
-            discriminator = load_file(folder / "discriminator.safetensors")
-            state.discriminator.load_state_dict(discriminator)
-        state.model.load_state_dict(saved.state_dict())
-        state.load_state(trainer)
-        return int(trainer["step"])
-    # Damaged bytes make the readers raise whatever they stumble on.
-    except Exception as error:
+    is_average = (folder / _WEIGHTS_FILE).is_file()
+    weights = load_file(folder / _WEIGHTS_FILE) if is_average else tokenizer.state_dict()
+    trainer = torch.load(folder / _TRAINER_FILE, map_location="cpu", weights_only=True)
+    has_discriminator = (folder / _DISCRIMINATOR_FILE).is_file()
+    if has_discriminator != (state.discriminator is not None):
         raise UserError(
-            f"the checkpoint {folder} is damaged or belongs to another recipe; name an older one "
-            f"in {latest} or train into a new folder with vqgan.run=FOLDER"
+            f"{folder} was trained {'with' if has_discriminator else 'without'} a discriminator; "
+            "keep vqgan.loss.adversarial_weight on its side of 0 or train into a new folder with "
+            "vqgan.run=FOLDER"
+        )
+    try:
+        state.model.load_state_dict(weights)
+        if state.discriminator:
+            discriminator = load_file(folder / _DISCRIMINATOR_FILE)
+            state.discriminator.load_state_dict(discriminator)
+        state.load_state(trainer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder} belongs to another recipe, with another discriminator or optimizer; take "
+            "that recipe or train into a new folder with vqgan.run=FOLDER"
         ) from error
+    if state.average and is_average:
+        state.average.model.load_state_dict(tokenizer.state_dict())
+    elif state.average:
+        state.average.begin()
+    return int(read_state(folder)["step"])
+
+
+def _parts(step: int, state: VqganStep) -> list[Part]:
+    parts = [
+        _weights(_TOKENIZER_FILE, *file_content(state.tokenizer)),
+        Part.capture(_TRAINER_FILE, state.state()),
+        Part.capture(STATE_FILE, json.dumps({"step": step})),
+    ]
+    if state.average:
+        parts.append(_weights(_WEIGHTS_FILE, *file_content(state.model)))
+    if state.discriminator:
+        parts.append(_weights(_DISCRIMINATOR_FILE, state.discriminator.state_dict(), {}))
+    return parts
+
+
+def _weights(name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Part:
+    return Part.capture(name, Weights(tensors, metadata))

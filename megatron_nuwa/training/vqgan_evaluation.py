@@ -10,18 +10,35 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_nuwa.models.segmentation import (
+    class_map,
+    confusion_matrix,
+    frequency_weighted_iou,
+    one_hot,
+    palette,
+    pixel_accuracy,
+)
 from megatron_nuwa.models.vqgan import Vqgan
 from megatron_nuwa.training.codebook_upkeep import perplexity
 from megatron_nuwa.training.frames import Draw, Sample, to_bytes, to_images
+from megatron_nuwa.training.image_quality import psnr, ssim
 
 
 class VqganEvaluation(NamedTuple):
-    """Figures over all held-out frames."""
+    """Figures over all held-out frames.
 
-    psnr_db: float  # mean over frames, of pictures in [0, 1]
+    `quality` holds `psnr_db` and `ssim`, means over pictures in [0, 1], or `pixel_accuracy` and
+    `fwiou` (frequency-weighted intersection over union) of maps.
+    """
+
+    quality: dict[str, float]
     used_fraction: float  # share of the codes that occur at least once
     perplexity: float
     frames: int
+
+    def figures(self) -> dict[str, float]:
+        """All of them by name."""
+        return {**self.quality, **{name: getattr(self, name) for name in self._fields[1:]}}
 
 
 @torch.no_grad()
@@ -30,35 +47,37 @@ def evaluate_vqgan(
 ) -> VqganEvaluation:
     """Reconstruct every frame of `dataset` once, shared out over the processes.
 
-    Frames are taken as they will be shown: through tokens, rounded to bytes.
+    Frames are taken as they will be shown: through tokens, pictures rounded to bytes.
     """
     total = len(dataset)  # type: ignore[arg-type]
     places = range(dist.get_rank(), total, dist.get_world_size())
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    classes = model.config.classes
+    # Of pictures: sums of PSNR and SSIM; of maps: their confusion matrix.
+    shape = (2,) if classes is None else (classes, classes)
+    sums = torch.zeros(shape, dtype=torch.float64, device=device)
     counts = torch.zeros(model.config.codebook_size, device=device)
-    model.eval()
     for start in range(0, len(places), batch_size):
-        chosen = places[start : start + batch_size]
-        frames = held_out_images(model, dataset, chosen, device)
-        tokens = model.encode(frames)
-        sums[0] += psnr(model.decode(tokens), frames).sum()
-        sums[1] += len(frames)
+        frames = held_out_frames(model, dataset, places[start : start + batch_size], device)
+        tokens = model.encode(network_input(model, frames))
         counts += torch.bincount(tokens.flatten(), minlength=counts.shape[0])
-    model.train()
+        decoded = model.decode(tokens)
+        if classes is None:
+            sums += torch.stack([psnr(decoded, frames).sum(), ssim(decoded, frames).sum()])
+        else:
+            sums += confusion_matrix(class_map(decoded), frames, classes)
     dist.all_reduce(sums)
     dist.all_reduce(counts)
-    return VqganEvaluation(
-        psnr_db=float(sums[0] / sums[1]),
-        used_fraction=float((counts > 0).double().mean()),
-        perplexity=perplexity(counts),
-        frames=int(sums[1]),
-    )
+    if classes is None:
+        quality = {"psnr_db": float(sums[0] / total), "ssim": float(sums[1] / total)}
+    else:
+        quality = {"pixel_accuracy": pixel_accuracy(sums), "fwiou": frequency_weighted_iou(sums)}
+    return VqganEvaluation(quality, float((counts > 0).double().mean()), perplexity(counts), total)
 
 
-def held_out_images(
+def held_out_frames(
     model: Vqgan, dataset: Dataset[Sample], places: range, device: torch.device
 ) -> Tensor:
-    """Frames as images (count, 3, H, W) in [-1, 1], the centre at the model's image size."""
+    """Images (count, 3, H, W) in [-1, 1] or maps (count, H, W), the centre at the image size."""
     frames = torch.from_numpy(np.stack([dataset[Draw(place, 0)].frame for place in places]))
     size = model.config.image_size
     corner = (frames.shape[1] - size) // 2
@@ -66,21 +85,17 @@ def held_out_images(
     return to_images(centre).to(device)
 
 
-def psnr(reconstruction: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each frame (batch,); both (batch, 3, H, W) in [-1, 1].
-
-    The reconstruction is rounded to bytes first; equal pictures count as 100 dB.
-    """
-    shown = torch.from_numpy(to_bytes(reconstruction)).movedim(-1, 1).to(images.device)
-    original = images.double().add(1).div(2)
-    error = (shown.double() / 255 - original).square().mean(dim=(1, 2, 3))
-    return -10 * torch.log10(error.clamp_min(1e-10))
+def network_input(model: Vqgan, frames: Tensor) -> Tensor:
+    """What the encoder takes of images or maps."""
+    classes = model.config.classes
+    return frames if classes is None else one_hot(frames, classes)
 
 
 @torch.no_grad()
-def comparison(model: Vqgan, images: Tensor) -> np.ndarray:
-    """Each image above its reconstruction: uint8 (batch, 2·H, W, 3)."""
-    model.eval()
-    shown = torch.cat([images, model.decode(model.encode(images))], dim=2)
-    model.train()
-    return to_bytes(shown)
+def comparison(model: Vqgan, frames: Tensor) -> np.ndarray:
+    """Each frame above its reconstruction, maps in colours: uint8 (batch, 2·H, W, 3)."""
+    decoded = model.decode(model.encode(network_input(model, frames)))
+    classes = model.config.classes
+    if classes is None:
+        return to_bytes(torch.cat([frames, decoded], dim=2))
+    return palette(classes)[torch.cat([frames.long(), class_map(decoded)], dim=1).cpu().numpy()]

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from megatron_nuwa.config import Settings
 from megatron_nuwa.models.discriminator import AdversarialLoss
 from megatron_nuwa.models.vqgan import VqganConfig
+from megatron_nuwa.training.vqgan_guard import VqganGuardSettings
 
 
 class VqganData(Settings):
@@ -18,7 +19,8 @@ class VqganData(Settings):
     Manifests mix images and clips; a clip gives up to `frames` frames. Frames are decoded at
     `decode_size` pixels (default: the model's image size) and cropped at random to the image size.
     `cache_frames` decodes everything once into the run folder; without it, `workers` processes
-    decode while training.
+    decode while training. A VQ-GAN-Seg sees the items' sketches, in which pixels of the value
+    `unlabelled` (255 in many data sets) count as the last class; items without one are left out.
     """
 
     train: tuple[Path, ...] = Field(min_length=1)
@@ -29,6 +31,7 @@ class VqganData(Settings):
     flip: bool = False
     cache_frames: bool = False
     workers: int = Field(4, ge=0)
+    unlabelled: int | None = Field(None, ge=0)
 
 
 class PerceptualSettings(Settings):
@@ -53,12 +56,13 @@ class PerceptualSettings(Settings):
 class VqganLoss(Settings):
     """Weights of the terms of the loss; a weight of 0 switches its term off.
 
-    The commitment weight is the paper's β. The discriminator starts at step
+    `reconstruction` is the distance of pictures, or `cross_entropy` (nats a pixel) where the model
+    has classes. The commitment weight is the paper's β. The discriminator starts at step
     `discriminator_start`, counted from 0, with a weight that is `adversarial_weight` times the
     ratio of gradient norms (at most `adaptive_weight_limit`) or, when not `adaptive`, times 1.
     """
 
-    reconstruction: Literal["l2", "l1"] = "l2"
+    reconstruction: Literal["l2", "l1", "cross_entropy"] = "l2"
     reconstruction_weight: float = Field(1.0, gt=0)
     codebook_weight: float = Field(1.0, ge=0)
     commitment_weight: float = Field(0.25, ge=0)
@@ -105,7 +109,11 @@ class VqganOptimizer(Settings):
 
 
 class VqganRecipe(Settings):
-    """Everything about one VQ-GAN training; `batch_size` counts images over all processes."""
+    """Everything about one VQ-GAN training; `batch_size` counts images over all processes.
+
+    With `ema_decay` the tokenizer that is evaluated and written is the exponential moving average
+    of the trained weights, with that memory a step.
+    """
 
     run: Path
     # A VQ-GAN, or a run of one, whose weights a new run begins with.
@@ -118,6 +126,8 @@ class VqganRecipe(Settings):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    guard: VqganGuardSettings = VqganGuardSettings()
     log_every: int = Field(50, ge=1)
     evaluate_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(1000, ge=1)
@@ -130,6 +140,23 @@ class VqganRecipe(Settings):
             raise ValueError(
                 f"data.decode_size {size} must be at least model.image_size {self.model.image_size}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _fit_the_loss(self) -> VqganRecipe:
+        is_for_maps = self.model.classes is not None
+        if is_for_maps != (self.loss.reconstruction == "cross_entropy"):
+            raise ValueError(
+                "loss.reconstruction must be cross_entropy with model.classes, and l2 or l1 "
+                "without it"
+            )
+        if is_for_maps and self.loss.perceptual_weight:
+            raise ValueError(
+                "loss.perceptual_weight must be 0 with model.classes: the perceptual loss knows "
+                "pictures only"
+            )
+        if self.data.unlabelled is not None and not is_for_maps:
+            raise ValueError("data.unlabelled belongs to model.classes")
         return self
 
     @model_validator(mode="after")

@@ -8,22 +8,22 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.discriminator import (
     PatchDiscriminator,
     adaptive_weight,
     discriminator_loss,
     generator_loss,
 )
-from megatron_nuwa.models.perceptual import EfficientNetLite0, PerceptualLoss, vgg16_loss
 from megatron_nuwa.models.vqgan import Vqgan, VqganOutput
 from megatron_nuwa.training.codebook_upkeep import CodebookKeeper
 from megatron_nuwa.training.processes import Processes
-from megatron_nuwa.training.vqgan_recipe import PerceptualSettings, VqganOptimizer, VqganRecipe
+from megatron_nuwa.training.vqgan_average import WeightAverage
+from megatron_nuwa.training.vqgan_guard import VqganGuard
+from megatron_nuwa.training.vqgan_losses import reconstruction_of
+from megatron_nuwa.training.vqgan_recipe import VqganOptimizer, VqganRecipe
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -38,13 +38,22 @@ class VqganStep:
         self.model = _placed(Vqgan(recipe.model), processes)
         self._parallel_model = _in_parallel(self.model, processes)
         self.optimizer = _adam(self.model, recipe.optimizer, recipe.optimizer.learning_rate)
-        self.keeper = CodebookKeeper(self.model.quantizer, recipe.codebook, seed)
+        self.average: WeightAverage | None = None
+        if recipe.ema_decay is not None:
+            self.average = WeightAverage(self.model, recipe.ema_decay)
+        follower = self.average.model.quantizer if self.average else None
+        self.keeper = CodebookKeeper(self.model.quantizer, recipe.codebook, seed, follower)
+        self.guard = VqganGuard(recipe.guard, _say if processes.is_first else None)
         self.discriminator: PatchDiscriminator | None = None
         self.discriminator_optimizer: torch.optim.Optimizer | None = None
         loss = recipe.loss
         if loss.adversarial_weight:
             self.discriminator = _placed(
-                PatchDiscriminator(loss.discriminator_channels, loss.discriminator_layers),
+                PatchDiscriminator(
+                    loss.discriminator_channels,
+                    loss.discriminator_layers,
+                    recipe.model.image_channels,
+                ),
                 processes,
             )
             self._parallel_discriminator = _in_parallel(self.discriminator, processes)
@@ -53,131 +62,184 @@ class VqganStep:
                 recipe.optimizer,
                 recipe.optimizer.discriminator_learning_rate or recipe.optimizer.learning_rate,
             )
-        self._perceptual: PerceptualLoss | None = None
-        if loss.perceptual_weight:
-            self._perceptual = perceptual_loss(loss.perceptual).to(processes.device)
+        self._reconstruction = reconstruction_of(recipe).to(processes.device)
 
-    def start_codebook(self, step: int, images: Iterator[Tensor]) -> None:
-        """Place the codes by k-means over encoder outputs of `images`, batch by batch."""
+    @property
+    def tokenizer(self) -> Vqgan:
+        """The VQ-GAN to evaluate and to keep: the average of the weights, where there is one."""
+        return self.average.model if self.average else self.model
+
+    def begin_with(self, weights: Vqgan) -> None:
+        """Take over the weights of another VQ-GAN of the same settings."""
+        self.model.load_state_dict(weights.state_dict())
+        if self.average:
+            self.average.begin()
+
+    def start_codebook(self, step: int, frames: Iterator[Tensor]) -> None:
+        """Place the codes by k-means over encoder outputs of `frames`, batch by batch."""
 
         @torch.no_grad()
         def vectors() -> Iterator[Tensor]:
-            for batch in images:
+            for batch in frames:
+                given = self._reconstruction.network_input(batch.to(self.processes.device))
                 with self._autocast():
-                    encoded = self.model.encoder(batch.to(self.processes.device))
+                    encoded = self.model.encoder(given)
                 yield self.model.quantizer.to_lookup(encoded)
 
         self.keeper.start(step, vectors())
 
-    def __call__(self, step: int, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Train on this process's images (batch, 3, H, W) in [-1, 1].
+    def __call__(self, step: int, frames: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Train on this process's images (batch, 3, H, W) in [-1, 1], or maps (batch, H, W).
 
         Returns this process's figures (scalars) and how often each code was taken on all
-        processes. Raises `UserError` when the gradient is no longer finite.
+        processes. A step that the guard finds harmful changes no weight; raises `UserError` when
+        that does not help.
         """
-        images = images.to(self.processes.device)
-        factor = learning_rate_factor(step, self.recipe.steps, self.recipe.optimizer)
-        for optimizer in (self.optimizer, self.discriminator_optimizer):
-            for group in optimizer.param_groups if optimizer else ():
-                group["lr"] = group["initial_lr"] * factor
-        adversarial = self.discriminator and step >= self.recipe.loss.discriminator_start
+        frames = frames.to(self.processes.device)
+        given = self._reconstruction.network_input(frames)
+        self._set_learning_rates(step)
+        adversarial = self._enter(step)
         with self._autocast():
-            output = self._parallel_model(images, step >= self.recipe.codebook.start_step)
-            loss, figures = self._reconstruction_terms(step, output, images)
+            output = self._parallel_model(given, step >= self.recipe.codebook.start_step)
+            judged, figures = self._reconstruction.loss(output.reconstruction, frames)
+            loss = judged + self._codebook_terms(step, output, figures)
+            shown = self._reconstruction.shown(output.reconstruction)
             if adversarial:
-                loss = loss + self._adversarial_term(loss, output.reconstruction, figures)
+                loss = loss + self._adversarial_term(loss, shown, figures)
         figures["train/loss/total"] = loss.detach()
-        figures["train/grad_norm"] = self._descend(step, self.optimizer, self.model, loss)
         figures["train/lr"] = torch.tensor(self.optimizer.param_groups[0]["lr"])
+        norm = self._backward(self.optimizer, self.model, loss)
+        figures["train/grad_norm"] = norm
+        taken = self._take(step, self._mean(judged.detach()), float(norm), adversarial)
+        figures["train/skipped_steps"] = torch.tensor(float(self.guard.skipped_steps))
+        if not taken:
+            # What such a step computed is no measure of anything.
+            kept = ("train/grad_norm", "train/lr", "train/skipped_steps")
+            no_counts = torch.zeros_like(self.keeper.usage)
+            return {tag: figures[tag] for tag in kept if torch.isfinite(figures[tag])}, no_counts
         if adversarial:
-            figures["train/loss/discriminator"] = self._train_discriminator(
-                step, images, output.reconstruction.detach()
-            )
-        counts = self.keeper.count(output.tokens)
-        if step >= self.recipe.codebook.start_step:
-            moved = self.keeper.restart_dead(step, output.vectors)
-            figures["codebook/restarted"] = torch.tensor(float(moved))
-        return figures, counts
+            figures["train/adversarial_scale"] = torch.tensor(self.guard.adversarial_scale)
+            discriminated = self._train_discriminator(step, given, shown.detach())
+            if discriminated is not None:
+                figures["train/loss/discriminator"] = discriminated
+        return figures, self._keep_codes(step, output, figures)
 
     def state(self) -> dict[str, Any]:
         """Everything beside the networks' weights that the next step depends on."""
-        state = {"optimizer": self.optimizer.state_dict(), "usage": self.keeper.usage}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "usage": self.keeper.usage,
+            "guard": self.guard.state(),
+        }
+        if self.average:
+            state["average_updates"] = self.average.updates
         if self.discriminator_optimizer:
             state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up what `state` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        _load_moments(self.optimizer, state["optimizer"])
         self.keeper.usage.copy_(state["usage"])
+        self.guard.restore(state["guard"])
+        if self.average:
+            self.average.updates = int(state.get("average_updates", 0))
         if self.discriminator_optimizer:
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+            _load_moments(self.discriminator_optimizer, state["discriminator_optimizer"])
 
-    def _reconstruction_terms(
-        self, step: int, output: VqganOutput, images: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reconstruction, perceptual, codebook and commitment terms, weighed and summed."""
+    def _enter(self, step: int) -> bool:
+        """Whether the discriminator takes part; the guard is told where the losses change."""
+        if step == self.recipe.codebook.start_step:
+            self.guard.expect_jump()
+        if self.discriminator is None or step < self.recipe.loss.discriminator_start:
+            return False
+        if step == self.recipe.loss.discriminator_start:
+            self.guard.discriminator_starts()
+        return True
+
+    def _set_learning_rates(self, step: int) -> None:
+        factor = learning_rate_factor(step, self.recipe.steps, self.recipe.optimizer)
+        for optimizer in (self.optimizer, self.discriminator_optimizer):
+            for group in optimizer.param_groups if optimizer else ():
+                group["lr"] = group["initial_lr"] * factor
+
+    def _codebook_terms(self, step: int, output: VqganOutput, figures: dict[str, Tensor]) -> Tensor:
+        """Codebook and commitment terms, weighed and summed."""
         weights = self.recipe.loss
-        distance = F.mse_loss if weights.reconstruction == "l2" else F.l1_loss
-        reconstruction = distance(output.reconstruction.float(), images)
-        figures = {"train/loss/reconstruction": reconstruction.detach()}
-        loss = weights.reconstruction_weight * reconstruction
-        if self._perceptual:
-            perceptual = self._perceptual(output.reconstruction, images)
-            figures["train/loss/perceptual"] = perceptual.detach()
-            loss = loss + weights.perceptual_weight * perceptual
         figures["train/loss/codebook"] = output.codebook_loss.detach()
         figures["train/loss/commitment"] = output.commitment_loss.detach()
         # An encoder without a codebook yet has nothing to commit to. The term stays in the graph,
         # because data parallelism wants a gradient for every parameter at every step.
         commitment = weights.commitment_weight * (step >= self.recipe.codebook.start_step)
-        loss = loss + weights.codebook_weight * output.codebook_loss
-        return loss + commitment * output.commitment_loss, figures
+        return weights.codebook_weight * output.codebook_loss + commitment * output.commitment_loss
 
-    def _adversarial_term(
-        self, loss: Tensor, reconstruction: Tensor, figures: dict[str, Tensor]
-    ) -> Tensor:
+    def _adversarial_term(self, loss: Tensor, shown: Tensor, figures: dict[str, Tensor]) -> Tensor:
         assert self.discriminator is not None
         settings = self.recipe.loss
         self.discriminator.requires_grad_(False)
-        adversarial = generator_loss(self.discriminator(reconstruction), settings.adversarial)
+        adversarial = generator_loss(self.discriminator(shown), settings.adversarial)
         weight = torch.ones((), device=loss.device)
         if settings.adaptive:
             last_layer = self.model.decoder.conv_out.weight
             weight = adaptive_weight(loss, adversarial, last_layer, settings.adaptive_weight_limit)
             # One weight for all, or the processes would descend different losses.
-            dist.all_reduce(weight)
-            weight /= self.processes.world_size
+            weight = self._mean(weight)
             figures["train/adaptive_weight"] = weight
         figures["train/loss/generator"] = adversarial.detach()
-        return settings.adversarial_weight * weight * adversarial
+        scale = settings.adversarial_weight * self.guard.adversarial_scale
+        return scale * weight * adversarial
 
-    def _train_discriminator(self, step: int, images: Tensor, reconstruction: Tensor) -> Tensor:
+    def _take(self, step: int, loss: Tensor, norm: float, adversarial: bool) -> bool:
+        """Change the autoencoder's weights unless the guard objects; returns whether it did not."""
+        reason = self.guard.reason_to_skip(float(loss), norm)
+        if reason is not None:
+            self.guard.skipped(step, reason, adversarial)
+            return False
+        self.optimizer.step()
+        if self.average:
+            self.average.update()
+        self.guard.accepted(step, float(loss), norm, adversarial)
+        return True
+
+    def _train_discriminator(self, step: int, real: Tensor, fake: Tensor) -> Tensor | None:
+        """One step of the discriminator; returns its loss, None where it could not be taken."""
         assert self.discriminator is not None
         assert self.discriminator_optimizer is not None
         self.discriminator.requires_grad_(True)
         with self._autocast():
-            logits = self._parallel_discriminator(torch.cat([images, reconstruction]))
-            real, fake = logits.float().chunk(2)
-            loss = discriminator_loss(real, fake, self.recipe.loss.adversarial)
-        self._descend(step, self.discriminator_optimizer, self.discriminator, loss)
+            logits = self._parallel_discriminator(torch.cat([real, fake]))
+            of_real, of_fake = logits.float().chunk(2)
+            loss = discriminator_loss(of_real, of_fake, self.recipe.loss.adversarial)
+        norm = float(self._backward(self.discriminator_optimizer, self.discriminator, loss))
+        if not self.guard.discriminator_takes(step, norm):
+            return None
+        self.discriminator_optimizer.step()
         return loss.detach()
 
-    def _descend(
-        self, step: int, optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor
+    def _keep_codes(self, step: int, output: VqganOutput, figures: dict[str, Tensor]) -> Tensor:
+        """Count the codes and move the dead ones; returns the counts."""
+        counts = self.keeper.count(output.tokens)
+        figures["codebook/dead_fraction"] = self.keeper.dead_fraction()
+        if step >= self.recipe.codebook.start_step:
+            moved = self.keeper.restart_dead(step, output.vectors)
+            figures["codebook/restarted"] = torch.tensor(float(moved))
+        return counts
+
+    def _backward(
+        self, optimizer: torch.optim.Optimizer, network: nn.Module, loss: Tensor
     ) -> Tensor:
+        """Gradients, clipped; returns their norm before that, which is one on all processes."""
         optimizer.zero_grad()
         loss.backward()
         limit = self.recipe.optimizer.gradient_clipping
-        norm = nn.utils.clip_grad_norm_(network.parameters(), limit or math.inf)
-        # The gradient is the mean over processes, so all of them stop together.
-        if not torch.isfinite(norm):
-            raise UserError(
-                f"the gradient is not finite at step {step}; lower vqgan.optimizer.learning_rate "
-                f"or vqgan.optimizer.gradient_clipping, then run again to resume"
-            )
-        optimizer.step()
+        norm: Tensor = nn.utils.clip_grad_norm_(network.parameters(), limit or math.inf)
         return norm.detach()
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over all processes."""
+        total = value.clone()
+        dist.all_reduce(total)
+        return total / self.processes.world_size
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
@@ -185,12 +247,8 @@ class VqganStep:
         )
 
 
-def perceptual_loss(settings: PerceptualSettings) -> PerceptualLoss:
-    """The perceptual loss that a recipe names; `UserError` where its weights are missing."""
-    if settings.network == "efficientnet_lite0":
-        return PerceptualLoss(EfficientNetLite0(settings.stages))
-    assert settings.weights is not None
-    return vgg16_loss(settings.weights, settings.lpips_weights)
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def learning_rate_factor(step: int, steps: int, settings: VqganOptimizer) -> float:
@@ -210,6 +268,17 @@ def _adam(network: nn.Module, settings: VqganOptimizer, learning_rate: float) ->
     for group in optimizer.param_groups:
         group["initial_lr"] = learning_rate
     return optimizer
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up saved moments; learning rate and betas stay what the recipe says now."""
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(state)
+    for group, mine in zip(optimizer.param_groups, settings, strict=True):
+        group.update(mine)
 
 
 def _placed(network: N, processes: Processes) -> N:

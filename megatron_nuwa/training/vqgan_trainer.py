@@ -3,48 +3,39 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
+import math
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.vqgan import Vqgan, load_vqgan, save_vqgan
-from megatron_nuwa.training.codebook_upkeep import perplexity
-from megatron_nuwa.training.frames import (
-    Batch,
-    CachedFrames,
-    CacheReport,
-    DecodedFrames,
-    MediaFrames,
-    Sample,
-    batches,
-    cache_frames,
-)
+from megatron_nuwa.training.checkpoint import Checkpoints
+from megatron_nuwa.training.frames import MediaFrames, Sample
 from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.progress import track
 from megatron_nuwa.training.run_folder import prepare_run_folder
 from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
-from megatron_nuwa.training.vqgan_checkpoint import load_checkpoint, save_checkpoint
+from megatron_nuwa.training.vqgan_checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from megatron_nuwa.training.vqgan_evaluation import (
     VqganEvaluation,
     comparison,
     evaluate_vqgan,
-    held_out_images,
+    held_out_frames,
 )
+from megatron_nuwa.training.vqgan_figures import FigureWindow
+from megatron_nuwa.training.vqgan_inputs import kmeans_batches, open_dataset, training_batches
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 from megatron_nuwa.training.vqgan_step import VqganStep
 
 _SHOWN_RECONSTRUCTIONS = 8
-# Batches for the k-means start come from another shuffle than the training's.
-_KMEANS_SEED = 1_000_003
 
 
 def train_vqgan(
@@ -71,14 +62,14 @@ def train_vqgan(
     if processes.is_first:
         prepare_run_folder(recipe.run, whole_recipe)
     processes.barrier()
-    frames = _dataset(recipe, train, recipe.run / "frames.npy", processes)
+    frames = open_dataset(recipe, train, recipe.run / "frames.npy", processes)
     held = None
     if held_out is not None:
-        held = _dataset(recipe, held_out, recipe.run / "held_out_frames.npy", processes)
+        held = open_dataset(recipe, held_out, recipe.run / "held_out_frames.npy", processes)
     state = VqganStep(recipe, seed, processes)
-    if start is not None:
-        state.model.load_state_dict(start.state_dict())
-    step = load_checkpoint(recipe.run, state)
+    step = _resume(state)
+    if step == 0 and start is not None:
+        state.begin_with(start)
     _announce(state, step, frames)
     samples = step * recipe.batch_size
     with (
@@ -94,9 +85,9 @@ def train_vqgan(
             return None
     if processes.is_first:
         if evaluation:
-            text = json.dumps(evaluation._asdict(), indent=2)
+            text = json.dumps(evaluation.figures(), indent=2)
             write_text_atomically(recipe.run / "evaluation.json", text + "\n")
-        save_vqgan(state.model, recipe.run / "vqgan.safetensors")
+        save_vqgan(state.tokenizer, recipe.run / "vqgan.safetensors")
         print(f"VQ-GAN written to {recipe.run / 'vqgan.safetensors'}", flush=True)
     processes.barrier()
     return evaluation
@@ -104,7 +95,7 @@ def train_vqgan(
 
 def _start(recipe: VqganRecipe) -> Vqgan | None:
     """The trained VQ-GAN that a new run begins with."""
-    if recipe.start is None or (recipe.run / "checkpoints" / "latest").is_file():
+    if recipe.start is None or _checkpoints(recipe).all():
         return None
     start = load_vqgan(recipe.start)
     # Its networks take pictures of any size.
@@ -116,6 +107,23 @@ def _start(recipe: VqganRecipe) -> Vqgan | None:
                 f"the recipe says {ours[field]}; set it to {value}"
             )
     return start
+
+
+def _resume(state: VqganStep) -> int:
+    """Take up the newest whole checkpoint; returns its step, 0 without any."""
+    processes, checkpoints = state.processes, _checkpoints(state.recipe)
+
+    def find() -> Path | None:
+        # Reading all files once is enough.
+        return find_checkpoint(checkpoints) if processes.is_first else None
+
+    mine = processes.first_then_all(find)
+    found = processes.first_tells(lambda: mine)
+    return 0 if found is None else processes.first_then_all(lambda: load_checkpoint(found, state))
+
+
+def _checkpoints(recipe: VqganRecipe) -> Checkpoints:
+    return Checkpoints(recipe.run / "checkpoints", recipe.keep_checkpoints)
 
 
 def _run_steps(
@@ -133,14 +141,14 @@ def _run_steps(
     """
     recipe, processes = state.recipe, state.processes
     say = print if processes.is_first else _say_nothing
-    window = _Window(recipe.model.codebook_size, processes)
-    loader = _training_batches(recipe, seed, processes, frames, step, recipe.steps)
+    window = FigureWindow(recipe.model.codebook_size, processes)
+    loader = training_batches(recipe, seed, processes, frames, step, recipe.steps)
     if processes.is_first:
         loader = track(loader, "training the VQ-GAN", total=recipe.steps, done=step)
     for batch in loader:
         if step == recipe.codebook.start_step and recipe.codebook.kmeans:
             say(f"step {step}: placing {recipe.model.codebook_size} codes by k-means", flush=True)
-            state.start_codebook(step, _kmeans_images(recipe, seed, processes, frames))
+            state.start_codebook(step, kmeans_batches(recipe, seed, processes, frames))
         figures, counts = state(step, batch.images)
         window.add(figures, counts, batch.broken)
         step += 1
@@ -153,8 +161,8 @@ def _run_steps(
             say(_evaluation_line(step, _evaluate(state, held_out, step, monitor)), flush=True)
         signal_number = processes.agree([stop.received])[0]
         due = step % recipe.checkpoint_every == 0 or last or signal_number
-        if processes.is_first and due:
-            save_checkpoint(recipe.run, step, state, recipe.keep_checkpoints)
+        if due:
+            _save(state, step, must=bool(last or signal_number))
         if not last:
             raise_if_stopped(signal_number)
     if held_out is None:
@@ -181,142 +189,61 @@ def _say_nothing(line: str, flush: bool) -> None:
     """Stands for `print` on all processes but the first."""
 
 
-class _Window:
-    """Figures between two log lines, over all processes."""
-
-    def __init__(self, codebook_size: int, processes: Processes) -> None:
-        self._codebook_size = codebook_size
-        self._processes = processes
-        self._clear()
-
-    def _clear(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._times: dict[str, int] = {}
-        self._counts = torch.zeros(self._codebook_size, device=self._processes.device)
-        self._broken = 0
-        self._steps = 0
-        self._start = time.monotonic()
-
-    def add(self, figures: dict[str, Tensor], counts: Tensor, broken: int) -> None:
-        """Take in one step: its figures, the codes' counts, the broken items passed over."""
-        for tag, value in figures.items():
-            self._sums[tag] = self._sums.get(tag, torch.zeros(())) + value.float().cpu()
-            self._times[tag] = self._times.get(tag, 0) + 1
-        self._counts += counts
-        self._broken += broken
-        self._steps += 1
-
-    def close(self, batch_size: int) -> dict[str, float]:
-        """Means since the last call; called by all processes together."""
-        tags = sorted(self._sums)
-        means = torch.stack([self._sums[tag] / self._times[tag] for tag in tags])
-        means = means.to(self._processes.device)
-        broken = torch.tensor(float(self._broken), device=self._processes.device)
-        dist.all_reduce(means)
-        dist.all_reduce(broken)
-        figures = dict(zip(tags, (means / self._processes.world_size).tolist(), strict=True))
-        figures["codebook/perplexity"] = perplexity(self._counts)
-        figures["codebook/used_fraction"] = float((self._counts > 0).double().mean())
-        seconds = time.monotonic() - self._start
-        figures["speed/images_per_second"] = self._steps * batch_size / seconds
-        figures["data/broken_items"] = float(broken)
-        self._clear()
-        return figures
-
-
-def _dataset(
-    recipe: VqganRecipe, media: MediaFrames, cache: Path, processes: Processes
-) -> Dataset[Sample]:
-    if not recipe.data.cache_frames:
-        return DecodedFrames(media)
-
-    def decode() -> CacheReport:
-        return cache_frames(media, cache, f"decoding {media.name}")
-
-    # The others find the first one's frames, or decode their own where no disk is shared.
-    report = processes.first_then_all(decode)
-    if processes.is_first:
-        _tell_cache(report, media, cache)
-    return CachedFrames(cache)
-
-
-def _tell_cache(report: CacheReport, media: MediaFrames, cache: Path) -> None:
-    verb = "reusing" if report.reused else "decoded"
-    print(f"{media.name}: {verb} {report.frames} frames of {report.items} items in {cache}")
-    if report.failures:
-        print(
-            f"{media.name}: {len(report.failures)} items cannot be decoded and are left out; "
-            f"the first: {report.failures[0]}",
-            flush=True,
-        )
-
-
-def _training_batches(
-    recipe: VqganRecipe,
-    seed: int,
-    processes: Processes,
-    frames: Dataset[Sample],
-    first_step: int,
-    steps: int,
-) -> Iterator[Batch]:
-    return batches(
-        frames,
-        image_size=recipe.model.image_size,
-        flip=recipe.data.flip,
-        seed=seed,
-        batch_size=recipe.batch_size,
-        rank=processes.rank,
-        world_size=processes.world_size,
-        first_step=first_step,
-        steps=steps,
-        workers=0 if recipe.data.cache_frames else recipe.data.workers,
-    )
-
-
-def _kmeans_images(
-    recipe: VqganRecipe, seed: int, processes: Processes, frames: Dataset[Sample]
-) -> Iterator[Tensor]:
-    enough = recipe.codebook.kmeans_vectors + recipe.model.codebook_size
-    other_seed = seed + _KMEANS_SEED
-    for batch in _training_batches(recipe, other_seed, processes, frames, 0, enough):
-        yield batch.images
-
-
 def _evaluate(
     state: VqganStep, held_out: Dataset[Sample], step: int, monitor: Monitor
 ) -> VqganEvaluation:
     """Reconstruct the held-out frames, log the figures and some pictures."""
     recipe, device = state.recipe, state.processes.device
     per_process = max(1, recipe.batch_size // state.processes.world_size)
-    found = evaluate_vqgan(state.model, held_out, per_process, device)
+    found = evaluate_vqgan(state.tokenizer, held_out, per_process, device)
     if state.processes.is_first:
         total = len(held_out)  # type: ignore[arg-type]
         spread = range(0, total, max(1, total // _SHOWN_RECONSTRUCTIONS))[:_SHOWN_RECONSTRUCTIONS]
-        shown = held_out_images(state.model, held_out, spread, device)
-        monitor.images("reconstructions", step, comparison(state.model, shown))
-    monitor.scalars(
-        step,
-        step * recipe.batch_size,
-        {
-            "eval/psnr": found.psnr_db,
-            "eval/used_fraction": found.used_fraction,
-            "eval/perplexity": found.perplexity,
-        },
-    )
+        shown = held_out_frames(state.tokenizer, held_out, spread, device)
+        monitor.images("reconstructions", step, comparison(state.tokenizer, shown))
+    figures = {f"eval/{name.removesuffix('_db')}": v for name, v in found.figures().items()}
+    del figures["eval/frames"]
+    monitor.scalars(step, step * recipe.batch_size, figures)
     return found
+
+
+def _save(state: VqganStep, step: int, must: bool) -> None:
+    """Save on the first process; a failure is told, and ends all where the state `must` be kept."""
+    checkpoints = _checkpoints(state.recipe)
+    failure = None
+    if state.processes.is_first:
+        try:
+            save_checkpoint(checkpoints, step, state)
+        except OSError as error:
+            failure = f"step {step} could not be saved in {checkpoints.folder} ({error})"
+    if must:
+        failure = failure and f"{failure}; make room there and start the run again"
+        state.processes.raise_first(failure)
+    elif failure:
+        print(
+            f"warning: {failure}; training goes on, and the checkpoints before it are untouched",
+            flush=True,
+        )
 
 
 def _line(step: int, steps: int, figures: dict[str, float]) -> str:
     return (
-        f"step {step}/{steps}  loss {figures['train/loss/total']:.4f}  "
-        f"reconstruction {figures['train/loss/reconstruction']:.4f}  "
+        f"step {step}/{steps}  loss {figures.get('train/loss/total', math.nan):.4f}  "
+        f"reconstruction {figures.get('train/loss/reconstruction', math.nan):.4f}  "
         f"codes used {figures['codebook/used_fraction']:.0%}  "
         f"{figures['speed/images_per_second']:.1f} images/s"
     )
 
 
 def _evaluation_line(step: int, found: VqganEvaluation) -> str:
+    forms = {
+        "psnr_db": "PSNR {:.2f} dB",
+        "ssim": "SSIM {:.4f}",
+        "pixel_accuracy": "pixel accuracy {:.2%}",
+        "fwiou": "FWIoU {:.2%}",
+    }
+    quality = ", ".join(forms[name].format(value) for name, value in found.quality.items())
     return (
-        f"step {step}  held out: PSNR {found.psnr_db:.2f} dB, codes used "
-        f"{found.used_fraction:.0%}, perplexity {found.perplexity:.0f}, {found.frames} frames"
+        f"step {step}  held out: {quality}, codes used {found.used_fraction:.0%}, perplexity "
+        f"{found.perplexity:.0f}, {found.frames} frames"
     )

@@ -19,7 +19,7 @@ from megatron_nuwa.training.frames import (
     to_bytes,
     to_images,
 )
-from megatron_nuwa.training.vqgan_evaluation import psnr
+from megatron_nuwa.training.image_quality import psnr, ssim
 
 
 def media(items: list[int], key: str = "k") -> MediaFrames:
@@ -144,3 +144,60 @@ def test_psnr_of_a_constant_error(shift: int) -> None:
     expected = 20 * np.log10(255 / shift)
     assert psnr(shifted, black).tolist() == pytest.approx([expected] * 2, abs=1e-4)
     assert psnr(black, black).tolist() == [100, 100]
+
+
+def ssim_of_windows(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The definition, window by window, of one channel in [0, 1]."""
+    places = np.arange(11) - 5
+    weights = np.exp(-(places[:, None] ** 2 + places**2) / (2 * 1.5**2))
+    weights /= weights.sum()
+    values = []
+    for top in range(found.shape[0] - 10):
+        for left in range(found.shape[1] - 10):
+            a, b = (p[top : top + 11, left : left + 11] for p in (found, wanted))
+            mean_a, mean_b = (weights * a).sum(), (weights * b).sum()
+            var_a, var_b = (weights * (a - mean_a) ** 2).sum(), (weights * (b - mean_b) ** 2).sum()
+            both = (weights * (a - mean_a) * (b - mean_b)).sum()
+            values.append(
+                (2 * mean_a * mean_b + 0.01**2)
+                * (2 * both + 0.03**2)
+                / ((mean_a**2 + mean_b**2 + 0.01**2) * (var_a + var_b + 0.03**2))
+            )
+    return float(np.mean(values))
+
+
+def test_ssim_is_its_published_definition_window_by_window() -> None:
+    random = np.random.default_rng(0)
+    wanted = random.integers(0, 256, (2, 16, 19, 3)).astype(np.uint8)
+    noisy = np.clip(wanted + random.normal(0, 40, wanted.shape), 0, 255).astype(np.uint8)
+    found = ssim(to_images(torch.from_numpy(noisy)), to_images(torch.from_numpy(wanted)))
+    for frame in range(2):
+        channels = [
+            ssim_of_windows(noisy[frame, ..., c] / 255, wanted[frame, ..., c] / 255)
+            for c in range(3)
+        ]
+        assert float(found[frame]) == pytest.approx(np.mean(channels), abs=1e-7)
+    images = to_images(torch.from_numpy(wanted))
+    assert ssim(images, images).tolist() == pytest.approx([1, 1])
+    # A side below the window's.
+    assert ssim(images[..., :8], images[..., :8]).tolist() == pytest.approx([1, 1])
+
+
+def test_maps_are_cached_cropped_and_mirrored_as_numbers(tmp_path: Path) -> None:
+    maps = np.arange(100, dtype=np.uint8).reshape(1, 10, 10)
+    source = MediaFrames([1], lambda item: maps, 10, "k", "test maps", are_maps=True)
+    assert cache_frames(source, tmp_path / "maps.npy").frames == 1
+    dataset = CachedFrames(tmp_path / "maps.npy")
+    assert np.array_equal(dataset[Draw(0, 0)].frame, maps[0])
+    sizes = {"image_size": 8, "batch_size": 16, "first_step": 0, "steps": 1}
+    found = batches(dataset, flip=True, seed=0, rank=0, world_size=1, workers=0, **sizes)
+    crops = next(iter(found)).images
+    assert crops.dtype == torch.uint8
+    corners = {(int(crop[0, 0]), int(crop[0, 7]), int(crop[7, 0])) for crop in crops}
+    plain = {
+        (a, a + 7, a + 70) for a in (10 * row + column for row in range(3) for column in range(3))
+    }
+    mirrored = {(b, a, b + 70) for a, b, _ in plain}
+    assert corners <= plain | mirrored
+    assert corners & plain
+    assert corners & mirrored

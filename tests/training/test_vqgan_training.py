@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import yaml
 from helpers import ROOT, deepspeed_command, run_command_line
 from PIL import Image
 from ranks import Ranks
+from vqgan_runs import COMMAND, logged, train_here, write_recipe
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.quantizer import VectorQuantizer
@@ -27,8 +27,6 @@ from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import load_recipe
 from megatron_nuwa.training.vqgan_recipe import CodebookUpkeep, VqganOptimizer
 from megatron_nuwa.training.vqgan_step import learning_rate_factor
-
-COMMAND = ROOT / "launch" / "train_vqgan.py"
 
 # Trains like the command, then writes down what this process ended with.
 WITNESS = """
@@ -47,7 +45,7 @@ folder = Path(sys.argv.pop())
 main()
 (state,) = states
 ended = {
-    "model": fingerprint(state.model),
+    "model": fingerprint(state.tokenizer),
     "codebook": state.model.codebook().tolist(),
     "usage": state.keeper.usage.tolist(),
     "discriminator": [p.sum().item() for p in state.discriminator.parameters()],
@@ -86,57 +84,6 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text)
     return folder
-
-
-def write_recipe(folder: Path, media: Path, **changes: Any) -> Path:
-    """A recipe of seconds, with every part of the training in use."""
-    vqgan: dict[str, Any] = {
-        "run": str(folder / "run"),
-        "model": {
-            "image_size": 32,
-            "downsampling": 8,
-            "patch_size": 2,
-            "base_channels": 16,
-            "residual_blocks": 1,
-            "codebook_size": 32,
-            "code_dim": 16,
-            "lookup_dim": 4,
-        },
-        "data": {
-            "train": [str(media / "train.jsonl")],
-            "held_out": [str(media / "held.jsonl")],
-            "frames": 8,
-            "frames_per_second": 8,
-            "decode_size": 36,
-            "flip": True,
-            "cache_frames": True,
-        },
-        "loss": {
-            "perceptual_weight": 0.1,
-            "perceptual": {"stages": 2},
-            "adversarial_weight": 0.1,
-            "discriminator_start": 20,
-            "discriminator_channels": 8,
-            "discriminator_layers": 1,
-        },
-        "codebook": {"start_step": 10, "kmeans_vectors": 256, "restart_every": 2},
-        "optimizer": {"learning_rate": 0.004, "warmup_steps": 2, "betas": [0.9, 0.95]},
-        "steps": 32,
-        # All frames in every step, so that the loss does not depend on which ones come up.
-        "batch_size": 34,
-        "log_every": 1,
-        "checkpoint_every": 12,
-    }
-    for group, values in changes.items():
-        vqgan[group] = vqgan[group] | values if isinstance(values, dict) else values
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"name": "tiny", "seed": 5, "vqgan": vqgan}))
-    return path
-
-
-def logged(run: Path, tag: str) -> list[float]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line[tag] for line in lines if tag in line]
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +162,6 @@ def test_stopped_run_resumes_bit_for_bit(straight_run: Path, media: Path, tmp_pa
 def test_a_new_run_begins_with_the_weights_of_another(
     straight_run: Path, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from launch.train_vqgan import main
-
     changes: dict[str, Any] = {
         "start": str(straight_run / "run/vqgan.safetensors"),
         "codebook": {"kmeans": False, "start_step": 0, "restart_every": 0},
@@ -225,16 +169,14 @@ def test_a_new_run_begins_with_the_weights_of_another(
         "steps": 1,
         "batch_size": 2,
     }
-    command = ["train_vqgan.py", str(write_recipe(tmp_path, media, **changes))]
-    monkeypatch.setattr(sys, "argv", command)
-    main()
+    recipe = write_recipe(tmp_path, media, **changes)
+    train_here(monkeypatch, recipe)
     before, after = (load_vqgan(folder / "run").state_dict() for folder in (straight_run, tmp_path))
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-5, atol=1e-9)
     other = f"vqgan.run={tmp_path / 'other'}"
-    monkeypatch.setattr(sys, "argv", [*command, other, "vqgan.model.code_dim=8"])
     with pytest.raises(UserError, match=r"with vqgan\.model\.code_dim = 16, but the recipe says 8"):
-        main()
+        train_here(monkeypatch, recipe, other, "vqgan.model.code_dim=8")
     assert not (tmp_path / "other").exists()
 
 
@@ -278,6 +220,10 @@ def test_sigterm_to_all_processes_saves_and_ends_with_0(media: Path, tmp_path: P
         ("vqgan.data.train=[absent.jsonl]", "manifest absent.jsonl does not exist"),
         ("vqgan.loss.perceptual.network=vgg16", "network 'vgg16' needs weights"),
         ("vqgan.start=runs/other", "set codebook.kmeans to false and codebook.start_step to 0"),
+        ("vqgan.model.classes=5", "loss.reconstruction must be cross_entropy with model.classes"),
+        ("vqgan.loss.reconstruction=cross_entropy", "must be cross_entropy with model.classes"),
+        ("vqgan.data.unlabelled=255", "data.unlabelled belongs to model.classes"),
+        ("vqgan.ema_decay=1", "vqgan.ema_decay: "),
         ("vqgan=null", "recipe 'tiny' has no 'vqgan'"),
         ("vqgan.batch_size=0", "vqgan.batch_size: "),
     ],
@@ -289,13 +235,8 @@ def test_wrong_recipes_are_refused_before_anything_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT))
-    from launch.train_vqgan import main
-
-    recipe = write_recipe(tmp_path, media)
-    monkeypatch.setattr(sys, "argv", ["train_vqgan.py", str(recipe), override])
     with pytest.raises(UserError) as caught:
-        main()
+        train_here(monkeypatch, write_recipe(tmp_path, media), override)
     assert sentence in str(caught.value)
     assert not (tmp_path / "run").exists()
 
@@ -359,7 +300,8 @@ def test_learning_rate_warms_up_linearly_and_ends_at_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "grid_side", "millions"), [("vqgan_f16", 21, (80, 84)), ("vqgan_f8", 32, (78, 82))]
+    ("name", "grid_side", "millions"),
+    [("vqgan_f16", 21, (80, 84)), ("vqgan_f8", 32, (78, 82)), ("vqgan_seg", 21, (66, 70))],
 )
 def test_full_size_recipes_build(name: str, grid_side: int, millions: tuple[int, int]) -> None:
     recipe = load_recipe(ROOT / "launch" / "recipes" / f"{name}.yaml")
@@ -370,5 +312,6 @@ def test_full_size_recipes_build(name: str, grid_side: int, millions: tuple[int,
     assert (model.config.codebook_size, model.config.code_dim) == (12288, 256)
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert millions[0] <= count <= millions[1]
-    images = torch.zeros(1, 3, *[recipe.vqgan.model.image_size] * 2, device="meta")
+    sides = [recipe.vqgan.model.image_size] * 2
+    images = torch.zeros(1, recipe.vqgan.model.image_channels, *sides, device="meta")
     assert model.encoder(images).shape == (1, 256, grid_side, grid_side)
