@@ -196,7 +196,7 @@ def test_stages_fit_together_and_their_recipes_load(name: str) -> None:
     size = SIZES[name]
     recipe = load_recipe(size.recipe)
     assert recipe.run == size.output / "pretrain"
-    assert world_of(recipe).side == recipe.vqgan.model.image_size  # type: ignore[union-attr]
+    assert world_of(recipe, size.digit, size.raster).side == recipe.vqgan.model.image_size  # type: ignore[union-attr]
     written = {size.recipe, Path("launch/moving_digits/report.html.j2")}
     for stage in digit_stages(size, size.output):
         assert set(stage.inputs) <= written
@@ -218,9 +218,9 @@ def test_another_output_folder_reaches_every_command(name: str) -> None:
 def test_a_recipe_whose_digits_cannot_move_is_refused() -> None:
     recipe = load_recipe(SIZES["cpu"].recipe, ["model.position_grid=[8,8,4]"])
     with pytest.raises(UserError, match="frames must be odd"):
-        world_of(recipe)
+        world_of(recipe, 16, 4)
     with pytest.raises(UserError, match="has no 'vqgan'"):
-        world_of(Recipe(name="empty"))
+        world_of(Recipe(name="empty"), 16, 4)
 
 
 @pytest.mark.slow
