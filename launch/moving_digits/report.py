@@ -31,7 +31,8 @@ from launch.moving_digits.scorer import (
     settings_of,
     share_text,
 )
-from launch.moving_digits.stages import SIZES, TASKS, Size
+from launch.moving_digits.sizes import SIZES, Size
+from launch.moving_digits.stages import TASKS
 from launch.moving_digits.world import World
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically

@@ -8,7 +8,8 @@ from launch.demo.display import duration
 from launch.demo.results import Goal, read_json
 from launch.demo.runner import StageRecord, read_record
 from launch.moving_digits.scorer import Score, Scores, Share, share_text
-from launch.moving_digits.stages import BEFORE_PAGE, SAMPLES, Size
+from launch.moving_digits.sizes import Size
+from launch.moving_digits.stages import BEFORE_PAGE, SAMPLES
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError
 
