@@ -62,6 +62,7 @@ class CachedDecoder:
         looks_back = cell_attention(
             lists, like, scale=scale, parts=own_parts, part=own_part, static=static
         )
+        self._attentions = [looks_back, *(context.attention for context in contexts)]
         kept_dim = head_dim_of(like, head_dim, static)
         self._layers = [
             CachedLayer(layer, contexts, looks_back, lists.slots, kept_dim) for layer in layers
@@ -148,6 +149,8 @@ class CachedDecoder:
         x = x.flatten(0, 1)
         count = len(x)
         x = F.pad(x, (0, 0, 0, padded_rows(count, self.device) - count))
+        for attention in self._attentions:
+            attention.go_to(place)
         for layer in self._layers:
             x = layer.step(x, count, place)
         return x

@@ -134,7 +134,8 @@ class _Looking:
     def __call__(self, h: Tensor, count: int, place: Place) -> Tensor:
         parts, heads, size = self._parts, self._heads, self._head_dim
         projected = self._inward(h)
-        mixed = torch.zeros_like(projected)
+        mixed = torch.empty_like(projected)
+        mixed[count:].zero_()
         batch = self._batch
         shape = (batch, count // batch * parts, heads, size)
         query, out = (t[:count].view(shape) for t in (projected, mixed))
@@ -143,10 +144,10 @@ class _Looking:
             self._past.write(new.permute(2, 0, 1, 3, 4), place)
         for attention, cache, rows in self._looks:
             if rows is None:
-                attention.attend(query, cache, place, out)
+                attention.attend(query, cache, out)
             else:
-                attention.attend(query[rows], cache, place, out[rows])
-        return self._outward(mixed[:, : self._mixed].contiguous())
+                attention.attend(query[rows], cache, out[rows])
+        return self._outward(mixed[:, : self._mixed])
 
 
 def _stacked(layers: Sequence[nn.Linear], heads: int, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,8 @@ def attended(
     fused[:, :, PART] = here
     out = torch.zeros_like(fused)
     place = torch.arange(span.first, span.first + span.steps) if on_device else span
-    attention.attend(fused.flatten(1, 2), cache, place, out.flatten(1, 2))
+    attention.go_to(place)
+    attention.attend(fused.flatten(1, 2), cache, out.flatten(1, 2))
     assert not out[:, :, [0, 2]].any()
     return out[:, :, PART]
 
