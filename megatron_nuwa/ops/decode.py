@@ -52,6 +52,12 @@ class CellLists(NamedTuple):
             return False
         return bool(self.table.valid.all())
 
+    def slots_of(self, place: Place) -> Place:
+        """Where these cells, all of one frame, lie in the cache."""
+        if isinstance(place, Tensor):
+            return place % self.slots
+        return Span(place.first % self.slots, place.steps)
+
     @classmethod
     def nearby(cls, geometry: Geometry) -> CellLists:
         """Those of a window: a ring of the frames in reach where causal, else the whole context."""
@@ -80,7 +86,6 @@ class KeyValueCache:
     def __init__(self, storage: Tensor) -> None:
         self._storage = storage
         self.keys, self.values = storage.unbind(0)
-        self._slots = storage.shape[2]
 
     @classmethod
     def empty(
@@ -94,16 +99,15 @@ class KeyValueCache:
         """(2, batch, slots, heads, head_dim): keys, then values."""
         return self._storage
 
-    def write(self, new: Tensor, place: Place) -> None:
-        """Store `new` (2, batch, steps, heads, head_dim) in the slots of these cells.
+    def write(self, new: Tensor, slots: Place) -> None:
+        """Store `new` (2, batch, steps, heads, head_dim) in these slots; see `CellLists.slots_of`.
 
-        A span must lie within one frame: the next one takes the place of one still looked at.
+        The cells must lie within one frame: the next one takes the place of one still looked at.
         """
-        if isinstance(place, Tensor):
-            self._storage.index_copy_(2, place % self._slots, new)
-            return
-        slot = place.first % self._slots
-        self._storage[:, :, slot : slot + place.steps] = new
+        if isinstance(slots, Tensor):
+            self._storage.index_copy_(2, slots, new)
+        else:
+            self._storage[:, :, slots.first : slots.first + slots.steps] = new
 
 
 class CellAttention(ABC):

@@ -73,7 +73,7 @@ def decoded(
         here = slice(span.first, span.first + span.steps)
         on_device = way is StaticAttention and number % 2 == 0
         place = torch.arange(here.start, here.stop) if on_device else span
-        cache.write(torch.stack([key[:, here], value[:, here]]), place)
+        cache.write(torch.stack([key[:, here], value[:, here]]), lists.slots_of(place))
         outputs.append(attended(attention, query, cache, span, on_device))
     return torch.cat(outputs, 1)
 
