@@ -17,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -70,13 +71,26 @@ def gather_media(output: Path, catalogue: Catalogue) -> Counter[str]:
 
     The folder appears as a whole or not at all. Raises `UserError` where a package is missing.
     """
-    if output.is_file():
-        raise UserError(f"--output {output} is a file; name a folder")
-    if output.exists() and not (output / PROVENANCE).is_file() and any(output.iterdir()):
-        raise UserError(f"--output {output} holds other files; name a new folder")
     wanted = [(video.package, video.path) for video in catalogue.videos]
     wanted += [(photograph.package, photograph.path) for photograph in catalogue.photographs]
     files = {(package, path): find_package_file(package, path) for package, path in wanted}
+    with replaced_folder(output, PROVENANCE) as partial:
+        cuts = _cut_everything(partial, catalogue, files)
+        _draw_sketches(partial, [media for _, media in cuts])
+        return _write_manifests(partial, cuts)
+
+
+@contextmanager
+def replaced_folder(output: Path, sign: str) -> Iterator[Path]:
+    """An empty folder that takes the place of `output` when the block ends well.
+
+    Raises `UserError` where `output` is a file, or holds other files than an earlier folder of this
+    kind, which is known by its file `sign`.
+    """
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; name a folder")
+    if output.exists() and not (output / sign).is_file() and any(output.iterdir()):
+        raise UserError(f"--output {output} holds other files; name a new folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
@@ -85,14 +99,11 @@ def gather_media(output: Path, catalogue: Catalogue) -> Counter[str]:
     try:
         # mkdtemp makes a private folder; this one is to be as readable as its neighbours.
         partial.chmod(0o755)
-        cuts = _cut_everything(partial, catalogue, files)
-        _draw_sketches(partial, [media for _, media in cuts])
-        counts = _write_manifests(partial, cuts)
+        yield partial
         _replace_folder(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return counts
 
 
 def find_package_file(package: str, path: str) -> Path:

@@ -79,7 +79,7 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
     provenance = media / "provenance.jsonl"
     corpora = tuple(corpus / name / "corpus.json" for name in CORPORA)
     overrides = recipe_overrides(output)
-    processes = _process_environment(accelerators)
+    processes = process_environment(accelerators)
     stop = halfway(recipe)
 
     def deepspeed(script: str, *extra: str) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
             ),
             outputs=corpora,
             clears=(corpus,),
-            environment={**processes, **_mpi_environment()},
+            environment={**processes, **mpi_environment()},
         ),
         Stage(
             "pretrain",
@@ -266,7 +266,8 @@ def _repeat(flag: str, values: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return tuple(word for value in values for word in (flag, value))
 
 
-def _process_environment(accelerators: int) -> dict[str, str]:
+def process_environment(accelerators: int) -> dict[str, str]:
+    """Variables of a command that starts two processes on a machine with so many GPUs."""
     if accelerators >= PROCESSES:
         return {}
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -276,7 +277,8 @@ def _process_environment(accelerators: int) -> dict[str, str]:
     return environment
 
 
-def _mpi_environment() -> dict[str, str]:
+def mpi_environment() -> dict[str, str]:
+    """Variables of a command that starts with mpirun."""
     # Open MPI refuses to start as root, the usual user of a container, without these two.
     if os.geteuid() != 0:
         return {}

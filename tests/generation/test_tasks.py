@@ -9,51 +9,20 @@ import pytest
 import torch
 from helpers import CAPTIONS
 
-from megatron_nuwa.data.text import NO_CAPTION, train_bpe
+from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import TASKS, Request, generate, grid_of, prepare, task_named
-from megatron_nuwa.generation.trained import Generator, make_generator
+from megatron_nuwa.generation.trained import Generator
 from megatron_nuwa.grid import Grid
-from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
-from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
 
-CODES, CLASSES, SIDE, FRAMES = 40, 5, 16, 3
+CLASSES, SIDE, FRAMES = 5, 16, 3
 RANDOM = np.random.default_rng(0)
 PICTURE = RANDOM.integers(0, 256, (1, SIDE, SIDE, 3), dtype=np.uint8)
 CLIP = RANDOM.integers(0, 256, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
 RIGHT_HALF = np.zeros((1, SIDE, SIDE), bool)
 RIGHT_HALF[..., SIDE // 2 :] = True
 SKETCH = RANDOM.integers(0, CLASSES, (FRAMES, SIDE, SIDE)).astype(np.uint8)
-
-
-@pytest.fixture(scope="module")
-def generator() -> Generator:
-    torch.manual_seed(0)
-    bpe = train_bpe(CAPTIONS * 4, 540)
-    common = {"image_size": SIDE, "downsampling": 4, "base_channels": 8, "residual_blocks": 1}
-    common |= {"attention": False, "codebook_size": CODES, "code_dim": 8, "lookup_dim": 4}
-    model = Nuwa(
-        NuwaConfig(
-            width=32,
-            heads=2,
-            encoder_layers=1,
-            decoder_layers=2,
-            codebook_size=CODES,
-            code_dim=8,
-            text_vocabulary=bpe.vocabulary_size,
-            position_grid=(4, 4, FRAMES),
-            sketch_codebook_size=CODES,
-            sketch_code_dim=8,
-        )
-    )
-    with torch.no_grad():
-        # Initial weights are so small that every context would give nearly the same logits.
-        for parameter in model.parameters():
-            parameter.mul_(4)
-    vqgan = Vqgan(VqganConfig(**common))
-    made = make_generator(model.eval(), vqgan.eval(), bpe, [Grid(4, 4, 1), Grid(4, 4, FRAMES)], 8.0)
-    return replace(made, sketch_vqgan=Vqgan(VqganConfig(**common, classes=CLASSES)).eval())
 
 
 def request(name: str, seed: int = 0, **changes: object) -> Request:

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.media import read_clip
-from megatron_nuwa.generation.palette import classes_of, colours
+from megatron_nuwa.generation.palette import classes_of, coloured
 from megatron_nuwa.generation.regions import check_fits, touched
 from megatron_nuwa.generation.tasks import Request, Task, grid_of
 from megatron_nuwa.generation.trained import Generator
@@ -30,9 +30,7 @@ def enlarged(picture: np.ndarray) -> np.ndarray:
 
 def blank_sketch(side: int) -> np.ndarray:
     """An empty sketch, all of class 0, to be drawn on: uint8 (rows, columns, 3)."""
-    first = colours(1)[0]
-    colour = [int(first[place : place + 2], 16) for place in (1, 3, 5)]
-    return enlarged(np.full((side, side, 3), colour, np.uint8))
+    return enlarged(coloured(np.zeros((side, side), np.uint8), 1))
 
 
 def first_frame(generator: Generator, clip: Path) -> np.ndarray:
