@@ -45,6 +45,13 @@ class CellLists(NamedTuple):
     table: NeighbourTable | None
     slots: int
 
+    @property
+    def are_shared(self) -> bool:
+        """Whether one row, of all slots, serves every cell; a grid of one cell has one row, too."""
+        if self.table is None or self.table.index.shape != (1, self.slots):
+            return False
+        return bool(self.table.valid.all())
+
     @classmethod
     def nearby(cls, geometry: Geometry) -> CellLists:
         """Those of a window: a ring of the frames in reach where causal, else the whole context."""
@@ -216,6 +223,7 @@ class StaticAttention(CellAttention):
 
     def __init__(self, lists: CellLists, mask: Tensor | None, scale: float, parts: int, part: int):
         super().__init__(lists, mask, scale, parts, part)
+        self._sees_all = lists.table is None or lists.are_shared
         self._moved: tuple[Tensor, Tensor] | None = None
 
     def attend(self, query: Tensor, cache: KeyValueCache, place: Place, out: Tensor) -> None:
@@ -225,10 +233,11 @@ class StaticAttention(CellAttention):
             if isinstance(place, Tensor)
             else torch.arange(place.first, place.first + place.steps, device=query.device)
         )
-        table = self._lists.table
-        if table is None or len(table.index) == 1:
+        if self._sees_all:
             outs.copy_(self._all_slots(queries, cache, cells))
             return
+        table = self._lists.table
+        assert table is not None
         batch, steps, heads, size = queries.shape
         most = max(1, _MOST_GATHERED // (2 * batch * heads * size * table.width))
         for first in range(0, steps, most):
