@@ -91,9 +91,12 @@ def browser(address: str) -> Iterator[Chrome]:
 
 
 def wait(browser: Chrome, there: Callable[[], object]) -> object:
+    from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, SECONDS, 0.1).until(lambda _: there())
+    # Parts of the page come and go while it changes.
+    passing = (NoSuchElementException, StaleElementReferenceException)
+    return WebDriverWait(browser, SECONDS, 0.1, passing).until(lambda _: there())
 
 
 def choose(browser: Chrome, task: str) -> None:
@@ -102,11 +105,14 @@ def choose(browser: Chrome, task: str) -> None:
 
 
 def write(browser: Chrome, text: str) -> None:
+    def typed() -> bool:
+        field = browser.find_element("css selector", "#prompt textarea")
+        field.clear()
+        field.send_keys(text)
+        return field.get_attribute("value") == text
+
     # A part that is not shown is not there.
-    wait(browser, lambda: browser.find_elements("css selector", "#prompt textarea"))
-    field = browser.find_element("css selector", "#prompt textarea")
-    field.clear()
-    field.send_keys(text)
+    wait(browser, typed)
 
 
 def generate(browser: Chrome) -> str:
