@@ -183,21 +183,19 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                 yield _status(_sentence(error), wrong=True), _EMPTY, gr.update()
 
         parts = [prompt, clip, picture, frame, sketch, legend, keep, keep_pixels, guidance]
-        task.change(choose, task, [hint, *parts], api_visibility="private")
-        clip.change(show_first_frame, [clip, task], [frame, status], api_visibility="private")
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        task.change(choose, task, [hint, *parts], **quiet)
+        clip.change(show_first_frame, [clip, task], [frame, status], **quiet)
         given = [task, prompt, clip, picture, frame, sketch, keep, keep_pixels, seed, samples]
         running = gr.on(
             [start.click, prompt.submit],
             run,
             [*given, temperature, top_k, top_p, guidance],
             [status, result, files],
-            api_visibility="private",
-            show_progress="hidden",
             concurrency_limit=1,
+            **quiet,
         )
-        stop.click(
-            lambda: _status("Stopped."), None, status, cancels=[running], api_visibility="private"
-        )
+        stop.click(lambda: _status("Stopped."), None, status, cancels=[running], **quiet)
     return page
 
 
