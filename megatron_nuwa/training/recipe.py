@@ -152,6 +152,8 @@ class Recipe(Settings):
     # The folder of the pretraining run; the VQ-GAN's own is vqgan.run.
     run: Path | None = None
     vqgan: VqganRecipe | None = None
+    # VQ-GAN-Seg, trained with launch/train_vqgan.py --section sketch_vqgan.
+    sketch_vqgan: VqganRecipe | None = None
     model: NuwaConfig | None = None
     tokenizers: TokenizerPaths | None = None
     data: DataSettings | None = None

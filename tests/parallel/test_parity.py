@@ -67,7 +67,7 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
         by_size[4].append(Scenario(f"{name}_split", layout(2, 2), (*TEN, *changes)))
     sketches = (*TEN, *_sketches(small_world))
     by_size[1].append(Scenario("sketches", layout(), sketches))
-    offloaded = layout(zero=3, zero_force_ds_cpu_optimizer=False)
+    offloaded = {**layout(zero=3), "zero_force_ds_cpu_optimizer": False}
     offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     by_size[2].append(Scenario("sketches_zero3", layout(zero=3), sketches))
     by_size[2].append(Scenario("sketches_offloaded", offloaded, sketches))

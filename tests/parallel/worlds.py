@@ -40,9 +40,7 @@ def layout(pipeline: int = 1, tensor: int = 1, zero: int = 1, **more: Any) -> di
         if name in more:
             parallel[name] = more.pop(name)
     contents: dict[str, Any] = {"parallel": parallel, "zero_optimization": {"stage": zero}}
-    is_bf16 = more.pop("bf16", False)
-    contents |= more
-    if is_bf16:
+    if more.pop("bf16", False):
         contents["bf16"] = {"enabled": True, "immediate_grad_update": True}
         contents["data_types"] = {"grad_accum_dtype": "fp32"}
     return contents
