@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-slow test-gpu bench lint format clean
+.PHONY: help install demo digits test test-slow test-gpu bench lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -22,12 +22,15 @@ $(STAMP): pyproject.toml constraints.txt demo-media.txt $(NATIVE)
 	# torch first: the kernels are compiled against the torch that is installed.
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt setuptools wheel torch
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation \
-		-e '.[mpi,parquet,demo,dev]'
+		-e '.[mpi,parquet,demo,app,dev]'
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r demo-media.txt
 	touch $@
 
 demo: install ## clips -> VQ-GAN -> token corpus -> pretraining -> generated video, in runs/demo
 	$(BIN)/python -m launch.demo
+
+digits: install ## moving handwritten digits -> training -> clips for held-out captions -> score
+	$(BIN)/python -m launch.moving_digits
 
 # One thread a process: several processes with a thread for every core slow each other down.
 test: install ## the tests that CI runs

@@ -23,10 +23,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.options import positive
+from benchmarks.harness.options import add_recipe, positive
 from benchmarks.harness.report import device_name
 from benchmarks.harness.step_plan import Mix, StepPlan, planned_device, token_batches
-from benchmarks.real_step import ROOT, SMALL, return_freed_memory, single_engine
+from benchmarks.real_step import SMALL, return_freed_memory, single_engine
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.training.checkpoint import Checkpoints, read_manifest
@@ -146,12 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"example:{(__doc__ or '').split('Example:')[1].split('One run')[0]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=ROOT / "launch/recipes/nuwa_870m.yaml",
-        help="whose model (default: the 870 M)",
-    )
+    add_recipe(parser, overrides=False)
     parser.add_argument("--layout", type=Path, metavar="FILE", help="DeepSpeed layout")
     parser.add_argument("--folder", type=Path, help="a folder on the disk to be measured")
     parser.add_argument(

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.options import positive
+from benchmarks.harness.options import ROOT, positive
 from benchmarks.harness.report import device_name, file_stem
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
@@ -29,7 +29,6 @@ from megatron_nuwa.plan.devices import DEVICES
 from megatron_nuwa.training.recipe import load_recipe
 from preprocessing.encoder import EncoderSettings, FrameEncoder, Precision
 
-ROOT = Path(__file__).resolve().parents[1]
 _MOST_COMPARED = 8
 _BATCHES_AT_ONCE = 2
 

@@ -32,7 +32,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.options import positive
+from benchmarks.harness.options import ROOT, positive
 from benchmarks.harness.report import device_name, file_stem
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
 from megatron_nuwa.errors import UserError, run_command
@@ -43,7 +43,6 @@ from preprocessing import decode_worker, farm
 from preprocessing.__main__ import main as preprocessing_main
 from preprocessing.encoder import FrameEncoder
 
-ROOT = Path(__file__).resolve().parents[1]
 _CAPTIONS = ["a ginger cat looks to the right", "the lights shine on the dark globe"]
 # Different files, which the manifest names over and over.
 _FILES = 8

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness.options import positive
+from benchmarks.harness.options import ROOT, positive
 from benchmarks.harness.report import device_name, file_stem
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.errors import UserError, run_command
@@ -33,7 +33,6 @@ from megatron_nuwa.ops import Backend, nearby_attention
 from megatron_nuwa.ops.tables import Geometry
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 _LARGEST_LOSS_DIFFERENCE = 1e-4
 _CLIP_FRAMES = 8
 

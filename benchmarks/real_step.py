@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.harness.kernels import profiled, show_profile
 from benchmarks.harness.largest import largest_mix
-from benchmarks.harness.options import positive
+from benchmarks.harness.options import ROOT, add_recipe, positive
 from benchmarks.harness.report import device_name, file_stem
 from benchmarks.harness.step_plan import Mix, StepPlan, planned_device, token_batches
 from megatron_nuwa.data.batches import TokenBatch
@@ -45,7 +45,6 @@ from megatron_nuwa.training.hardware import allocated_gib
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 _WIDTH = 150
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
@@ -272,15 +271,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"examples:{__doc__.split('Examples:', 1)[1] if __doc__ else ''}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=ROOT / "launch/recipes/nuwa_870m.yaml",
-        help="whose model (default: the 870 M)",
-    )
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="fields of the recipe to change"
-    )
+    add_recipe(parser)
     parser.add_argument(
         "--layout",
         type=Path,

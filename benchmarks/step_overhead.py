@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.corpora import make_inputs
-from benchmarks.harness.options import positive
+from benchmarks.harness.options import ROOT, positive
 from benchmarks.harness.report import device_name, file_stem
 from megatron_nuwa.data.batches import TaskBatches
 from megatron_nuwa.errors import run_command
@@ -37,7 +37,6 @@ from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.processes import join_processes
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 _ITEMS = 512
 MODEL = "model: forward, backward, optimizer"
 WAIT = "waiting for data"

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from benchmarks.harness.options import positive
+from benchmarks.harness.options import add_recipe, positive
 from benchmarks.harness.report import device_name
 from benchmarks.harness.timing import clock_of, time_forward, time_training
 from megatron_nuwa.data.batches import TEXT_GRID
@@ -34,7 +33,6 @@ from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.ops import nearby_attention
 from megatron_nuwa.training.recipe import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKED = "text attention, flash, packed"
 _WORDS = 12
 _MOST_SAID = 160
@@ -208,15 +206,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example:\n\npython -m benchmarks.step_parts --clips 8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=ROOT / "launch/recipes/nuwa_870m.yaml",
-        help="whose model (default: the 870 M)",
-    )
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="fields of the recipe to change"
-    )
+    add_recipe(parser)
     parser.add_argument(
         "--clips", type=positive, default=8, metavar="N", help="a micro-batch (default: 8)"
     )

@@ -85,7 +85,7 @@ def description_of(path: Path) -> str:
             f"{config.codebook_size} codes of {config.code_dim}; fingerprint {fingerprint(vqgan)}"
         )
     trained = open_trained(path, "FILE")
-    facts = trained.facts
+    facts, sketch_vqgan = trained.facts, trained.sketch_vqgan()
     with torch.device("meta"):
         total = Nuwa(facts.model).parameter_counts()["total"]
     grids = ", ".join(f"{task} {h}×{w}×{s}" for task, (h, w, s) in facts.grids.items())
@@ -93,6 +93,7 @@ def description_of(path: Path) -> str:
         f"{path}: model of {total / 1e6:.2f} M parameters after {facts.step} steps\n"
         f"trained on {grids}\n"
         f"VQ-GAN {fingerprint(trained.vqgan())}\nBPE {trained.bpe().fingerprint}"
+        + ("" if sketch_vqgan is None else f"\nVQ-GAN-Seg {fingerprint(sketch_vqgan)}")
     )
 
 

@@ -1,42 +1,60 @@
-"""Generate images and clips from a trained run. Examples:
+"""Generate images and clips from a trained run, by any of the eight tasks. Examples:
 
-python launch/generate.py t2i --run runs/demo/pretrain --prompt "a rocket" --samples 4
-python launch/generate.py v2v --run runs/demo/pretrain --clip my.mp4 --keep-frames 1
+python launch/generate.py t2i --run RUN --prompt "a rocket" --samples 4 --guidance 3
+python launch/generate.py s2i --run RUN --sketch map.png
+python launch/generate.py i2i --run RUN --image photo.jpg --region 0.5,0,1,1
+python launch/generate.py ti2i --run RUN --image photo.jpg --mask mask.png --prompt "a red door"
+python launch/generate.py t2v --run RUN --prompt "a dog runs" --prompt "a cat sleeps"
+python launch/generate.py s2v --run RUN --sketch maps.npy
+python launch/generate.py v2v --run RUN --clip my.mp4 --keep-frames 2
+python launch/generate.py tv2v --run RUN --clip my.mp4 --region 0,0,0.5,1 --region-frames 3:8 \\
+    --prompt "the boat turns red"
+
+Regions and masks say what is made new, in the pixels of the given file; a token's cell is made new
+if the region touches it, and every other token stays as it is. The folder that is written holds the
+files, sheet.png, samples.json and index.html, a page to look at.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
+import itertools
 import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.generation.media import contact_sheet, write_gif, write_mp4, write_png
+from megatron_nuwa.generation.outputs import origin_of, write_samples
+from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
 from megatron_nuwa.generation.sampling import SamplingSettings
+from megatron_nuwa.generation.tasks import (
+    TASKS,
+    Request,
+    Sample,
+    Task,
+    generate,
+    grid_of,
+    prepare,
+    task_named,
+)
 from megatron_nuwa.generation.trained import Generator, open_generator
-from megatron_nuwa.grid import Grid
-from preprocessing.decoders import DecodeSettings, decode_clip
-
-TASKS = ("t2i", "s2i", "i2i", "ti2i", "t2v", "s2v", "v2v", "tv2v")
-READY = ("t2i", "t2v", "v2v")
+from preprocessing.decoders import DecodeSettings, MediaKind, decode_sketch
+from preprocessing.given import Given, read_given, read_mask
 
 
 @dataclass(frozen=True)
-class Request:
-    """One thing to generate: its prompt, its seed, and the clip whose beginning is given."""
+class Start:
+    """What one row of the gallery starts from, and how it is named in the files."""
 
-    prompt: str
-    seed: int
-    clip: Path | None = None
+    origin: dict[str, object]
+    pixels: np.ndarray | None = None
+    region: np.ndarray | None = None
+    sketch: np.ndarray | None = None
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -44,45 +62,67 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python launch/generate.py",
         description="Generate images (PNG) and clips (GIF, MP4) from a trained run.",
-        epilog=f"examples:{__doc__.split(':', 1)[1]}",
+        epilog=f"tasks:\n{_task_list()}\n\nexamples:{__doc__.split(':', 1)[1]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "task", metavar="TASK", choices=TASKS, help=f"one of {', '.join(READY)} for now"
-    )
+    parser.add_argument("task", metavar="TASK", help=f"one of {', '.join(TASKS)}")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, help="folder of a pretraining run")
+    source.add_argument("--run", type=Path, help="folder of a pretraining run, or a checkpoint")
     source.add_argument("--model", type=Path, metavar="FILE", help="a file of launch/export.py")
-    parser.add_argument("--prompt", action="append", default=[], help="text; may be repeated")
-    parser.add_argument(
-        "--clip", type=Path, action="append", default=[], help="v2v: video to continue; repeatable"
+    parser.add_argument("--output", type=Path, help="folder for the files (RUN/generated/TASK)")
+
+    given = parser.add_argument_group("what it starts from; each but --region may be repeated")
+    text = {"action": "append", "default": []}
+    given.add_argument("--prompt", **text, help="text")
+    given.add_argument("--prompts", type=Path, metavar="FILE", help="a file with one text a line")
+    files = {**text, "type": Path, "metavar": "FILE"}
+    given.add_argument("--image", **files, help="to complete or change; the first frame for v2v")
+    given.add_argument("--clip", **files, help="to continue or change")
+    given.add_argument("--sketch", **files, help="PNG, GIF or .npy of class numbers")
+    given.add_argument(
+        "--fit",
+        choices=("crop", "exact"),
+        default="crop",
+        help="a larger image is scaled and centre-cropped (crop, default) or refused (exact)",
     )
-    parser.add_argument(
-        "--keep-frames", type=int, default=1, help="v2v: frames taken from the clip (default 1)"
+
+    new = parser.add_argument_group("what is made new")
+    new.add_argument(
+        "--region", metavar="X0,Y0,X1,Y1", help="a rectangle in pixels, or in fractions up to 1"
     )
-    parser.add_argument("--samples", type=int, default=1, help="samples a prompt (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0 takes the likeliest token"
-    )
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw among the likeliest of this total mass")
-    parser.add_argument(
-        "--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none"
-    )
-    parser.add_argument("--batch-size", type=int, default=8, help="samples at once (default 8)")
-    parser.add_argument(
-        "--output",
+    new.add_argument(
+        "--mask",
         type=Path,
-        help="folder for the files (default RUN/generated/TASK; generated/TASK beside FILE)",
+        metavar="FILE",
+        help="white is made new: an image, or for a clip also an animation or .npy",
     )
+    new.add_argument(
+        "--region-frames", metavar="A:B", help="only in frames A to B − 1, counted from 0"
+    )
+    new.add_argument("--keep-frames", type=int, metavar="N", help="v2v: frames given (default 1)")
+    new.add_argument(
+        "--keep-pixels",
+        action="store_true",
+        help="put the given file's own pixels back outside the region, in place of its tokens'",
+    )
+
+    how = parser.add_argument_group("how tokens are drawn")
+    how.add_argument("--samples", type=int, default=1, help="samples of each (default 1)")
+    how.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
+    how.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
+    how.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
+    how.add_argument("--top-p", type=float, help="draw among the likeliest of this total mass")
+    how.add_argument("--guidance", type=float, default=1.0, help="towards the text; 1 is none")
+    how.add_argument("--batch-size", type=int, default=8, help="samples at once (default 8)")
     return parser.parse_args()
 
 
 def main() -> None:
     """Generate what the command line asks for."""
     arguments = parse_arguments()
-    requests = read_requests(arguments)
+    task = task_named(arguments.task)
+    prompts = read_prompts(arguments)
+    check_arguments(arguments, task, prompts)
     try:
         settings = SamplingSettings(
             arguments.temperature, arguments.top_k, arguments.top_p, arguments.guidance
@@ -93,126 +133,168 @@ def main() -> None:
         (arguments.run, "--run") if arguments.model is None else (arguments.model, "--model")
     )
     generator = open_generator(source, field)
-    grid = generator.image_grid if arguments.task == "t2i" else generator.clip_grid
-    for request in requests:
-        generator.bpe.encode(request.prompt)
-    known, is_known = read_known(generator, grid, requests, arguments.keep_frames)
-    clips = sample(generator, grid, requests, settings, known, is_known, arguments.batch_size)
+    starts = read_starts(arguments, task, generator)
+    requests, origins = [], []
+    for start, prompt, number in itertools.product(
+        starts, prompts or [NO_CAPTION], range(arguments.samples)
+    ):
+        seed = arguments.seed + number
+        requests.append(Request(task, seed, prompt, start.pixels, start.region, start.sketch))
+        origin = origin_of(generator, requests[-1], settings)
+        origins.append(origin | {"run": str(source)} | start.origin)
+    clips = sample(generator, requests, settings, arguments.batch_size)
+    if arguments.keep_pixels:
+        clips = [
+            composite(clip, request.pixels, request.region)
+            for clip, request in zip(clips, requests, strict=True)
+        ]
+    samples = [Sample(*row) for row in zip(requests, clips, origins, strict=True)]
     folder = source if source.is_dir() else source.parent
-    output = arguments.output or folder / "generated" / arguments.task
-    write_files(output, arguments, settings, requests, clips, generator.frames_per_second)
-    print(f"wrote {len(clips)} {'images' if grid.s == 1 else 'clips'} to {output}")
+    output = arguments.output or folder / "generated" / task.name
+    classes = 0 if generator.sketch_vqgan is None else generator.sketch_vqgan.config.classes or 0
+    write_samples(output, samples, generator.frames_per_second, classes)
+    noun = f"{task.target}{'' if len(samples) == 1 else 's'}"
+    print(f"wrote {len(samples)} {noun} to {output}; look at {output / 'index.html'}")
 
 
-def read_requests(arguments: argparse.Namespace) -> list[Request]:
-    """One request a sample; `UserError` for arguments that do not belong to the task."""
-    task = arguments.task
-    if task not in READY:
-        raise UserError(f"task {task} is not available yet; available are {', '.join(READY)}")
+def read_prompts(arguments: argparse.Namespace) -> list[str]:
+    """The texts of the command line and of the file that it names."""
+    prompts = list(arguments.prompt)
+    if arguments.prompts is not None:
+        try:
+            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {arguments.prompts} cannot be read: {error}") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise UserError(f"--prompts {arguments.prompts} holds no text")
+    return prompts
+
+
+def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence[str]) -> None:
+    """`UserError` for arguments that do not belong to the task, and for those that are missing."""
     for name in ("samples", "batch_size", "keep_frames"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
-    wanted, other = ("clip", "prompt") if task == "v2v" else ("prompt", "clip")
-    if not getattr(arguments, wanted):
-        raise UserError(f"task {task} needs --{wanted}")
-    if getattr(arguments, other):
-        raise UserError(f"task {task} takes --{wanted}, not --{other}")
-    seeds = range(arguments.seed, arguments.seed + arguments.samples)
-    if task == "v2v":
-        return [Request(NO_CAPTION, seed, clip) for clip in arguments.clip for seed in seeds]
-    return [Request(prompt, seed) for prompt in arguments.prompt for seed in seeds]
+    media = {"image": bool(arguments.image), "clip": bool(arguments.clip)}
+    # A picture is as good a first frame as a clip.
+    wants = {task.media, "image" if task.given == "frames" else None} - {None}
+    has_region = bool(arguments.region or arguments.mask or arguments.region_frames)
+    is_video_region = task.given == "region" and task.target == "clip"
+    for name, is_there, belongs, is_needed in (
+        ("prompt", bool(prompts), task.reads == "text", True),
+        ("sketch", bool(arguments.sketch), task.reads == "sketch", True),
+        ("image", media["image"], "image" in wants, wants == {"image"}),
+        ("clip", media["clip"], "clip" in wants, not media["image"]),
+        ("region", bool(arguments.region), task.given == "region", False),
+        ("mask", bool(arguments.mask), task.given == "region", False),
+        ("region-frames", bool(arguments.region_frames), is_video_region, False),
+        ("keep-frames", arguments.keep_frames is not None, task.given == "frames", False),
+        ("keep-pixels", arguments.keep_pixels, task.given == "region", False),
+        ("guidance", arguments.guidance != 1, task.reads == "text", False),
+    ):
+        if is_there and not belongs:
+            raise UserError(f"task {task.name} ({task.title}) takes no --{name}")
+        if belongs and is_needed and not is_there:
+            raise UserError(f"task {task.name} ({task.title}) needs --{name}")
+    if task.given == "region" and not has_region:
+        raise UserError(f"task {task.name} needs --region or --mask, which say what is made new")
+    if arguments.region and arguments.mask:
+        raise UserError("--region and --mask say the same: give one of them")
 
 
-def read_known(
-    generator: Generator, grid: Grid, requests: list[Request], keep_frames: int
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Tokens of the given frames, (requests, cells), and which cells they fill."""
-    if requests[0].clip is None:
-        return None, None
-    if keep_frames >= grid.s:
+def read_starts(arguments: argparse.Namespace, task: Task, generator: Generator) -> list[Start]:
+    """What each row of samples starts from; one that starts from nothing where nothing is given."""
+    grid = grid_of(generator, task)
+    if task.reads == "sketch":
+        return [_read_sketch(path, generator, grid.s) for path in arguments.sketch]
+    if task.given == "nothing":
+        return [Start({})]
+    keep = arguments.keep_frames or 1
+    if task.given == "frames" and keep >= grid.s:
         raise UserError(
-            f"--keep-frames {keep_frames} leaves nothing to generate in a clip of {grid.s} frames"
+            f"--keep-frames {keep} leaves nothing to generate in a clip of {grid.s} frames"
         )
+    frames = keep if task.given == "frames" else grid.s
+    starts = []
+    media: list[tuple[Path, MediaKind, int]] = [
+        *((path, "image", 1) for path in arguments.image),
+        *((path, "clip", frames) for path in arguments.clip),
+    ]
+    for path, kind, count in media:
+        size, rate = generator.picture_size, generator.frames_per_second
+        given = read_given(path, kind, size, count, rate, arguments.fit)
+        origin: dict[str, object] = {"given": str(path)}
+        if task.given == "frames":
+            starts.append(Start(origin | {"keep_frames": count}, given.frames))
+            continue
+        for name in ("region", "mask", "region_frames", "keep_pixels"):
+            if getattr(arguments, name):
+                value = getattr(arguments, name)
+                origin[name] = str(value) if isinstance(value, Path) else value
+        starts.append(Start(origin, given.frames, _read_region(arguments, given, size)))
+    return starts
+
+
+def _read_region(arguments: argparse.Namespace, given: Given, size: tuple[int, int]) -> np.ndarray:
+    """The pixels that are made new: bool (frames or 1, rows, columns) of the model's size."""
+    if arguments.mask is not None:
+        region = read_mask(arguments.mask, given, size)
+    elif arguments.region is not None:
+        rows, columns = given.shape
+        region = touched(rectangle(arguments.region, columns, rows, "--region"), *size)[None]
+    else:
+        region = np.ones((1, *size), bool)
+    if arguments.region_frames is None:
+        return region
+    frames = len(given.frames)
+    chosen = np.zeros((frames, 1, 1), bool)
+    chosen[frame_range(arguments.region_frames, frames, "--region-frames")] = True
+    return region & chosen
+
+
+def _read_sketch(path: Path, generator: Generator, frames: int) -> Start:
+    if generator.sketch_vqgan is None:
+        raise UserError(
+            f"--sketch {path}: the model was not trained on sketches, so it cannot read one"
+        )
+    config = generator.sketch_vqgan.config
     settings = DecodeSettings(
-        image_size=generator.vqgan.config.image_size,
-        frames=keep_frames,
+        image_size=config.image_size,
+        frames=frames,
         frames_per_second=generator.frames_per_second,
+        # A still sketch holds for the whole clip.
+        short_clips="pad",
     )
-    cells = keep_frames * grid.h * grid.w
-    known = torch.zeros(len(requests), grid.cells, dtype=torch.int64, device=generator.device)
-    for row, request in enumerate(requests):
-        assert request.clip is not None
-        frames, _ = decode_clip(request.clip, settings)
-        known[row, :cells] = generator.encode_frames(frames)
-    return known, torch.arange(grid.cells) < cells
+    maps, _ = decode_sketch(path, settings, config.classes or 0)
+    return Start({"sketch": str(path)}, sketch=maps)
 
 
 def sample(
     generator: Generator,
-    grid: Grid,
-    requests: list[Request],
+    requests: Sequence[Request],
     settings: SamplingSettings,
-    known: torch.Tensor | None,
-    is_known: torch.Tensor | None,
     batch_size: int,
-) -> np.ndarray:
-    """Pixels uint8 (requests, frames, rows, columns, 3)."""
-    clips = []
-    starts = range(0, len(requests), batch_size)
-    with Progress() as progress:
-        bar = progress.add_task("tokens", total=len(starts) * grid.cells)
-        for start in starts:
-            part = requests[start : start + batch_size]
-            tokens = generator.generate(
-                [request.prompt for request in part],
-                grid,
-                [request.seed for request in part],
-                settings,
-                known=None if known is None else known[start : start + batch_size],
-                is_known=is_known,
-                on_token=lambda: progress.advance(bar),
-            )
-            clips.append(generator.pixels(tokens, grid))
-    return np.concatenate(clips)
+) -> list[np.ndarray]:
+    """Pixels uint8 (frames, rows, columns, 3) of each request."""
+    # All of them are looked at before the first one is generated.
+    batches = [
+        prepare(generator, requests[start : start + batch_size])
+        for start in range(0, len(requests), batch_size)
+    ]
+    clips: list[np.ndarray] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TextColumn("tokens"), TimeRemainingColumn()) as progress:
+        bar = progress.add_task("", total=sum(batch.grid.cells for batch in batches))
+        for number, batch in enumerate(batches, start=1):
+            progress.update(bar, description=f"batch {number} of {len(batches)}")
+            tokens = generate(generator, batch, settings, on_token=lambda: progress.advance(bar))
+            clips += list(generator.pixels(tokens, batch.grid))
+    return clips
 
 
-def write_files(
-    output: Path,
-    arguments: argparse.Namespace,
-    settings: SamplingSettings,
-    requests: list[Request],
-    clips: np.ndarray,
-    frames_per_second: float,
-) -> None:
-    """Write every sample, a contact sheet and samples.json, aside first and then all at once."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".generate.") as name:
-        folder = Path(name) / "files"
-        folder.mkdir()
-        entries = []
-        for number, (request, clip) in enumerate(zip(requests, clips, strict=True)):
-            origin: dict[str, object] = {
-                "task": arguments.task,
-                "prompt": request.prompt,
-                "seed": request.seed,
-                **asdict(settings),
-                "run": str(arguments.run or arguments.model),
-            }
-            if request.clip is not None:
-                origin |= {"given": str(request.clip), "keep_frames": arguments.keep_frames}
-            stem = folder / f"{number:04d}"
-            if len(clip) == 1:
-                write_png(stem.with_suffix(".png"), clip[0], origin)
-            else:
-                write_gif(stem.with_suffix(".gif"), clip, frames_per_second, origin)
-                write_mp4(stem.with_suffix(".mp4"), clip, frames_per_second, origin)
-            files = sorted(path.name for path in folder.glob(f"{number:04d}.*"))
-            entries.append({**origin, "files": files})
-        write_png(folder / "sheet.png", contact_sheet(clips), {"task": arguments.task})
-        (folder / "samples.json").write_text(json.dumps(entries, indent=2))
-        output.mkdir(exist_ok=True)
-        for path in folder.iterdir():
-            shutil.move(path, output / path.name)
+def _task_list() -> str:
+    return "\n".join(f"  {task.name:5} {task.title}" for task in TASKS.values())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ With vqgan.model.classes it is VQ-GAN-Seg, trained on the 'sketch' of each item,
 
     deepspeed launch/train_vqgan.py launch/recipes/vqgan_seg.yaml
 
+A recipe that has both has VQ-GAN-Seg in its section 'sketch_vqgan':
+
+    python launch/train_vqgan.py launch/recipes/demo.yaml --section sketch_vqgan
+
 On a machine without GPUs set DS_ACCELERATOR=cpu for the deepspeed launcher. A run that was stopped
 continues from its newest checkpoint when the same command is given again.
 """
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -40,21 +45,30 @@ def main() -> None:
     """Read the arguments, join the other processes and train."""
     arguments = _arguments()
     with join_processes() as processes:
-        recipe, train, held_out = processes.first_then_all(lambda: read_inputs(arguments))
-        assert recipe.vqgan is not None
-        train_vqgan(recipe.vqgan, recipe, recipe.seed, processes, train, held_out)
+        inputs = processes.first_then_all(lambda: read_inputs(arguments))
+        recipe, train, held_out = inputs.recipe, inputs.train, inputs.held_out
+        train_vqgan(inputs.section, recipe, recipe.seed, processes, train, held_out)
 
 
-def read_inputs(arguments: argparse.Namespace) -> tuple[Recipe, MediaFrames, MediaFrames | None]:
+class Inputs(NamedTuple):
+    """The recipe, its section of the VQ-GAN that is trained, and the media of that."""
+
+    recipe: Recipe
+    section: VqganRecipe
+    train: MediaFrames
+    held_out: MediaFrames | None
+
+
+def read_inputs(arguments: argparse.Namespace) -> Inputs:
     """The recipe and the media of its manifests; `UserError` for what is missing or misspelt."""
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    recipe.require("vqgan")
-    assert recipe.vqgan is not None
-    train = media_frames(recipe.vqgan, recipe.vqgan.data.train, "training frames")
+    recipe.require(arguments.section)
+    section: VqganRecipe = getattr(recipe, arguments.section)
+    train = media_frames(section, section.data.train, "training frames")
     held_out = None
-    if recipe.vqgan.data.held_out:
-        held_out = media_frames(recipe.vqgan, recipe.vqgan.data.held_out, "held-out frames")
-    return recipe, train, held_out
+    if section.data.held_out:
+        held_out = media_frames(section, section.data.held_out, "held-out frames")
+    return Inputs(recipe, section, train, held_out)
 
 
 class FrameDecoder:
@@ -150,13 +164,19 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("recipe", type=Path, help="a recipe (YAML) with a section 'vqgan'")
+    parser.add_argument("recipe", type=Path, help="a recipe (YAML) with such a section")
     parser.add_argument(
         "overrides", nargs="*", help="fields to change, such as vqgan.optimizer.learning_rate=1e-4"
     )
+    parser.add_argument(
+        "--section",
+        choices=("vqgan", "sketch_vqgan"),
+        default="vqgan",
+        help="which of the recipe's two VQ-GANs to train (default: %(default)s)",
+    )
     # The deepspeed launcher passes it; the environment says the same.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 if __name__ == "__main__":

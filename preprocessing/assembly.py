@@ -1,7 +1,8 @@
 """A shard in the making: decoded items come in any order, batches and bytes are always the same.
 
-A batch holds the frames of consecutive rows of the manifest. Where an item has failed its frames
-are black, so that an item's tokens depend neither on the order of work nor on its neighbours' luck.
+A batch holds the frames of consecutive rows of the manifest, and their sketches. Where an item has
+failed its frames are black and its maps of class 0, so that an item's tokens depend neither on the
+order of work nor on its neighbours' luck.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class ShardAssembly:
         self._missing = [len(batch) for batch in self._batches]
         self._unencoded = len(self._batches)
         self._frames: dict[int, np.ndarray] = {}
+        self._maps: dict[int, np.ndarray] = {}
         self._items: dict[int, ShardItem] = {}
         self._made: dict[int, _Made] = {}
         self._failures: dict[int, Failure] = {}
@@ -65,6 +67,8 @@ class ShardAssembly:
             )
         else:
             self._frames[index] = decoded.frames
+            if decoded.maps is not None:
+                self._maps[index] = decoded.maps
             self._made[index] = _Made(decoded.text, decoded.real, decoded.hashes)
         batch = index // self._settings.items_per_batch
         self._missing[batch] -= 1
@@ -76,26 +80,28 @@ class ShardAssembly:
 
     def frames(self, batch: int) -> np.ndarray | None:
         """Take out a complete batch's frames, uint8 (frames, H, W, 3); None where all failed."""
-        indices = self._batches[batch]
-        found = {index: self._frames.pop(index) for index in indices if index in self._frames}
-        if not found:
-            return None
-        shape = next(iter(found.values())).shape
-        frames = np.zeros((len(indices), *shape), np.uint8)
-        for index, clip in found.items():
-            frames[index - indices.start] = clip
-        return frames.reshape(-1, *shape[1:])
+        return _taken_out(self._frames, self._batches[batch])
 
-    def put(self, batch: int, tokens: np.ndarray | None) -> bool:
+    def maps(self, batch: int) -> np.ndarray | None:
+        """The same with the maps of its sketches, uint8 (frames, H, W); None without sketches."""
+        return _taken_out(self._maps, self._batches[batch])
+
+    def put(
+        self, batch: int, tokens: np.ndarray | None, sketches: np.ndarray | None = None
+    ) -> bool:
         """Put in a batch's tokens, uint16 (frames, h, w); true where it was the shard's last."""
         self._unencoded -= 1
         if tokens is not None:
-            # (frames, h, w) → one row of frame-major tokens for each item: generation order.
-            rows = tokens.reshape(-1, self._settings.decode.frames * tokens[0].size)
+            rows, maps = self._rows(tokens), None if sketches is None else self._rows(sketches)
             for place, index in enumerate(self._batches[batch]):
                 if index in self._made:
-                    self._items[index] = self._item(index, rows[place])
+                    sketch = None if maps is None else maps[place]
+                    self._items[index] = self._item(index, rows[place], sketch)
         return not self._unencoded
+
+    def _rows(self, tokens: np.ndarray) -> np.ndarray:
+        """(frames, h, w) → one row of frame-major tokens for each item: generation order."""
+        return tokens.reshape(-1, self._settings.decode.frames * tokens[0].size)
 
     def write(self, folder: Path) -> None:
         """Write the shard; `UserError` where the disk refuses."""
@@ -111,7 +117,7 @@ class ShardAssembly:
                 f"output {folder} cannot be written: {error.strerror or error}"
             ) from error
 
-    def _item(self, index: int, visual: np.ndarray) -> ShardItem:
+    def _item(self, index: int, visual: np.ndarray, sketch: np.ndarray | None) -> ShardItem:
         item = self.planned[index].item
         made = self._made.pop(index)
         return ShardItem(
@@ -125,4 +131,17 @@ class ShardAssembly:
             end=item.end,
             provenance=item.provenance,
             perceptual_hashes=None if made.hashes is None else hashes_as_text(made.hashes),
+            sketch=sketch,
         )
+
+
+def _taken_out(held: dict[int, np.ndarray], indices: range) -> np.ndarray | None:
+    """What is held of consecutive items, joined; zeros stand for those that have failed."""
+    found = {index: held.pop(index) for index in indices if index in held}
+    if not found:
+        return None
+    shape = next(iter(found.values())).shape
+    joined = np.zeros((len(indices), *shape), np.uint8)
+    for index, clip in found.items():
+        joined[index - indices.start] = clip
+    return joined.reshape(-1, *shape[1:])

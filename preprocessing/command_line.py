@@ -133,6 +133,18 @@ def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--bpe", type=Path, required=True, help="BPE .json, or CLIP's merges file (.txt, .txt.gz)"
     )
     parser.add_argument(
+        "--sketch-vqgan",
+        type=Path,
+        metavar="SKETCH_VQGAN",
+        help="VQ-GAN-Seg that turns the items' sketches into tokens, too; every item must have one",
+    )
+    parser.add_argument(
+        "--sketch-unlabelled",
+        type=int,
+        metavar="N",
+        help="pixel value of sketches that becomes the last class, such as 255",
+    )
+    parser.add_argument(
         "--frames",
         type=int,
         metavar="N",

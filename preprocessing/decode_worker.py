@@ -16,7 +16,7 @@ from megatron_nuwa.errors import UserError
 from preprocessing.attempts import Attempts, Journal
 from preprocessing.decoders import DecodeError
 from preprocessing.filters import FilteredError, perceptual_hashes
-from preprocessing.isolation import Demands, decode_alone, decode_item
+from preprocessing.isolation import Demands, Frames, decode_alone, decode_item
 from preprocessing.plan import PlannedItem
 from preprocessing.sources import SourceItem
 
@@ -37,7 +37,8 @@ class Task:
 class Decoded:
     """What became of a task: frames uint8 (frames, H, W, 3) and text (captions, 77), or a reason.
 
-    `seconds` were spent on decoding. `filter` names the filter that left the item out. `hashes`,
+    `maps`, uint8 (frames, H, W), are those of its sketch where sketches are asked for. `seconds`
+    were spent on decoding. `filter` names the filter that left the item out. `hashes`,
     uint64 (3,), are there where near-duplicates are looked for.
     """
 
@@ -49,6 +50,7 @@ class Decoded:
     seconds: float
     filter: str | None = None
     hashes: np.ndarray | None = None
+    maps: np.ndarray | None = None
 
 
 class ItemDecoder:
@@ -72,7 +74,7 @@ class ItemDecoder:
         planned = task.planned
         try:
             text = self._text(planned)
-            frames, real = self._frames(task, journal)
+            frames, real, maps = self._frames(task, journal)
             hashes = None
             if self._demands.filters.near_duplicates is not None:
                 hashes = perceptual_hashes(frames, real)
@@ -81,7 +83,7 @@ class ItemDecoder:
             rule = error.filter if isinstance(error, FilteredError) else None
             return Decoded(task.ticket, None, None, 0, str(error), seconds, rule)
         seconds = time.perf_counter() - began
-        return Decoded(task.ticket, frames, text, real, None, seconds, hashes=hashes)
+        return Decoded(task.ticket, frames, text, real, None, seconds, hashes=hashes, maps=maps)
 
     def _text(self, planned: PlannedItem) -> np.ndarray:
         item = planned.item
@@ -93,11 +95,11 @@ class ItemDecoder:
             )
         return np.stack([self._bpe.encode(text, truncate=self._truncate) for text in item.captions])
 
-    def _frames(self, task: Task, journal: Journal) -> tuple[np.ndarray, int]:
+    def _frames(self, task: Task, journal: Journal) -> Frames:
         item, before = task.planned.item, task.before
         if before.deaths >= DEATHS_PER_ATTEMPT * self._attempts:
             raise DecodeError(f"{item.media} was at work each time that the farm's ranks died")
-        action: Callable[[SourceItem, Demands], tuple[np.ndarray, int]] = (
+        action: Callable[[SourceItem, Demands], Frames] = (
             decode_alone if before.deaths else decode_item
         )
         # The last attempt is always made again: its reason belongs into the corpus.

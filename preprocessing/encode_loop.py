@@ -121,6 +121,16 @@ class Work:
     attempts: Mapping[int, Attempts]
 
 
+@dataclass(frozen=True)
+class _UnderWork:
+    """A batch of a shard, encoded since `began`: its frames, and its sketches if it has any."""
+
+    assembly: ShardAssembly
+    batch: int
+    encoded: Sequence[EncodedBatch]
+    began: float
+
+
 class EncodeLoop:
     """Claims shards, keeps the decoders busy and encodes; memory is bounded by the queue.
 
@@ -135,9 +145,11 @@ class EncodeLoop:
         decoders: Sequence[Decoder],
         claims: Claims,
         receive: Callable[[], None],
+        sketch_encoder: FrameEncoder | None = None,
     ) -> None:
         self._work = work
         self._encoder = encoder
+        self._sketch_encoder = sketch_encoder
         self._decoders = decoders
         self._receive = receive
         self._tasks = self._all_tasks(claims)
@@ -146,7 +158,7 @@ class EncodeLoop:
         self._places: dict[int, tuple[ShardAssembly, int]] = {}
         self._given = [0] * len(decoders)
         self._ready: deque[tuple[ShardAssembly, int]] = deque()
-        self._encoding: deque[tuple[ShardAssembly, int, EncodedBatch, float]] = deque()
+        self._encoding: deque[_UnderWork] = deque()
         self._held = 0
         self._last_finish = 0.0
         self.capacity = QUEUE_BATCHES * work.settings.items_per_batch
@@ -229,32 +241,41 @@ class EncodeLoop:
             self._ready.append((assembly, batch))
 
     def _encode(self, assembly: ShardAssembly, batch: int) -> None:
-        frames = assembly.frames(batch)
+        frames, maps = assembly.frames(batch), assembly.maps(batch)
         if frames is None:
-            self._put(assembly, batch, None)
+            self._put(assembly, batch)
             return
         began = time.perf_counter()
-        encoded = self._encoder.start(frames)
+        encoded = [self._encoder.start(frames)]
+        if maps is not None:
+            assert self._sketch_encoder is not None
+            encoded.append(self._sketch_encoder.start(maps))
         self.figures.frames += len(frames)
         self.figures.batches += 1
-        self._encoding.append((assembly, batch, encoded, began))
+        self._encoding.append(_UnderWork(assembly, batch, encoded, began))
 
     def _finish_batches(self) -> bool:
         moved = False
-        while self._encoding and self._encoding[0][2].is_ready():
-            assembly, batch, encoded, began = self._encoding.popleft()
-            tokens = encoded.tokens()
+        while self._encoding and all(part.is_ready() for part in self._encoding[0].encoded):
+            done = self._encoding.popleft()
+            tokens = [part.tokens() for part in done.encoded]
             now = time.perf_counter()
             # Batches overlap on a GPU: the same second must not be counted twice.
-            self.figures.encode_seconds += now - max(began, self._last_finish)
+            self.figures.encode_seconds += now - max(done.began, self._last_finish)
             self._last_finish = now
-            self._put(assembly, batch, tokens)
+            self._put(done.assembly, done.batch, *tokens)
             moved = True
         return moved
 
-    def _put(self, assembly: ShardAssembly, batch: int, tokens: np.ndarray | None) -> None:
+    def _put(
+        self,
+        assembly: ShardAssembly,
+        batch: int,
+        tokens: np.ndarray | None = None,
+        sketches: np.ndarray | None = None,
+    ) -> None:
         self._held -= assembly.items_in(batch)
-        if not assembly.put(batch, tokens):
+        if not assembly.put(batch, tokens, sketches):
             return
         began = time.perf_counter()
         assembly.write(self._work.output)

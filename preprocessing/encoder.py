@@ -72,7 +72,7 @@ class EncodedBatch:
 
 
 class FrameEncoder:
-    """Encodes batches of frames; the same batch gives the same tokens on every rank."""
+    """Encodes batches of frames or maps; the same batch gives the same tokens on every rank."""
 
     def __init__(
         self,
@@ -102,7 +102,10 @@ class FrameEncoder:
 
     @torch.inference_mode()
     def start(self, frames: np.ndarray) -> EncodedBatch:
-        """Begin to encode frames, uint8 (frames, H, W, 3)."""
+        """Begin to encode frames, uint8 (frames, H, W, 3), or maps (frames, H, W) for a VQ-GAN-Seg.
+
+        Classes outside the VQ-GAN's are the caller's mistake: they are encoded as no class at all.
+        """
         count, cuda = len(frames), self._settings.device == "cuda"
         if self._settings.compiled and (rest := -count % self._most):
             frames = np.concatenate([frames, np.zeros((rest, *frames.shape[1:]), np.uint8)])
@@ -125,7 +128,13 @@ class FrameEncoder:
         return self._search(features.float())
 
     def _encoded(self, frames: Tensor) -> Tensor:
-        images = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+        classes = self.vqgan.config.classes
+        if classes is None:
+            images = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+        else:
+            # Not `segmentation.one_hot`, which looks at the values: a compiled program cannot.
+            numbers = torch.arange(classes, device=frames.device).view(1, -1, 1, 1)
+            images = (frames.unsqueeze(1) == numbers).float()
         features: Tensor = self.vqgan.encoder(images.contiguous(memory_format=self._layout))
         return features
 

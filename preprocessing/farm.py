@@ -36,7 +36,14 @@ from preprocessing.encoder import FrameEncoder
 from preprocessing.figures import Figures
 from preprocessing.isolation import Demands
 from preprocessing.ledger import FAILURES_FILE, CorpusSettings, Ledger
-from preprocessing.options import TokenizeOptions, load_tools, local_rank, plan_key, settle
+from preprocessing.options import (
+    TokenizeOptions,
+    load_sketch_vqgan,
+    load_tools,
+    local_rank,
+    plan_key,
+    settle,
+)
 from preprocessing.plan import Plan
 from preprocessing.report import write_report
 from preprocessing.sources import Source, read_source
@@ -71,11 +78,13 @@ class _Farm:
         options: TokenizeOptions,
         communicator: Communicator,
         tools: tuple[Vqgan, TextTokenizer],
+        sketch_vqgan: Vqgan | None,
         settings: CorpusSettings,
     ) -> None:
         self._options = options
         self._communicator = communicator
         self._vqgan, self._bpe = tools
+        self._sketch_vqgan = sketch_vqgan
         self._settings = settings
         self._folder = FarmFolder(options.output)
         self._group = Group.of(
@@ -91,27 +100,34 @@ class _Farm:
             with self._threads() as threads:
                 serve_encode_rank(ranks, self._group.encode_rank, threads)
             return
-        width = self._options.decode_ranks_per_encoder + 1
-        self.encoder = FrameEncoder(
-            self._vqgan,
-            self._settings.encoder,
-            self._settings.frames_at_once,
-            local_rank() // width,
-        )
+        self.encoder = self._encoder_of(self._vqgan)
+        sketch_encoder = None
+        if self._sketch_vqgan is not None:
+            sketch_encoder = self._encoder_of(self._sketch_vqgan)
         if self._group.decode_ranks:
             remote = RemoteDecoders(ranks, self._group.decode_ranks)
             decoders = list(remote.decoders.values())
-            self.loop = EncodeLoop(work, self.encoder, decoders, claims, remote.receive)
+            self.loop = EncodeLoop(
+                work, self.encoder, decoders, claims, remote.receive, sketch_encoder
+            )
             self._encode(self.loop, watch)
             remote.dismiss()
         else:
             with self._threads() as threads:
-                self.loop = EncodeLoop(work, self.encoder, [threads], claims, lambda: None)
+                self.loop = EncodeLoop(
+                    work, self.encoder, [threads], claims, lambda: None, sketch_encoder
+                )
                 self._encode(self.loop, watch)
         if watch is None:
             ranks.send(0, MessageKind.REPORT, (self.loop.take_figures(), True))
         else:
             self._await_others(watch)
+
+    def _encoder_of(self, vqgan: Vqgan) -> FrameEncoder:
+        width = self._options.decode_ranks_per_encoder + 1
+        return FrameEncoder(
+            vqgan, self._settings.encoder, self._settings.frames_at_once, local_rank() // width
+        )
 
     def _encode(self, loop: EncodeLoop, watch: Watch | None) -> None:
         told = time.monotonic()
@@ -150,7 +166,12 @@ class _Farm:
     def _threads(self) -> Iterator[DecodeThreads]:
         decoder = ItemDecoder(
             self._bpe,
-            Demands(self._settings.decode, self._options.limits, self._settings.filters),
+            Demands(
+                self._settings.decode,
+                self._options.limits,
+                self._settings.filters,
+                self._settings.sketch,
+            ),
             self._settings.long_captions == "truncate",
             self._options.attempts,
         )
@@ -169,6 +190,7 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
     single item is good.
     """
     tools = on_every_rank(communicator, lambda: load_tools(options))
+    sketch_vqgan = on_every_rank(communicator, lambda: load_sketch_vqgan(options, tools[0]))
     folder = FarmFolder(options.output)
     plan = Plan(folder.plan, options.items_per_shard)
     # Only the first rank reads the whole source; the others read the plan of a shard at a time.
@@ -177,7 +199,7 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
 
     def settled() -> CorpusSettings:
         assert source is not None
-        return settle(options, source, *tools)
+        return settle(options, source, *tools, sketch_vqgan)
 
     settings = on_first_rank(communicator, settled)
     ledger = Ledger(options.output, settings)
@@ -188,7 +210,7 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
     with _only_farm(folder, communicator):
         work = on_first_rank(communicator, lambda: _begin(ledger, plan, source, folder, options))
         claims = communicator.claims()
-        farm = _Farm(options, communicator, tools, settings)
+        farm = _Farm(options, communicator, tools, sketch_vqgan, settings)
         total = sum(len(settings.rows(shard)) for shard in work.pending)
         watch = None
         if communicator.rank == 0:

@@ -59,7 +59,7 @@ class Candidate:
     @cached_property
     def facts(self) -> MediaFacts:
         """Size and length of the medium; raises `DecodeError`."""
-        with named_as_source(self.item, self.path):
+        with named_as_source(self.item.media, self.path):
             return media_facts(self.path, self._limits)
 
     @property

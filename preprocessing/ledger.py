@@ -32,6 +32,7 @@ from megatron_nuwa.files import sync, written_atomically
 from preprocessing.decoders import DecodeSettings
 from preprocessing.encoder import EncoderSettings
 from preprocessing.filters import NEAR_DUPLICATES, FilterSettings
+from preprocessing.isolation import SketchSettings
 
 # Raised whenever the same frames and settings would be encoded in other batches than before.
 ENCODE_RULES_VERSION = 2
@@ -54,6 +55,8 @@ class CorpusSettings(Settings):
     batch_size: int = Field(ge=1)
     long_captions: Literal["refuse", "truncate"]
     filters: FilterSettings = FilterSettings()
+    # None for a corpus without sketches.
+    sketch: SketchSettings | None = None
     # Corpora begun before the farm had these fields were made in another way.
     encode_rules: int = 1
     encoder: EncoderSettings = EncoderSettings(device="cpu", precision="float32", compiled=False)
@@ -170,6 +173,7 @@ class Ledger:
             grid=(settings.grid_side, settings.grid_side, frames),
             frames_per_second=None if frames == 1 else settings.decode.frames_per_second,
             codebook_size=settings.codebook_size,
+            sketch_codebook_size=settings.sketch.codebook_size if settings.sketch else None,
             text_vocabulary_size=settings.text_vocabulary_size,
             fingerprints=settings.fingerprints,
             counts=Counts(
@@ -241,6 +245,10 @@ def _difference(written: CorpusSettings, asked: CorpusSettings) -> str:
         return "another VQ-GAN"
     if written.fingerprints.bpe != asked.fingerprints.bpe:
         return "another BPE"
+    if (written.sketch is None) != (asked.sketch is None):
+        return "sketches (--sketch-vqgan)" if written.sketch else "no sketches (--sketch-vqgan)"
+    if written.fingerprints.sketch != asked.fingerprints.sketch:
+        return "another VQ-GAN-Seg (--sketch-vqgan)"
     before, now = _flat(written), _flat(asked)
     for name, value in now.items():
         if before.get(name) != value:
@@ -250,4 +258,5 @@ def _difference(written: CorpusSettings, asked: CorpusSettings) -> str:
 
 def _flat(settings: CorpusSettings) -> dict[str, object]:
     tree = settings.model_dump(mode="json")
-    return {**tree.pop("decode"), **tree.pop("encoder"), **tree.pop("filters"), **tree}
+    sketch = {f"sketch_{name}": value for name, value in (tree.pop("sketch") or {}).items()}
+    return {**tree.pop("decode"), **tree.pop("encoder"), **tree.pop("filters"), **sketch, **tree}

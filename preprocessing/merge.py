@@ -12,6 +12,7 @@ from typing import Any
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import (
     CorpusManifest,
+    Fingerprints,
     Sidecar,
     read_sidecar,
     shard_name,
@@ -37,6 +38,12 @@ def merge(corpora: Sequence[Path], output: Path) -> CorpusManifest:
     check_output(output, "--output")
     manifests = [sound_manifest(folder) for folder in corpora]
     for folder, manifest in zip(corpora[1:], manifests[1:], strict=True):
+        if manifests[0].has_sketches != manifest.has_sketches:
+            pair = (folder, corpora[0]) if manifest.has_sketches else (corpora[0], folder)
+            raise UserError(
+                f"corpus {pair[0]} has sketches and {pair[1]} has none; only corpora that all "
+                f"have them, or none of which has, can be merged"
+            )
         field = _difference(manifests[0], manifest)
         if field:
             raise UserError(
@@ -78,10 +85,12 @@ def _difference(one: CorpusManifest, other: CorpusManifest) -> str:
 
 
 def _settings(manifest: CorpusManifest) -> dict[str, Any]:
-    tree = manifest.model_dump()
-    prints = {f"fingerprints.{name}": value for name, value in tree["fingerprints"].items()}
+    prints = {
+        f"fingerprints.{name}": getattr(manifest.fingerprints, name)
+        for name in Fingerprints.model_fields
+    }
     names = ("grid", "frames_per_second", "codebook_size", "text_vocabulary_size")
-    return {**prints, **{name: tree[name] for name in names}}
+    return {**prints, **{name: getattr(manifest, name) for name in names}}
 
 
 def _check_ids(corpora: Sequence[Path]) -> None:

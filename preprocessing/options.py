@@ -18,6 +18,7 @@ from preprocessing.decoders import DecodeError, DecodeLimits, DecodeSettings, me
 from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.encoder import DeviceChoice, EncoderSettings, Precision
 from preprocessing.filters import FilterSettings
+from preprocessing.isolation import SketchSettings
 from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings
 from preprocessing.plan import PlanKey
 from preprocessing.sources import Source, SourceItem, local_copy
@@ -35,6 +36,8 @@ class TokenizeOptions(Settings):
     output: Path
     vqgan: Path
     bpe: Path
+    sketch_vqgan: Path | None = None
+    sketch_unlabelled: int | None = None
     frames: int | None = Field(default=None, ge=1)
     frames_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     short_clips: Literal["skip", "pad", "faster"] = "skip"
@@ -68,18 +71,49 @@ class TokenizeOptions(Settings):
 def load_tools(options: TokenizeOptions) -> tuple[Vqgan, TextTokenizer]:
     """The VQ-GAN and the BPE; `UserError` where a corpus cannot hold their tokens."""
     vqgan = load_vqgan(options.vqgan)
+    if vqgan.config.classes is not None:
+        raise UserError(
+            f"--vqgan {options.vqgan} is a VQ-GAN of sketches; name one of pictures, and this one "
+            "in --sketch-vqgan"
+        )
     bpe = TextTokenizer.load(options.bpe)
     if bpe.vocabulary_size > LARGEST_VOCABULARY:
         raise UserError(
             f"BPE {options.bpe} has {bpe.vocabulary_size:,} tokens, and a corpus holds at most "
             f"{LARGEST_VOCABULARY:,}"
         )
+    _check_codes(vqgan, options.vqgan)
+    return vqgan, bpe
+
+
+def load_sketch_vqgan(options: TokenizeOptions, vqgan: Vqgan) -> Vqgan | None:
+    """VQ-GAN-Seg, None where no sketches are asked for; `UserError` where it does not fit."""
+    path = options.sketch_vqgan
+    if path is None:
+        if options.sketch_unlabelled is not None:
+            raise UserError("--sketch-unlabelled is given, but no --sketch-vqgan")
+        return None
+    sketch_vqgan = load_vqgan(path)
+    if sketch_vqgan.config.classes is None:
+        raise UserError(
+            f"--sketch-vqgan {path} is a VQ-GAN of pictures; name a VQ-GAN-Seg, trained with "
+            "vqgan.model.classes"
+        )
+    _check_codes(sketch_vqgan, path)
+    if sketch_vqgan.grid_side != vqgan.grid_side:
+        raise UserError(
+            f"--sketch-vqgan {path} has grids of {sketch_vqgan.grid_side}² tokens, but --vqgan "
+            f"{options.vqgan} has {vqgan.grid_side}²; they must have the same"
+        )
+    return sketch_vqgan
+
+
+def _check_codes(vqgan: Vqgan, path: Path) -> None:
     if vqgan.config.codebook_size > LARGEST_VOCABULARY:
         raise UserError(
-            f"VQ-GAN {options.vqgan} has {vqgan.config.codebook_size:,} codes, and a corpus holds "
-            f"at most {LARGEST_VOCABULARY:,}"
+            f"VQ-GAN {path} has {vqgan.config.codebook_size:,} codes, and a corpus holds at most "
+            f"{LARGEST_VOCABULARY:,}"
         )
-    return vqgan, bpe
 
 
 def plan_key(options: TokenizeOptions, source: Source) -> PlanKey:
@@ -92,7 +126,11 @@ def plan_key(options: TokenizeOptions, source: Source) -> PlanKey:
 
 
 def settle(
-    options: TokenizeOptions, source: Source, vqgan: Vqgan, bpe: TextTokenizer
+    options: TokenizeOptions,
+    source: Source,
+    vqgan: Vqgan,
+    bpe: TextTokenizer,
+    sketch_vqgan: Vqgan | None = None,
 ) -> CorpusSettings:
     """Every setting of the corpus, defaults filled in."""
     encoder = EncoderSettings.chosen(options.device, options.precision, options.compiled)
@@ -106,7 +144,10 @@ def settle(
         codebook_size=vqgan.config.codebook_size,
         text_vocabulary_size=bpe.vocabulary_size,
         fingerprints=Fingerprints(
-            vqgan=fingerprint(vqgan), bpe=bpe.fingerprint, decode=decode.fingerprint()
+            vqgan=fingerprint(vqgan),
+            bpe=bpe.fingerprint,
+            decode=decode.fingerprint(),
+            sketch=None if sketch_vqgan is None else fingerprint(sketch_vqgan),
         ),
         items_per_shard=options.items_per_shard,
         batch_size=options.batch_size or BATCH_SIZES[encoder.device],
@@ -116,6 +157,20 @@ def settle(
         filters=load_settings(FilterSettings, options.filters)
         if options.filters
         else FilterSettings(),
+        sketch=_sketch_settings(options, sketch_vqgan),
+    )
+
+
+def _sketch_settings(options: TokenizeOptions, sketch_vqgan: Vqgan | None) -> SketchSettings | None:
+    if sketch_vqgan is None:
+        return None
+    config = sketch_vqgan.config
+    assert config.classes is not None
+    return SketchSettings(
+        image_size=config.image_size,
+        classes=config.classes,
+        codebook_size=config.codebook_size,
+        unlabelled=options.sketch_unlabelled,
     )
 
 

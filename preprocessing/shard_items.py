@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from megatron_nuwa.data.shards import ITEMS, TEXT, VISUAL, Group, ShardItem, Sidecar
+from megatron_nuwa.data.shards import ITEMS, SKETCH, TEXT, VISUAL, Group, ShardItem, Sidecar
 
 
-def shard_item(line: Mapping[str, Any], visual: np.ndarray, text: np.ndarray) -> ShardItem:
-    """The item of a metadata line, its tokens `visual` (h·w·s,) and `text` (captions, 77)."""
+def shard_item(
+    line: Mapping[str, Any], visual: np.ndarray, text: np.ndarray, sketch: np.ndarray | None = None
+) -> ShardItem:
+    """The item of a metadata line; `visual` and `sketch` (h·w·s,), `text` (captions, 77)."""
     provenance, hashes = line.get("provenance"), line.get("perceptual_hashes")
     return ShardItem(
         id=line["id"],
@@ -26,6 +28,7 @@ def shard_item(line: Mapping[str, Any], visual: np.ndarray, text: np.ndarray) ->
         end=line["end"],
         provenance=None if provenance is None else tuple(provenance),
         perceptual_hashes=None if hashes is None else tuple(hashes),
+        sketch=sketch,
     )
 
 
@@ -34,9 +37,12 @@ def read_items(folder: Path, sidecar: Sidecar) -> Iterator[ShardItem]:
     for group in sidecar.groups:
         visual = _array(folder, sidecar, group, VISUAL)
         text = _array(folder, sidecar, group, TEXT)
+        sketches = _array(folder, sidecar, group, SKETCH) if SKETCH in group.members else None
         for place, line in enumerate(_lines(folder, sidecar, group)):
             first = line["first_caption"]
-            yield shard_item(line, visual[place], text[first : first + len(line["captions"])])
+            captions = text[first : first + len(line["captions"])]
+            sketch = None if sketches is None else sketches[place]
+            yield shard_item(line, visual[place], captions, sketch)
 
 
 def read_lines(folder: Path, sidecar: Sidecar) -> Iterator[dict[str, Any]]:

@@ -137,7 +137,7 @@ def _lines(item: SourceItem, network: Network, options: ShotOptions) -> Iterator
     }
     row = {name: value for name, value in row.items() if value is not None}
     try:
-        with local_copy(item.media, limits) as path, named_as_source(item, path):
+        with local_copy(item.media, limits) as path, named_as_source(item.media, path):
             shots = [(item.start, item.end)]
             if media_kind(path) == "clip":
                 shots = find_shots(network, path, item.start, item.end, options.threshold, limits)
@@ -149,6 +149,9 @@ def _lines(item: SourceItem, network: Network, options: ShotOptions) -> Iterator
         yield row
         return
     for number, (start, end) in enumerate(shots):
+        if number:
+            # A sketch's first map is that of the item's first frame.
+            row.pop("sketch", None)
         times = {"start": start, "end": end}
         own = {name: value for name, value in times.items() if value is not None}
         others = {name: value for name, value in row.items() if name not in times}

@@ -58,7 +58,12 @@ def is_held_out(media: str, share: float) -> bool:
 def _write_side(folder: Path, corpus: Corpus, indices: list[int]) -> list[Sidecar]:
     items_per_shard = max(corpus.shard_sizes)
     items = (
-        shard_item(corpus.item(index), corpus.visual(index), corpus.texts(index))
+        shard_item(
+            corpus.item(index),
+            corpus.visual(index),
+            corpus.texts(index),
+            corpus.sketch(index) if corpus.has_sketches else None,
+        )
         for index in indices
     )
     return list(_write_shards(folder, items, items_per_shard))

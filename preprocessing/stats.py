@@ -48,6 +48,8 @@ def _rows(corpus: Corpus) -> Iterator[tuple[str, str]]:
     yield "captions", f"{counts.captions:,} ({counts.captions / counts.items:.2f} an item)"
     lengths = np.concatenate([text_mask(text).sum(-1) for _, text in corpus.groups()])
     yield "visual tokens", f"{counts.items * grid.cells:,} ({grid.cells:,} an item)"
+    if corpus.has_sketches:
+        yield "sketch tokens", f"{counts.items * grid.cells:,} ({grid.cells:,} an item)"
     yield "text tokens", f"{int(lengths.sum()):,} without padding"
     yield "bytes", f"{size:,} ({size / counts.items:,.0f} an item)"
     low, half, high, top = np.percentile(lengths, [0, 50, 95, 100])
@@ -56,12 +58,10 @@ def _rows(corpus: Corpus) -> Iterator[tuple[str, str]]:
         f"{low:.0f} shortest, {half:.0f} median, {high:.0f} 95th percentile, {top:.0f} longest",
     )
     codes = corpus.visual_counts()
-    perplexity, share = codebook_use(codes)
-    yield (
-        "codebook",
-        f"{manifest.codebook_size:,} codes, {share:.1%} in use, perplexity {perplexity:,.1f}",
-    )
+    yield "codebook", _use(codes)
     yield "code frequencies", _frequencies(codes)
+    if corpus.has_sketches:
+        yield "sketch codebook", _use(corpus.sketch_counts())
     frames, writers = _item_counts(corpus)
     if grid.s > 1:
         yield "real frames", ", ".join(f"{n} in {frames[n]:,} items" for n in sorted(frames))
@@ -72,6 +72,11 @@ def _rows(corpus: Corpus) -> Iterator[tuple[str, str]]:
     yield "failed", f"{counts.failed:,}"
     for reason, number in failure_kinds(corpus.path).most_common(SHOWN_REASONS):
         yield "", f"{number:,} × {reason}"
+
+
+def _use(codes: np.ndarray) -> str:
+    perplexity, share = codebook_use(codes)
+    return f"{len(codes):,} codes, {share:.1%} in use, perplexity {perplexity:,.1f}"
 
 
 def _frequencies(codes: np.ndarray) -> str:

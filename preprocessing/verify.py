@@ -15,8 +15,6 @@ from megatron_nuwa.data.corpus import Corpus, check_shard
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
     ITEMS,
-    TEXT,
-    VISUAL,
     CorpusManifest,
     ShardEntry,
     Sidecar,
@@ -49,7 +47,7 @@ def find_damage(folder: Path, full: bool = False) -> list[str]:
     damage = [*_sums(folder, manifest), *_other_files(folder, manifest)]
     for entry in manifest.shards:
         try:
-            sidecar = check_shard(folder / f"{entry.name}.tar", entry, grid)
+            sidecar = check_shard(folder / f"{entry.name}.tar", entry, manifest, grid)
             if full:
                 damage += _shard_damage(folder, entry, sidecar, manifest)
         except UserError as error:
@@ -104,8 +102,8 @@ def _shard_damage(
     if sha256_of(tar_path) != entry.sha256:
         yield f"{tar_path} has other bytes than were written (its sha256 differs)"
         return
-    limits = {VISUAL: manifest.codebook_size, TEXT: manifest.text_vocabulary_size}
-    expected = [f"{group.key}.{name}" for group in sidecar.groups for name in (VISUAL, TEXT, ITEMS)]
+    limits = manifest.arrays
+    expected = [f"{group.key}.{name}" for group in sidecar.groups for name in (*limits, ITEMS)]
     with tarfile.open(tar_path) as tar:
         if tar.getnames() != expected:
             yield f"{tar_path} holds other members than its sidecar lists"

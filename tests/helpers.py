@@ -29,7 +29,7 @@ from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, fingerprint, save_vqg
 from megatron_nuwa.training.processes import Processes, join_processes
 
 ROOT = Path(__file__).resolve().parents[1]
-CODES = 32
+CODES, SKETCH_CODES, CLASSES = 32, 16, 5
 CAPTIONS = ["a red square moves left", "a blue circle stays", "none of them turns around"]
 
 
@@ -43,12 +43,36 @@ class SmallWorld:
     images: Path
     clips: Path
     recipe: Path
+    sketch_vqgan: Path
+    sketched_images: Path
+    sketched_clips: Path
+
+    def sketch_overrides(self, *tasks: str) -> list[str]:
+        """What makes the recipe's model read sketches, and gives it these tasks, too."""
+        corpora = {"s2i": self.sketched_images, "s2v": self.sketched_clips}
+        return [
+            f"model.sketch_codebook_size={SKETCH_CODES}",
+            "model.sketch_code_dim=6",
+            f"tokenizers.sketch_vqgan={self.sketch_vqgan}",
+            *(
+                f"data.tasks.{task}={{corpora: ['{corpora[task]}'], batch_size: 2}}"
+                for task in tasks
+            ),
+        ]
 
 
 def make_corpus(
-    folder: Path, grid: tuple[int, int, int], items: int, bpe: TextTokenizer, vqgan: Vqgan
+    folder: Path,
+    grid: tuple[int, int, int],
+    items: int,
+    bpe: TextTokenizer,
+    vqgan: Vqgan,
+    sketch_vqgan: Vqgan | None = None,
 ) -> Path:
-    """A corpus whose tokens follow from the caption and the place, with some noise."""
+    """A corpus whose tokens follow from the caption and the place, with some noise.
+
+    Sketches follow from the item's number alone.
+    """
     folder.mkdir(parents=True)
     random = np.random.default_rng(items)
     cells = int(np.prod(grid))
@@ -66,6 +90,9 @@ def make_corpus(
                 captions,
                 grid[2],
                 f"{number}.mp4",
+                sketch=None
+                if sketch_vqgan is None
+                else ((np.arange(cells) + number) % SKETCH_CODES).astype(np.uint16),
             )
         )
     sidecar = write_shard(folder, 0, shard, group_items=4)
@@ -74,8 +101,14 @@ def make_corpus(
         grid=grid,
         frames_per_second=None if grid[2] == 1 else 8.0,
         codebook_size=CODES,
+        sketch_codebook_size=None if sketch_vqgan is None else SKETCH_CODES,
         text_vocabulary_size=bpe.vocabulary_size,
-        fingerprints=Fingerprints(vqgan=fingerprint(vqgan), bpe=bpe.fingerprint, decode="0" * 64),
+        fingerprints=Fingerprints(
+            vqgan=fingerprint(vqgan),
+            bpe=bpe.fingerprint,
+            decode="0" * 64,
+            sketch=None if sketch_vqgan is None else fingerprint(sketch_vqgan),
+        ),
         counts=Counts(items=sidecar.items, captions=sidecar.captions, failed=0),
         shards=(sidecar.entry(),),
     )
@@ -102,6 +135,13 @@ def make_small_world(folder: Path) -> SmallWorld:
     bpe.save(folder / "bpe.json")
     images = make_corpus(folder / "images", (4, 4, 1), 12, bpe, vqgan)
     clips = make_corpus(folder / "clips", (4, 4, 3), 10, bpe, vqgan)
+    maps = {"classes": CLASSES, "codebook_size": SKETCH_CODES, "code_dim": 6, "lookup_dim": None}
+    sketch_vqgan = Vqgan(config.model_copy(update=maps))
+    save_vqgan(sketch_vqgan, folder / "sketch_vqgan.safetensors")
+    sketched = [
+        make_corpus(folder / f"sketched_{name}", grid, 6, bpe, vqgan, sketch_vqgan)
+        for name, grid in (("images", (4, 4, 1)), ("clips", (4, 4, 3)))
+    ]
     recipe = {
         "name": "small",
         "seed": 3,
@@ -141,7 +181,14 @@ def make_small_world(folder: Path) -> SmallWorld:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return SmallWorld(
-        folder, folder / "vqgan.safetensors", folder / "bpe.json", images, clips, path
+        folder,
+        folder / "vqgan.safetensors",
+        folder / "bpe.json",
+        images,
+        clips,
+        path,
+        folder / "sketch_vqgan.safetensors",
+        *sketched,
     )
 
 

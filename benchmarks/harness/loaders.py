@@ -71,7 +71,7 @@ def ours(folder: Path, tokens: Tokens, batch: int) -> OpenBatches:
         batches = TaskBatches(task, [Corpus(folder)], bpe, seed=0, batch_size=batch)
         for step in itertools.count():
             for part in batches.micro_batches(step, 0, 1):
-                yield part.target, part.text
+                yield part.target, part.context.tokens
 
     return open_batches
 

@@ -13,7 +13,7 @@ from megatron_nuwa.data.batches import TEXT_GRID, TaskName, TokenBatch
 from megatron_nuwa.data.text import text_mask
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
-from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.models.nuwa import Context, NuwaConfig
 from megatron_nuwa.parallel.layout import check_layout, read_layout
 from megatron_nuwa.plan.candidates import Judged, Machine, judge_batches
 from megatron_nuwa.plan.devices import DEVICES, Device, device_named
@@ -107,6 +107,7 @@ def token_batches(model: NuwaConfig, sizes: Sequence[MicroBatch]) -> list[TokenB
         target = torch.randint(0, model.codebook_size, shape, generator=generator)
         mask = torch.from_numpy(text_mask(words.numpy()))
         share = size.samples / totals[size.task]
-        return TokenBatch(size.task, words, target, size.grid, mask, share)
+        context = Context("text", words, TEXT_GRID, mask)
+        return TokenBatch(size.task, context, target, size.grid, share)
 
     return [batch(size) for size in sizes]

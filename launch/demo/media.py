@@ -1,5 +1,7 @@
 """Cut the demo's captioned clips and images out of the media that installed packages carry.
 
+Each gets a sketch, too.
+
 python -m launch.demo.media --output runs/demo/media
 """
 
@@ -15,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -24,6 +27,7 @@ import imageio_ffmpeg
 from PIL import Image
 
 from launch.demo.catalogue import Catalogue, Cut, Video, clip_cuts, image_cuts, load_catalogue
+from launch.demo.sketches import draw_sketch
 from megatron_nuwa.errors import UserError, run_command
 
 TRUNCATED_ID = "deliberately-truncated"
@@ -67,13 +71,26 @@ def gather_media(output: Path, catalogue: Catalogue) -> Counter[str]:
 
     The folder appears as a whole or not at all. Raises `UserError` where a package is missing.
     """
-    if output.is_file():
-        raise UserError(f"--output {output} is a file; name a folder")
-    if output.exists() and not (output / PROVENANCE).is_file() and any(output.iterdir()):
-        raise UserError(f"--output {output} holds other files; name a new folder")
     wanted = [(video.package, video.path) for video in catalogue.videos]
     wanted += [(photograph.package, photograph.path) for photograph in catalogue.photographs]
     files = {(package, path): find_package_file(package, path) for package, path in wanted}
+    with replaced_folder(output, PROVENANCE) as partial:
+        cuts = _cut_everything(partial, catalogue, files)
+        _draw_sketches(partial, [media for _, media in cuts])
+        return _write_manifests(partial, cuts)
+
+
+@contextmanager
+def replaced_folder(output: Path, sign: str) -> Iterator[Path]:
+    """An empty folder that takes the place of `output` when the block ends well.
+
+    Raises `UserError` where `output` is a file, or holds other files than an earlier folder of this
+    kind, which is known by its file `sign`.
+    """
+    if output.is_file():
+        raise UserError(f"--output {output} is a file; name a folder")
+    if output.exists() and not (output / sign).is_file() and any(output.iterdir()):
+        raise UserError(f"--output {output} holds other files; name a new folder")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
@@ -82,13 +99,11 @@ def gather_media(output: Path, catalogue: Catalogue) -> Counter[str]:
     try:
         # mkdtemp makes a private folder; this one is to be as readable as its neighbours.
         partial.chmod(0o755)
-        cuts = _cut_everything(partial, catalogue, files)
-        counts = _write_manifests(partial, cuts)
+        yield partial
         _replace_folder(partial, output)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return counts
 
 
 def find_package_file(package: str, path: str) -> Path:
@@ -190,6 +205,23 @@ def _cut_photograph(source: Path, cuts: Iterable[Cut], folder: Path, catalogue: 
         crop.save(folder / f"images/{cut.id}.jpg", quality=95, subsampling=0)
 
 
+def _draw_sketches(folder: Path, media: Sequence[str]) -> None:
+    """Draw the sketch of every image and clip."""
+    (folder / "sketches").mkdir()
+    with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
+        jobs = [
+            pool.submit(draw_sketch, folder / each, folder / _sketch_of(each)) for each in media
+        ]
+        for job in jobs:
+            job.result()
+    print(f"drew the sketches of {len(media)} images and clips", flush=True)
+
+
+def _sketch_of(media: str) -> str:
+    path = Path(media)
+    return f"sketches/{path.stem}{'.gif' if path.suffix == '.mp4' else '.png'}"
+
+
 def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[str]:
     """Write the four manifests and the provenance of every file; returns items per manifest."""
     manifests: dict[str, list[dict[str, object]]] = defaultdict(list)
@@ -198,7 +230,12 @@ def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[s
         kind = Path(media).parent.name
         name = f"{'heldout' if cut.heldout else 'train'}-{kind}"
         manifests[name].append(
-            {"id": Path(media).stem, "media": media, "captions": list(cut.captions)}
+            {
+                "id": Path(media).stem,
+                "media": media,
+                "captions": list(cut.captions),
+                "sketch": _sketch_of(media),
+            }
         )
         provenance.append(
             {
@@ -212,7 +249,9 @@ def _write_manifests(folder: Path, made: Sequence[tuple[Cut, str]]) -> Counter[s
                 "start": cut.start,
                 "end": None if cut.start is None else round(cut.start + (cut.seconds or 0.0), 3),
                 "media": media,
-                "sha256": hashlib.sha256((folder / media).read_bytes()).hexdigest(),
+                "sha256": _sha256(folder / media),
+                "sketch": _sketch_of(media),
+                "sketch_sha256": _sha256(folder / _sketch_of(media)),
             }
         )
     manifests["train-clips"].append(_truncated_clip(folder, made))
@@ -228,7 +267,12 @@ def _truncated_clip(folder: Path, made: Sequence[tuple[Cut, str]]) -> dict[str, 
     whole = (folder / media).read_bytes()
     broken = f"clips/{TRUNCATED_ID}.mp4"
     (folder / broken).write_bytes(whole[: len(whole) // 2])
-    return {"id": TRUNCATED_ID, "media": broken, "captions": list(cut.captions)}
+    captions = list(cut.captions)
+    return {"id": TRUNCATED_ID, "media": broken, "captions": captions, "sketch": _sketch_of(media)}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _write_json_lines(path: Path, lines: Iterable[dict[str, object]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from pathlib import Path
 from typing import Any
@@ -18,35 +17,6 @@ from megatron_nuwa.errors import UserError
 _TEXT_COLOUR = "#010203"
 # Seen equally well on light and dark paper, and told apart by colour-blind eyes.
 COLOURS = ("#2f7de1", "#e0782b", "#2a9d6f", "#b45bc4")
-_PAUSE_MILLISECONDS = 600
-
-
-def still(frame: np.ndarray) -> str:
-    """A data address of a PNG; `frame` is uint8 (rows, columns, 3)."""
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "PNG", optimize=True)
-    return _address("image/png", buffer.getvalue())
-
-
-def animation(frames: np.ndarray, frames_per_second: float) -> str:
-    """A data address of an endless lossless WebP; `frames` is uint8 (frames, rows, columns, 3).
-
-    The last frame stays a moment longer, so that the eye sees where a clip begins again.
-    """
-    durations = [round(1000 / frames_per_second)] * len(frames)
-    durations[-1] += _PAUSE_MILLISECONDS
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    buffer = io.BytesIO()
-    first.save(
-        buffer,
-        "WEBP",
-        save_all=True,
-        append_images=rest,
-        duration=durations,
-        loop=0,
-        lossless=True,
-    )
-    return _address("image/webp", buffer.getvalue())
 
 
 def read_frames(path: Path) -> np.ndarray:
@@ -117,7 +87,3 @@ def line_chart(
     drawing = buffer.getvalue()
     # The XML declaration and document type have no place inside a page.
     return drawing[drawing.index("<svg") :].replace(_TEXT_COLOUR, "currentColor")
-
-
-def _address(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

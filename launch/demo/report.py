@@ -37,7 +37,13 @@ from launch.demo.stages import CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 
-TASKS = {"t2i": "text to image", "v2v": "video prediction", "t2v": "text to video"}
+TASKS = {
+    "t2i": "text to image",
+    "v2v": "video prediction",
+    "t2v": "text to video",
+    "s2i": "sketch to image",
+    "s2v": "sketch to video",
+}
 _LARGEST_PAGE_BYTES = 12 * 2**20
 
 

@@ -17,7 +17,10 @@ CODES_GOAL = 0.5
 BELOW_UNIGRAM_GOAL = 0.15
 MINUTES_GOAL = 12
 MEMORY_GOAL_GIB = 8
-STAGES = ("media", "vqgan", "bpe", "tokenize", "pretrain", "resume", "generate")
+STAGES = (
+    *("media", "vqgan", "sketch-vqgan", "bpe", "tokenize"),
+    *("pretrain", "resume", "generate"),
+)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from launch.demo.media import STILL_SUFFIX
-from launch.demo.pictures import animation, read_frames, still
+from launch.demo.pictures import read_frames
 from launch.demo.results import read_json, read_json_lines
 from launch.demo.stages import CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.media import animation, still
 from megatron_nuwa.models.vqgan import Vqgan, load_vqgan
 from preprocessing.decoders import DecodeSettings, decode
 

@@ -72,13 +72,14 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
     Raises `UserError` where the recipe cannot say how long pretraining is.
     """
     media, corpus = output / "media", output / "corpus"
-    vqgan, pretrain, samples = output / "vqgan", output / "pretrain", output / "samples"
+    vqgan, sketch_vqgan = output / "vqgan", output / "sketch_vqgan"
+    pretrain, samples = output / "pretrain", output / "samples"
     bpe, page = output / "bpe.json", output / "report.html"
     manifests = {name: media / f"{name}.jsonl" for name in CORPORA}
     provenance = media / "provenance.jsonl"
     corpora = tuple(corpus / name / "corpus.json" for name in CORPORA)
     overrides = recipe_overrides(output)
-    processes = _process_environment(accelerators)
+    processes = process_environment(accelerators)
     stop = halfway(recipe)
 
     def deepspeed(script: str, *extra: str) -> tuple[str, ...]:
@@ -92,10 +93,10 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
     return [
         Stage(
             "media",
-            "Cut captioned clips and images out of installed packages",
+            "Cut captioned clips and images out of installed packages, and draw their sketches",
             (("python", "-m", "launch.demo.media", "--output", str(media)),),
             inputs=(Path("launch/demo/catalogue.yaml"), Path("demo-media.txt")),
-            outputs=(provenance, *manifests.values()),
+            outputs=(provenance, media / "sketches", *manifests.values()),
         ),
         Stage(
             "vqgan",
@@ -104,6 +105,15 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
             inputs=(recipe, provenance),
             outputs=(vqgan / "vqgan.safetensors", vqgan / "evaluation.json"),
             clears=(vqgan,),
+            environment=processes,
+        ),
+        Stage(
+            "sketch-vqgan",
+            "Train the VQ-GAN that turns sketches into tokens",
+            (deepspeed("launch/train_vqgan.py", "--section", "sketch_vqgan"),),
+            inputs=(recipe, provenance),
+            outputs=(sketch_vqgan / "vqgan.safetensors", sketch_vqgan / "evaluation.json"),
+            clears=(sketch_vqgan,),
             environment=processes,
         ),
         Stage(
@@ -116,12 +126,21 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
         ),
         Stage(
             "tokenize",
-            "Turn clips, images and captions into token shards with two MPI ranks",
-            tuple(_tokenize(name, manifests[name], corpus / name, vqgan, bpe) for name in CORPORA),
-            inputs=(provenance, *manifests.values(), vqgan / "vqgan.safetensors", bpe),
+            "Turn clips, images, sketches and captions into token shards with two MPI ranks",
+            tuple(
+                _tokenize(name, manifests[name], corpus / name, (vqgan, sketch_vqgan, bpe))
+                for name in CORPORA
+            ),
+            inputs=(
+                provenance,
+                *manifests.values(),
+                vqgan / "vqgan.safetensors",
+                sketch_vqgan / "vqgan.safetensors",
+                bpe,
+            ),
             outputs=corpora,
             clears=(corpus,),
-            environment={**processes, **_mpi_environment()},
+            environment={**processes, **mpi_environment()},
         ),
         Stage(
             "pretrain",
@@ -172,7 +191,10 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
                 Path("launch/demo/report.html.j2"),
             ),
             outputs=(page,),
-            after=("media", "vqgan", "bpe", "tokenize", "pretrain", "resume", "generate"),
+            after=(
+                *("media", "vqgan", "sketch-vqgan", "bpe", "tokenize"),
+                *("pretrain", "resume", "generate"),
+            ),
             environment=processes,
         ),
     ]
@@ -189,14 +211,21 @@ def recipe_overrides(output: Path) -> tuple[str, ...]:
 
     train = {"images": corpus / "train-images", "clips": corpus / "train-clips"}
     heldout = {"images": corpus / "heldout-images", "clips": corpus / "heldout-clips"}
-    kinds = {"t2i": "images", "v2v": "clips", "t2v": "clips"}
+    kinds = {"t2i": "images", "v2v": "clips", "t2v": "clips", "s2i": "images", "s2v": "clips"}
+    manifests = {
+        "train": listed(media / "train-clips.jsonl", media / "train-images.jsonl"),
+        "held_out": listed(media / "heldout-clips.jsonl", media / "heldout-images.jsonl"),
+    }
     return (
         f"run={output / 'pretrain'}",
-        f"vqgan.run={output / 'vqgan'}",
-        f"vqgan.data.train={listed(media / 'train-clips.jsonl', media / 'train-images.jsonl')}",
-        "vqgan.data.held_out="
-        + listed(media / "heldout-clips.jsonl", media / "heldout-images.jsonl"),
+        *(f"{section}.run={output / section}" for section in ("vqgan", "sketch_vqgan")),
+        *(
+            f"{section}.data.{side}={paths}"
+            for section in ("vqgan", "sketch_vqgan")
+            for side, paths in manifests.items()
+        ),
         f"tokenizers.vqgan={output / 'vqgan'}",
+        f"tokenizers.sketch_vqgan={output / 'sketch_vqgan'}",
         f"tokenizers.bpe={output / 'bpe.json'}",
         *(f"data.tasks.{task}.corpora={listed(train[kind])}" for task, kind in kinds.items()),
         *(f"evaluation.corpora.{task}={listed(heldout[kind])}" for task, kind in kinds.items()),
@@ -220,21 +249,25 @@ def _train_bpe(manifests: dict[str, Path], bpe: Path) -> tuple[str, ...]:
     return ("python", "-m", "preprocessing", "train-bpe", *sources, "--output", str(bpe), *size)
 
 
-def _tokenize(name: str, manifest: Path, corpus: Path, vqgan: Path, bpe: Path) -> tuple[str, ...]:
+def _tokenize(
+    name: str, manifest: Path, corpus: Path, tokenizers: tuple[Path, Path, Path]
+) -> tuple[str, ...]:
     # Open MPI pins each of two ranks to one core unless told otherwise, which throttles ffmpeg.
     launcher = ("mpirun", "-n", str(PROCESSES), "--bind-to", "none", "--oversubscribe")
     command = ("python", "-m", "preprocessing", "tokenize", str(manifest), "--output", str(corpus))
-    tokenizers = ("--vqgan", str(vqgan), "--bpe", str(bpe))
+    options = ("--vqgan", "--sketch-vqgan", "--bpe")
+    named = tuple(part for pair in zip(options, map(str, tokenizers), strict=True) for part in pair)
     shards = ("--items-per-shard", str(CORPORA[name]))
     frames = ("--frames", str(CLIP_FRAMES), "--fps", str(CLIP_FRAMES_PER_SECOND))
-    return (*launcher, *command, *tokenizers, *shards, *(frames if "clips" in name else ()))
+    return (*launcher, *command, *named, *shards, *(frames if "clips" in name else ()))
 
 
 def _repeat(flag: str, values: tuple[str, ...] | list[str]) -> tuple[str, ...]:
     return tuple(word for value in values for word in (flag, value))
 
 
-def _process_environment(accelerators: int) -> dict[str, str]:
+def process_environment(accelerators: int) -> dict[str, str]:
+    """Variables of a command that starts two processes on a machine with so many GPUs."""
     if accelerators >= PROCESSES:
         return {}
     environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -244,7 +277,8 @@ def _process_environment(accelerators: int) -> dict[str, str]:
     return environment
 
 
-def _mpi_environment() -> dict[str, str]:
+def mpi_environment() -> dict[str, str]:
+    """Variables of a command that starts with mpirun."""
     # Open MPI refuses to start as root, the usual user of a container, without these two.
     if os.geteuid() != 0:
         return {}

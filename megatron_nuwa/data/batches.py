@@ -15,9 +15,12 @@ from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.sampling import Pick, Picks, SamplingOrder, even_sizes
 from megatron_nuwa.data.text import NO_CAPTION, TEXT_TOKENS, TextTokenizer, text_mask
 from megatron_nuwa.grid import Grid
-from megatron_nuwa.models.nuwa import Context
+from megatron_nuwa.models.nuwa import Context, ContextKind
 
-TaskName = Literal["t2i", "v2v", "t2v"]
+TaskName = Literal["t2i", "v2v", "t2v", "s2i", "s2v"]
+# Tasks whose targets are images, and those whose encoder reads the item's sketch.
+IMAGE_TASKS: frozenset[TaskName] = frozenset(("t2i", "s2i"))
+SKETCH_TASKS: frozenset[TaskName] = frozenset(("s2i", "s2v"))
 TEXT_GRID = Grid(1, 1, TEXT_TOKENS)
 
 
@@ -25,27 +28,26 @@ TEXT_GRID = Grid(1, 1, TEXT_TOKENS)
 class TokenBatch:
     """One micro-batch of one task.
 
-    `text` int64 (batch, 77) is what the encoder reads, `mask` bool of that shape is False at its
-    padding; `target` int64 (batch, grid cells) is what the decoder learns to write. `share` is the
-    part of the replica's samples of this task and step that lies in this micro-batch: the sum of
-    share × mean loss is the task's mean loss, however the samples are cut.
+    `context` is what the encoder reads, texts with their padding masked or sketches; `target` int64
+    (batch, grid cells) is what the decoder learns to write. `share` is the part of the replica's
+    samples of this task and step that lies in this micro-batch: the sum of share × mean loss is the
+    task's mean loss, however the samples are cut.
     """
 
     task: TaskName
-    text: Tensor
+    context: Context
     target: Tensor
     grid: Grid
-    mask: Tensor
     share: float = 1.0
-
-    def context(self) -> Context:
-        """The encoder's input, its padding masked."""
-        return Context("text", self.text, TEXT_GRID, self.mask)
 
     def to(self, device: torch.device) -> TokenBatch:
         """The same batch on another device."""
-        text, target, mask = (t.to(device) for t in (self.text, self.target, self.mask))
-        return replace(self, text=text, target=target, mask=mask)
+        return replace(self, context=self.context.to(device), target=self.target.to(device))
+
+
+def context_of(task: TaskName, grid: Grid) -> tuple[ContextKind, Grid]:
+    """Kind and grid of what the encoder reads in a task whose targets have `grid`."""
+    return ("sketch", grid) if task in SKETCH_TASKS else ("text", TEXT_GRID)
 
 
 class TaskBatches:
@@ -53,7 +55,9 @@ class TaskBatches:
 
     Text-to-image and text-to-video read one of the item's captions, replaced by the constant text
     "None" with probability `caption_dropout` (which is what classifier-free guidance needs);
-    video prediction always reads "None".
+    video prediction always reads "None". Sketch-to-image and sketch-to-video read the item's
+    sketch. A micro-batch has one kind of context, and all processes must run the same kind at once,
+    so there the draw is the step's: with that probability all its samples read "None".
 
     `corpus_weights` are the corpora's shares of the samples; None for shares by size. A replica
     cuts its samples of a step into micro-batches of at most `micro_batch_tokens` target tokens
@@ -91,7 +95,7 @@ class TaskBatches:
         self._accumulation = accumulation
         self._corpora = corpora
         self._no_caption = tokenizer.encode(NO_CAPTION)
-        self._caption_dropout = 1.0 if task == "v2v" else caption_dropout
+        self._caption_dropout = caption_dropout
 
     def micro_batch_count(self, ranks: int) -> int:
         """Micro-batches of this task a step, the same on each of the data-parallel replicas."""
@@ -109,10 +113,18 @@ class TaskBatches:
             self._expect(self.order.rank_picks(step + self._read_ahead, rank, ranks))
         picks = self.order.rank_picks(step, rank, ranks)
         sizes = even_sizes(len(picks), self.micro_batch_count(ranks))
+        reads_sketches = self.reads_sketches(step)
         return [
-            replace(self.assemble(picks.part(end - size, end)), share=size / len(picks))
+            replace(
+                self.assemble(picks.part(end - size, end), reads_sketches), share=size / len(picks)
+            )
             for size, end in zip(sizes, accumulate(sizes), strict=True)
         ]
+
+    def reads_sketches(self, step: int) -> bool:
+        """Whether the encoder reads sketches in a step, and texts if not."""
+        is_dropped = self.order.step_draw(step) < self._caption_dropout
+        return self.task in SKETCH_TASKS and not is_dropped
 
     def item_names(self, step: int, rank: int, ranks: int) -> list[str]:
         """`CORPUS:ID` of the samples that a data-parallel replica reads in a step."""
@@ -123,21 +135,39 @@ class TaskBatches:
             for corpus, pick in zip(corpora, picks, strict=True)
         ]
 
-    def assemble(self, picks: Picks | Sequence[Pick]) -> TokenBatch:
-        """Read the picked items."""
+    def assemble(
+        self, picks: Picks | Sequence[Pick], reads_sketches: bool | None = None
+    ) -> TokenBatch:
+        """Read the picked items; None has a task that is for sketches read them."""
         if not isinstance(picks, Picks):
             picks = Picks.of(picks)
-        text = np.empty((len(picks), TEXT_TOKENS), np.int64)
+        if reads_sketches is None:
+            reads_sketches = self.task in SKETCH_TASKS
         target = np.empty((len(picks), self.grid.cells), np.int64)
-        is_dropped = picks.dropout_draw < self._caption_dropout
-        text[is_dropped] = self._no_caption
         for number, corpus in enumerate(self._corpora):
             mine = np.flatnonzero(picks.corpus == number)
             corpus.read_visual(picks.item[mine], target, mine)
-            read = mine[~is_dropped[mine]]
+        context = self._sketches(picks) if reads_sketches else self._texts(picks)
+        return TokenBatch(self.task, context, torch.from_numpy(target), self.grid)
+
+    def _texts(self, picks: Picks) -> Context:
+        text = np.empty((len(picks), TEXT_TOKENS), np.int64)
+        is_dropped = picks.dropout_draw < self._caption_dropout
+        if self.task == "v2v" or self.task in SKETCH_TASKS:
+            is_dropped[:] = True
+        text[is_dropped] = self._no_caption
+        for number, corpus in enumerate(self._corpora):
+            read = np.flatnonzero((picks.corpus == number) & ~is_dropped)
             corpus.read_captions(picks.item[read], picks.caption_draw[read], text, read)
-        ids, cells, mask = (torch.from_numpy(array) for array in (text, target, text_mask(text)))
-        return TokenBatch(self.task, ids, cells, self.grid, mask)
+        tokens, mask = torch.from_numpy(text), torch.from_numpy(text_mask(text))
+        return Context("text", tokens, TEXT_GRID, mask)
+
+    def _sketches(self, picks: Picks) -> Context:
+        sketches = np.empty((len(picks), self.grid.cells), np.int64)
+        for number, corpus in enumerate(self._corpora):
+            mine = np.flatnonzero(picks.corpus == number)
+            corpus.read_sketches(picks.item[mine], sketches, mine)
+        return Context("sketch", torch.from_numpy(sketches), self.grid)
 
     def _expect(self, picks: Picks) -> None:
         for number, corpus in enumerate(self._corpora):

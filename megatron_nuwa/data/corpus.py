@@ -21,6 +21,7 @@ from megatron_nuwa.data.cache import ShardCache
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
     ITEMS,
+    SKETCH,
     TEXT,
     TOKEN_DTYPE,
     VISUAL,
@@ -82,15 +83,17 @@ class Corpus:
         rows: list[tuple[int, ...]] = []
         for shard, (entry, content) in enumerate(zip(entries, sidecars, strict=True)):
             file = f"{self.address}/{entry.name}.json"
-            sidecar = checked_sidecar(content, file, entry, self.grid)
+            sidecar = checked_sidecar(content, file, entry, self.manifest, self.grid)
             self._storage.check(entry)
             for group in sidecar.groups:
                 visual, text, items = (group.members[name] for name in (VISUAL, TEXT, ITEMS))
-                offsets = (visual.offset, text.offset, items.offset)
+                sketch = group.members[SKETCH].offset if self.has_sketches else 0
+                offsets = (visual.offset, text.offset, sketch, items.offset)
                 rows.append((shard, group.items, group.captions, *offsets, items.size))
-        columns = np.array(rows, np.int64).reshape(-1, 7).T
+        columns = np.array(rows, np.int64).reshape(-1, 8).T
         self._shard, self._items, self._captions = columns[:3]
-        self._visual_at, self._text_at, self._lines_at, self._lines_size = columns[3:]
+        self._visual_at, self._text_at, self._sketch_at = columns[3:6]
+        self._lines_at, self._lines_size = columns[6:]
         self._starts = np.concatenate([[0], np.cumsum(self._items)])
 
     def __len__(self) -> int:
@@ -118,15 +121,22 @@ class Corpus:
         return self._storage.is_remote
 
     @property
+    def has_sketches(self) -> bool:
+        """Whether every item has a sketch; if not, none has."""
+        return self.manifest.has_sketches
+
+    @property
     def shard_sizes(self) -> list[int]:
         """Items of each shard, in the order of their numbers."""
         return [entry.items for entry in self.manifest.shards]
 
     def visual(self, index: int) -> np.ndarray:
         """An item's visual tokens in generation order: read-only uint16 (h·w·s,)."""
-        group, row = self._locate(index)
-        cells = self.grid.cells
-        return self._tokens(group, self._visual_at[group] + 2 * row * cells, cells)
+        return self._cells(index, self._visual_at)
+
+    def sketch(self, index: int) -> np.ndarray:
+        """An item's sketch, like its visual tokens; `ValueError` where items have none."""
+        return self._cells(index, self._sketches())
 
     def texts(self, index: int) -> np.ndarray:
         """The tokens of all captions of an item: read-only uint16 (captions, 77)."""
@@ -137,12 +147,11 @@ class Corpus:
 
     def read_visual(self, items: np.ndarray, target: np.ndarray, rows: np.ndarray) -> None:
         """Copy the items' visual tokens into the rows of `target` (…, h·w·s), of any int type."""
-        groups, inside = self._locate_all(items)
-        cells = self.grid.cells
-        places = self._visual_at[groups] // 2 + inside * cells
-        columns = (rows.tolist(), self._shard[groups].tolist(), places.tolist())
-        for row, shard, place in zip(*columns, strict=True):
-            target[row] = self._mapped(shard)[place : place + cells]
+        self._read_cells(items, self._visual_at, target, rows)
+
+    def read_sketches(self, items: np.ndarray, target: np.ndarray, rows: np.ndarray) -> None:
+        """The same with the tokens of their sketches; `ValueError` where items have none."""
+        self._read_cells(items, self._sketches(), target, rows)
 
     def read_captions(
         self, items: np.ndarray, draws: np.ndarray, target: np.ndarray, rows: np.ndarray
@@ -183,16 +192,11 @@ class Corpus:
 
     def visual_counts(self) -> np.ndarray:
         """How often each code occurs in the whole corpus: int64 (codebook_size,)."""
-        counts = np.zeros(self.manifest.codebook_size, np.int64)
-        for visual, _ in self.groups():
-            found = np.bincount(visual.ravel(), minlength=len(counts))
-            if len(found) > len(counts):
-                raise UserError(
-                    f"corpus {self.address} holds the visual token {len(found) - 1}, and its "
-                    f"codebook has {len(counts)} codes"
-                )
-            counts += found
-        return counts
+        return self._counts(self._visual_at, self.manifest.codebook_size, "visual")
+
+    def sketch_counts(self) -> np.ndarray:
+        """The same of the sketches' codes: int64 (sketch_codebook_size,)."""
+        return self._counts(self._sketches(), self.manifest.sketch_codebook_size or 0, "sketch")
 
     def expect(self, items: np.ndarray) -> None:
         """Have the shards of items that will be read soon brought here meanwhile.
@@ -206,6 +210,39 @@ class Corpus:
         for shard in np.unique(self._shard[self._locate_all(items)[0]]).tolist():
             if shard not in self._maps:
                 self._arriving.submit(self._mapped, shard)
+
+    def _sketches(self) -> np.ndarray:
+        if not self.has_sketches:
+            raise ValueError(f"corpus {self.address} has no sketches")
+        return self._sketch_at
+
+    def _counts(self, starts: np.ndarray, codes: int, kind: str) -> np.ndarray:
+        counts = np.zeros(codes, np.int64)
+        for group, items in enumerate(self._items):
+            tokens = self._tokens(group, starts[group], items * self.grid.cells)
+            found = np.bincount(tokens, minlength=codes)
+            if len(found) > codes:
+                raise UserError(
+                    f"corpus {self.address} holds the {kind} token {len(found) - 1}, and its "
+                    f"codebook has {codes} codes"
+                )
+            counts += found
+        return counts
+
+    def _cells(self, index: int, starts: np.ndarray) -> np.ndarray:
+        group, row = self._locate(index)
+        cells = self.grid.cells
+        return self._tokens(group, starts[group] + 2 * row * cells, cells)
+
+    def _read_cells(
+        self, items: np.ndarray, starts: np.ndarray, target: np.ndarray, rows: np.ndarray
+    ) -> None:
+        groups, inside = self._locate_all(items)
+        cells = self.grid.cells
+        places = starts[groups] // 2 + inside * cells
+        columns = (rows.tolist(), self._shard[groups].tolist(), places.tolist())
+        for row, shard, place in zip(*columns, strict=True):
+            target[row] = self._mapped(shard)[place : place + cells]
 
     def _locate(self, index: int) -> tuple[int, int]:
         if not 0 <= index < len(self):
@@ -267,7 +304,9 @@ class Corpus:
             return os.pread(stream.fileno(), size, place)
 
 
-def checked_sidecar(content: bytes, file: str, entry: ShardEntry, grid: Grid) -> Sidecar:
+def checked_sidecar(
+    content: bytes, file: str, entry: ShardEntry, manifest: CorpusManifest, grid: Grid
+) -> Sidecar:
     """A shard's sidecar from its bytes, held against its entry in `corpus.json`.
 
     Raises `UserError` naming the file where it does not fit.
@@ -277,11 +316,14 @@ def checked_sidecar(content: bytes, file: str, entry: ShardEntry, grid: Grid) ->
     if sidecar.shard != entry.name or any(getattr(sidecar, f) != getattr(entry, f) for f in same):
         raise UserError(f"{file} does not match the entry of {entry.name} in corpus.json")
     for group in sidecar.groups:
-        shapes = {VISUAL: (group.items, grid.cells), TEXT: (group.captions, TEXT_TOKENS)}
-        for name in (VISUAL, TEXT, ITEMS):
+        cells, words = (group.items, grid.cells), (group.captions, TEXT_TOKENS)
+        for name in (*manifest.arrays, ITEMS):
+            shape = None if name == ITEMS else words if name == TEXT else cells
             member = group.members.get(name)
-            if member is None or not _fits(member, shapes.get(name), entry.bytes):
+            if member is None or not _fits(member, shape, entry.bytes):
                 raise UserError(f"{file}: member {group.key}.{name} is wrong or missing")
+        if SKETCH in group.members and not manifest.has_sketches:
+            raise UserError(f"{file} has sketches, and corpus.json says that there are none")
     for field in ("items", "captions"):
         if sum(getattr(group, field) for group in sidecar.groups) != getattr(sidecar, field):
             raise UserError(f"{file}: the groups' {field} do not add up")
@@ -290,7 +332,7 @@ def checked_sidecar(content: bytes, file: str, entry: ShardEntry, grid: Grid) ->
     return sidecar
 
 
-def check_shard(tar: Path, entry: ShardEntry, grid: Grid) -> Sidecar:
+def check_shard(tar: Path, entry: ShardEntry, manifest: CorpusManifest, grid: Grid) -> Sidecar:
     """Hold a shard's `corpus.json` entry, sidecar and file size against each other.
 
     Returns the sidecar. Raises `UserError` naming the file that does not fit.
@@ -300,7 +342,7 @@ def check_shard(tar: Path, entry: ShardEntry, grid: Grid) -> Sidecar:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    sidecar = checked_sidecar(content, str(file), entry, grid)
+    sidecar = checked_sidecar(content, str(file), entry, manifest, grid)
     check_tar(tar, entry)
     return sidecar
 

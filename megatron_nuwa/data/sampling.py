@@ -21,6 +21,8 @@ SHARE_PERIOD = 1 << 16
 # Positions are worked out this many at a time, fewer for a handful of items, in many short epochs,
 # and few such blocks are remembered.
 _LARGEST_BLOCK, _SMALLEST_BLOCK, _BLOCKS_KEPT = 1 << 12, 1 << 6, 4
+# What tells the draws apart that belong to one sample, and those of a step from both.
+_SAMPLE_SALTS, _STEP_SALT = (1, 2), 3
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,10 @@ class SamplingOrder:
         share = self.batch_size // ranks
         return self.picks(step * self.batch_size + rank * share, share)
 
+    def step_draw(self, step: int) -> float:
+        """A uniform draw in [0, 1) that belongs to a whole step of this task."""
+        return mix(self._key, step, _STEP_SALT) * 2.0**-64
+
     def _block(self, number: int) -> Picks:
         block = self._blocks.get(number)
         if block is None:
@@ -169,7 +175,7 @@ class SamplingOrder:
             for number, epochs in enumerate(self._epochs):
                 mine = corpus == number
                 item[mine] = epochs.items(occurrence[mine], self._key, (number,))
-        draws = [self._draws(positions, salt) for salt in (1, 2)]
+        draws = [self._draws(positions, salt) for salt in _SAMPLE_SALTS]
         return Picks(corpus, item, *draws)
 
     def _draws(self, positions: np.ndarray, salt: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.text import TEXT_TOKENS
@@ -27,15 +27,23 @@ FORMAT_VERSION = 1
 GROUP_ITEMS = 1024
 TOKEN_DTYPE = np.dtype("<u2")
 CORPUS_FILE = "corpus.json"
-VISUAL, TEXT, ITEMS = "visual.npy", "text.npy", "items.jsonl"
+VISUAL, TEXT, SKETCH, ITEMS = "visual.npy", "text.npy", "sketch.npy", "items.jsonl"
 
 
 class Fingerprints(Settings):
-    """sha256 of what the tokens depend on: VQ-GAN, BPE and decode settings."""
+    """sha256 of what the tokens depend on: VQ-GAN, BPE and decode settings.
+
+    `sketch` is that of VQ-GAN-Seg, in corpora whose items have sketches.
+    """
 
     vqgan: str
     bpe: str
     decode: str
+    sketch: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_absent(plain(self), "sketch")
 
 
 class Counts(Settings):
@@ -75,12 +83,31 @@ class CorpusManifest(Settings):
     grid: tuple[int, int, int]
     frames_per_second: float | None
     codebook_size: int = Field(ge=1, le=1 << 16)
+    # Codes of VQ-GAN-Seg; null where the items have no sketches.
+    sketch_codebook_size: int | None = Field(None, ge=1, le=1 << 16)
     text_vocabulary_size: int = Field(ge=1, le=1 << 16)
     fingerprints: Fingerprints
     counts: Counts
     shards: tuple[ShardEntry, ...]
     files: dict[str, str] = Field(default_factory=dict)
     sha256: str | None = None
+
+    @property
+    def has_sketches(self) -> bool:
+        """Whether every item has a sketch; if not, none has."""
+        return self.sketch_codebook_size is not None
+
+    @property
+    def arrays(self) -> dict[str, int]:
+        """The token arrays of a group by their names, and how many tokens each one's kind has."""
+        found = {VISUAL: self.codebook_size, TEXT: self.text_vocabulary_size}
+        if self.sketch_codebook_size is not None:
+            found[SKETCH] = self.sketch_codebook_size
+        return found
+
+    @model_serializer(mode="wrap")
+    def _as_ever(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without_absent(plain(self), "sketch_codebook_size")
 
     def sealed(self) -> CorpusManifest:
         """The manifest with the checksum of all its other fields."""
@@ -154,6 +181,7 @@ class Sidecar(Settings):
 class ShardItem:
     """One tokenized item: `visual` (h·w·s,) in generation order, `text` (captions, 77), uint16.
 
+    `sketch`, like `visual`, are tokens of VQ-GAN-Seg; all items of a corpus have them or none.
     `frames` counts the real ones, without padding; `start` and `end` are seconds of the media.
     `provenance` says of each caption who wrote it: "original", the name of a captioning model, or
     None where nobody knows; it is None as a whole where the manifest says nothing.
@@ -170,6 +198,7 @@ class ShardItem:
     end: float | None = None
     provenance: tuple[str | None, ...] | None = None
     perceptual_hashes: tuple[str, ...] | None = None
+    sketch: np.ndarray | None = None
 
 
 def shard_name(number: int) -> str:
@@ -191,7 +220,7 @@ def write_shard(
     if group_items < 1:
         raise ValueError(f"group_items must be at least 1, not {group_items}")
     for item in items:
-        _check_item(item, items[0].visual.shape)
+        _check_item(item, items[0])
     name = shard_name(number)
     tar = folder / f"{name}.tar"
     groups: list[Group] = []
@@ -235,6 +264,11 @@ def is_intact(content: bytes) -> bool:
 
 def _seal(tree: dict[str, Any]) -> str:
     return hashlib.sha256(_json_text({**tree, "sha256": None}).encode()).hexdigest()
+
+
+def _without_absent(tree: dict[str, Any], field: str) -> dict[str, Any]:
+    """A tree without a field that is null: what has no sketches reads as it did before them."""
+    return {name: value for name, value in tree.items() if name != field or value is not None}
 
 
 def _json_text(tree: dict[str, Any]) -> str:
@@ -307,11 +341,21 @@ def _read(path: Path) -> bytes:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _check_item(item: ShardItem, visual_shape: tuple[int, ...]) -> None:
+def _check_item(item: ShardItem, first: ShardItem) -> None:
+    visual_shape = first.visual.shape
     if item.visual.dtype != np.uint16 or item.visual.ndim != 1 or item.visual.shape != visual_shape:
         raise ValueError(
             f"visual of item {item.id!r} must be uint16 {visual_shape}, "
             f"not {item.visual.dtype} {item.visual.shape}"
+        )
+    if (item.sketch is None) != (first.sketch is None):
+        raise ValueError(f"items {first.id!r} and {item.id!r} must both have a sketch or neither")
+    if item.sketch is not None and (
+        item.sketch.dtype != np.uint16 or item.sketch.shape != visual_shape
+    ):
+        raise ValueError(
+            f"sketch of item {item.id!r} must be uint16 {visual_shape}, "
+            f"not {item.sketch.dtype} {item.sketch.shape}"
         )
     text_shape = (len(item.captions), TEXT_TOKENS)
     if not item.captions or item.text.dtype != np.uint16 or item.text.shape != text_shape:
@@ -336,8 +380,11 @@ def _write_tar(stream: IO[bytes], items: Sequence[ShardItem], group_items: int) 
             members = {
                 VISUAL: _add_array(tar, f"{key}.{VISUAL}", [item.visual[None] for item in group]),
                 TEXT: _add_array(tar, f"{key}.{TEXT}", [item.text for item in group]),
-                ITEMS: _add_member(tar, f"{key}.{ITEMS}", _item_lines(group)),
             }
+            sketches = [item.sketch[None] for item in group if item.sketch is not None]
+            if sketches:
+                members[SKETCH] = _add_array(tar, f"{key}.{SKETCH}", sketches)
+            members[ITEMS] = _add_member(tar, f"{key}.{ITEMS}", _item_lines(group))
             captions = sum(len(item.captions) for item in group)
             groups.append(Group(key=key, items=len(group), captions=captions, members=members))
     return groups

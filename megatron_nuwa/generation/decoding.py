@@ -2,158 +2,177 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_nuwa.generation.decoding_layer import CachedLayer, parts_of
+from megatron_nuwa.generation.row_linear import RowLinear, padded_rows
 from megatron_nuwa.grid import Grid
-from megatron_nuwa.models.attention import Attention, Nearby
+from megatron_nuwa.models.attention import Nearby
 from megatron_nuwa.models.layers import DecoderLayer
 from megatron_nuwa.models.nuwa import Context, Nuwa
-from megatron_nuwa.ops import RingCache, nearby_attention_step
-from megatron_nuwa.ops.tables import Geometry
+from megatron_nuwa.ops.decode import CellLists, Place, Span, cell_attention, head_dim_of
 
 
 class CachedDecoder:
-    """The decoder of a model, run one cell at a time over a fixed context."""
+    """The decoder of a model over fixed contexts, a few cells at a time.
 
-    def __init__(self, model: Nuwa, context: Context, grid: Grid) -> None:
-        self._model = model
-        own, across = model.decoder_geometries(grid, context)
-        encoded = model.encode(context)
-        self._batch = encoded.shape[0]
-        self._positions = model.target_positions(grid)
-        first: DecoderLayer = model.decoder[0]  # type: ignore[assignment]
-        pattern = first.self_attention.pattern
-        # A window needs its own frames only; other patterns need lists of cells, which all layers
-        # share.
-        lists = None if isinstance(pattern, Nearby) else pattern.keys_seen(own, encoded.device)
-        self._layers = [
-            _LayerCache(layer, encoded, own, lists, _Context(layer, encoded, across, context.mask))  # type: ignore[arg-type]
-            for layer in model.decoder
-        ]
-        self._next = 0
+    All branches, such as a text and "None", decode the same tokens. `position` is the next cell.
+    A `static` decoder reads its position from a tensor on the device instead of asking the host;
+    on a GPU it always does, so that a graph of one step serves all cells.
+    """
 
     @torch.no_grad()
-    def step(self, previous: Tensor | None) -> Tensor:
-        """Logits (batch, codebook size) of the next cell.
-
-        `previous` int64 (batch,) is the token of the cell before it, None at the first cell.
-        """
-        n, model = self._next, self._model
-        if (previous is None) != (n == 0):
-            raise ValueError("previous must be None at the first cell and a token at every other")
-        vector = (
-            model.begin.vector.expand(self._batch, -1)
-            if previous is None
-            else model.visual_embedding(previous.unsqueeze(1)).squeeze(1)
-        )
-        x = (vector + self._positions[n]).unsqueeze(1)
-        for layer in self._layers:
-            x = layer.step(x, n)
-        self._next += 1
-        return model.predict(x).squeeze(1)
-
-
-class _Past(Protocol):
-    """Keys and values of the cells decoded so far."""
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Add the next cell, and look back from it; all of (batch, 1, heads, head_dim)."""
-        ...
-
-
-class _ListedPast:
-    """The whole past, of which each cell sees a list."""
-
-    def __init__(self, keys: Tensor, lists: list[Tensor] | list[slice]) -> None:
-        self._keys, self._values = torch.zeros_like(keys), torch.zeros_like(keys)
-        self._lists = lists
-        self._next = 0
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        n = self._next
-        self._keys[:, n : n + 1], self._values[:, n : n + 1] = key, value
-        seen = self._lists[n]
-        self._next += 1
-        keys, values = self._keys[:, seen].transpose(1, 2), self._values[:, seen].transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(query.transpose(1, 2), keys, values)
-        return mixed.transpose(1, 2)
-
-
-class _Context:
-    """Keys and values of the encoder's output, for the cross-attention of one layer."""
-
     def __init__(
-        self, layer: DecoderLayer, encoded: Tensor, geometry: Geometry, mask: Tensor | None
+        self, model: Nuwa, branches: Sequence[Context], grid: Grid, *, static: bool = False
     ) -> None:
-        attention = layer.cross_attention
-        self._keys = attention.split_heads(attention.key(encoded))
-        self._values = attention.split_heads(attention.value(encoded))
+        self.grid, self.batch = grid, branches[0].tokens.shape[0]
+        encoded = [row for context in branches for row in encoded_rows(model, context)]
+        like = encoded[0]
+        self.device, self._model, self._rows = like.device, model, len(encoded)
+        static = static or like.device.type != "cpu"
+        own, across = model.decoder_geometries(grid, branches[0])
+        layers: list[DecoderLayer] = list(model.decoder)  # type: ignore[arg-type]
+        head_dim = like.shape[-1] // layers[0].self_attention.heads
+        kept_dim, scale = head_dim_of(like, head_dim, static), head_dim**-0.5
+        own_lists = layers[0].self_attention.pattern.lists(own)
         # Cross-attention is nearby or full, never of lines.
-        assert isinstance(attention.pattern, Nearby)
-        self._geometry, self._mask = attention.pattern.window(geometry), mask
-
-    def attend(self, query: Tensor, n: int) -> Tensor:
-        """What cell `n` takes from the context."""
-        return nearby_attention_step(
-            query,
-            self._keys,
-            self._values,
-            position=n,
-            grid=self._geometry.grid,
-            context_grid=self._geometry.context_grid,
-            extent=self._geometry.extent,
-            context_mask=self._mask,
+        cross_pattern = layers[0].cross_attention.pattern
+        assert isinstance(cross_pattern, Nearby)
+        across_lists = CellLists.nearby(cross_pattern.window(across))
+        (own_parts, own_part), (cross_parts, cross_part) = parts_of(layers[0])
+        looks_back = cell_attention(
+            own_lists, like, scale=scale, parts=own_parts, part=own_part, static=static
         )
+        looks_across = cell_attention(
+            across_lists,
+            like,
+            mask=_joined_mask(branches),
+            scale=scale,
+            parts=cross_parts,
+            part=cross_part,
+            static=static,
+        )
+        self._layers = [
+            CachedLayer(layer, encoded, looks_back, looks_across, own_lists.slots, kept_dim)
+            for layer in layers
+        ]
+        embedding = model.visual_embedding
+        codes = embedding.projection(embedding.codes.weight)
+        # `<bos>` is one more code, and what stands before cell n lies in column n.
+        self._vectors = torch.cat([codes, model.begin.vector.to(codes.dtype).unsqueeze(0)])
+        self._inputs = torch.full((self.batch, grid.cells + 1), len(codes), device=self.device)
+        self._positions = model.target_positions(grid)
+        self._head = RowLinear(codes if model.head is None else model.head.weight, None)
+        self._place = torch.zeros(1, dtype=torch.int64, device=self.device) if static else None
+        self.position = 0
 
+    @property
+    def position(self) -> int:
+        """The next cell."""
+        return self._position
 
-class _LayerCache:
-    """All that one layer remembers."""
+    @position.setter
+    def position(self, cell: int) -> None:
+        self._position = cell
+        if self._place is not None:
+            self._place.fill_(cell)
 
-    def __init__(
-        self,
-        layer: DecoderLayer,
-        encoded: Tensor,
-        own: Geometry,
-        lists: list[Tensor] | list[slice] | None,
-        context: _Context,
-    ) -> None:
-        self._layer, self._context = layer, context
-        attention = layer.self_attention
-        batch, heads = encoded.shape[0], attention.heads
-        size = encoded.shape[-1] // heads
-        self._past: _Past
-        if isinstance(attention.pattern, Nearby):
-            self._past = RingCache(
-                batch,
-                heads,
-                size,
-                grid=own.grid,
-                extent=attention.pattern.window(own).extent,
-                dtype=encoded.dtype,
-                device=encoded.device,
-            )
+    def tokens(self, first: int, stop: int) -> Tensor:
+        """Tokens int64 (batch, stop − first) of cells that are written."""
+        return self._inputs[:, first + 1 : stop + 1]
+
+    def write(self, first: int, tokens: Tensor) -> None:
+        """Set tokens (batch, n) of the cells from `first` on; decoding goes on where it was."""
+        self._inputs[:, first + 1 : first + 1 + tokens.shape[1]] = tokens
+
+    def here(self, cells: Tensor) -> Tensor:
+        """The column of (batch, grid cells) that belongs to the next cell."""
+        if self._place is None:
+            return cells[:, self._position]
+        return cells.index_select(1, self._place).squeeze(1)
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Logits fp32 (branches · batch, codebook size) of the next cell; `append` comes after."""
+        place = Span(self._position, 1) if self._place is None else self._place
+        x = self._model.decoder_norm(self._run(place))
+        return self._head(x)[: self._rows].float()
+
+    def append(self, tokens: Tensor) -> None:
+        """Set the tokens (batch,) of the next cell, and go on to the one after it."""
+        if self._place is None:
+            self._inputs[:, self._position + 1] = tokens
         else:
-            assert lists is not None
-            self._past = _ListedPast(encoded.new_zeros(batch, own.grid.cells, heads, size), lists)
+            self._place.add_(1)
+            self._inputs.index_copy_(1, self._place, tokens.unsqueeze(1))
+        self._position += 1
 
-    def step(self, x: Tensor, n: int) -> Tensor:
-        """(batch, 1, width) of cell `n` → the same after this layer."""
-        attention, cross = self._layer.self_attention, self._layer.cross_attention
+    def went_on(self) -> None:
+        """Count a step that the device has taken by itself."""
+        self._position += 1
 
-        def look_back(h: Tensor) -> Tensor:
-            query, key, value = (_heads(attention, part, h) for part in ("query", "key", "value"))
-            return attention.output(self._past.attend(query, key, value).flatten(2))
+    @torch.no_grad()
+    def skip(self, steps: int) -> None:
+        """Take in the next cells, whose tokens are written, without logits: a frame at a time."""
+        frame, last = self.grid.h * self.grid.w, self._position + steps
+        while self._position < last:
+            first = self._position
+            stop = min(last, (first // frame + 1) * frame)
+            place: Place = Span(first, stop - first)
+            if self._place is not None:
+                place = torch.arange(first, stop, device=self.device)
+            self._run(place)
+            self.position = stop
 
-        def look_across(h: Tensor) -> Tensor:
-            mixed = self._context.attend(_heads(cross, "query", h), n)
-            return cross.output(mixed.flatten(2))
+    def _run(self, place: Place) -> Tensor:
+        """The layers' output for these cells, (padded rows, width)."""
+        if isinstance(place, Span):
+            cells = slice(place.first, place.first + place.steps)
+            tokens, positions = self._inputs[:, cells], self._positions[cells]
+        else:
+            tokens = self._inputs.index_select(1, place)
+            positions = self._positions.index_select(0, place)
+        x = F.embedding(tokens, self._vectors) + positions
+        if self._rows > self.batch:
+            x = x.repeat(self._rows // self.batch, 1, 1)
+        x = x.flatten(0, 1)
+        count = len(x)
+        x = F.pad(x, (0, 0, 0, padded_rows(count, self.device) - count))
+        for layer in self._layers:
+            x = layer.step(x, count, place)
+        return x
 
-        return self._layer.combine(x, look_back, look_across)
+
+def encoded_rows(model: Nuwa, context: Context) -> list[Tensor]:
+    """The encoder's output (context cells, width) of every row, the same tensor for equal rows.
+
+    Rows are encoded one by one: the same bits whatever the batch.
+    """
+    made: dict[bytes, Tensor] = {}
+    rows = []
+    for number, tokens in enumerate(context.tokens):
+        mask = None if context.mask is None else context.mask[number]
+        key = tokens.cpu().numpy().tobytes() + (
+            b"" if mask is None else mask.cpu().numpy().tobytes()
+        )
+        if key not in made:
+            alone = replace(
+                context,
+                tokens=tokens.unsqueeze(0),
+                mask=None if mask is None else mask.unsqueeze(0),
+            )
+            made[key] = model.encode(alone)[0]
+        rows.append(made[key])
+    return rows
 
 
-def _heads(attention: Attention, projection: str, x: Tensor) -> Tensor:
-    return attention.split_heads(getattr(attention, projection)(x))
+def _joined_mask(branches: Sequence[Context]) -> Tensor | None:
+    masks = [context.mask for context in branches]
+    if any(mask is None for mask in masks):
+        return None
+    return torch.cat([mask for mask in masks if mask is not None])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import math
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ffmpeg
 import imageio_ffmpeg
@@ -15,7 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from megatron_nuwa.errors import UserError
 
-_ENCODE_SECONDS = 120
+_FFMPEG_SECONDS = 120
+_PAUSE_MILLISECONDS = 600
+# Above it, a page of lossless clips would become too heavy.
+_LARGEST_LOSSLESS_SIDE = 128
 
 
 def write_png(path: Path, frame: np.ndarray, origin: Mapping[str, object]) -> None:
@@ -62,18 +69,114 @@ def write_mp4(
         movflags="+faststart",
         metadata=f"comment={json.dumps(dict(origin))}",
     )
-    command = stream.global_args("-nostdin", "-v", "error").compile(
-        cmd=imageio_ffmpeg.get_ffmpeg_exe(), overwrite_output=True
-    )
-    done = subprocess.run(
-        command, input=frames.tobytes(), capture_output=True, timeout=_ENCODE_SECONDS, check=False
-    )
+    done = _run_ffmpeg(stream, frames.tobytes())
     if done.returncode:
         path.unlink(missing_ok=True)
-        reason = done.stderr.decode(errors="replace").strip().splitlines()
-        raise UserError(f"ffmpeg could not write {path}: {reason[-1] if reason else 'no reason'}")
+        raise UserError(f"ffmpeg could not write {path}: {_complaint(done)}")
+
+
+def read_clip(
+    path: Path, frames: int, frames_per_second: float, size: tuple[int, int]
+) -> np.ndarray:
+    """The frames shown at `k / frames_per_second` seconds: uint8 (frames, rows, columns, 3).
+
+    Scaled to `size` (rows, columns) and centre-cropped. Raises `UserError` naming the file where it
+    cannot be decoded or has too few frames.
+    """
+    rows, columns = size
+    # The name is given as a file, so that none can be taken for another protocol.
+    stream = ffmpeg.input(f"file:{path}", protocol_whitelist="file,pipe").video
+    stream = stream.filter("fps", fps=frames_per_second, round="up", start_time=0)
+    stream = stream.filter(
+        "scale", columns, rows, force_original_aspect_ratio="increase", flags="bicubic"
+    ).filter("crop", columns, rows)
+    stream = stream.output(
+        "pipe:", format="rawvideo", pix_fmt="rgb24", frames=frames, fps_mode="passthrough"
+    )
+    done = _run_ffmpeg(stream, b"")
+    if done.returncode:
+        raise UserError(f"{path.name} cannot be decoded as a video: {_complaint(done)}")
+    found = np.frombuffer(done.stdout, np.uint8).reshape(-1, rows, columns, 3)
+    if len(found) < frames:
+        raise UserError(
+            f"{path.name} has {len(found)} frames at {frames_per_second:g} a second, and {frames} "
+            "are needed"
+        )
+    return found
 
 
 def contact_sheet(clips: np.ndarray) -> np.ndarray:
-    """uint8 (clips, frames, rows, columns, 3) → one picture: a row a clip, a column a frame."""
+    """uint8 (clips, frames, rows, columns, 3) → one picture: a row a clip, a column a frame.
+
+    Images, clips of one frame, stand in as many columns as rows.
+    """
+    count, frames, *shape = clips.shape
+    if frames == 1:
+        side = math.ceil(math.sqrt(count))
+        rows = math.ceil(count / side)
+        cells = np.full((rows * side, *shape), 255, np.uint8)
+        cells[:count] = clips[:, 0]
+        clips = cells.reshape(rows, side, *shape)
     return np.concatenate([np.concatenate(list(clip), axis=1) for clip in clips], axis=0)
+
+
+def still(frame: np.ndarray, lossless: bool = True) -> str:
+    """A data address of a picture, uint8 (rows, columns, 3): a PNG, or else a smaller WebP."""
+    buffer = io.BytesIO()
+    if not lossless:
+        Image.fromarray(frame).save(buffer, "WEBP", quality=90)
+        return _address("image/webp", buffer.getvalue())
+    Image.fromarray(frame).save(buffer, "PNG", optimize=True)
+    return _address("image/png", buffer.getvalue())
+
+
+def animation(frames: np.ndarray, frames_per_second: float, lossless: bool = True) -> str:
+    """A data address of an endless WebP; `frames` is uint8 (frames, rows, columns, 3).
+
+    The last frame stays a moment longer, so that the eye sees where a clip begins again.
+    """
+    durations = [round(1000 / frames_per_second)] * len(frames)
+    durations[-1] += _PAUSE_MILLISECONDS
+    first, *rest = [Image.fromarray(frame) for frame in frames]
+    buffer = io.BytesIO()
+    first.save(
+        buffer,
+        "WEBP",
+        save_all=True,
+        append_images=rest,
+        duration=durations,
+        loop=0,
+        lossless=lossless,
+        quality=90,
+    )
+    return _address("image/webp", buffer.getvalue())
+
+
+def address(frames: np.ndarray, frames_per_second: float, lossless: bool | None = None) -> str:
+    """`still` of an image, `animation` of a clip; large ones lose a little unless told not to."""
+    if lossless is None:
+        lossless = frames.shape[1] <= _LARGEST_LOSSLESS_SIDE
+    if len(frames) == 1:
+        return still(frames[0], lossless)
+    return animation(frames, frames_per_second, lossless)
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _run_ffmpeg(stream: Any, content: bytes) -> subprocess.CompletedProcess[bytes]:
+    command = stream.global_args("-nostdin", "-v", "error", "-xerror").compile(
+        cmd=imageio_ffmpeg.get_ffmpeg_exe(), overwrite_output=True
+    )
+    try:
+        return subprocess.run(
+            command, input=content, capture_output=True, timeout=_FFMPEG_SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"ffmpeg took longer than {_FFMPEG_SECONDS} s") from error
+
+
+def _complaint(done: subprocess.CompletedProcess[bytes]) -> str:
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    return said[-1] if said else "it gave no reason"

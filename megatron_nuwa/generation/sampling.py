@@ -1,40 +1,20 @@
-"""Choosing tokens: temperature, top-k, top-p, classifier-free guidance, a seed a sample."""
+"""Generation of tokens: any set of cells given, a seed a sample, a frame or a token at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_nuwa.generation.decoding import CachedDecoder
+from megatron_nuwa.generation.drawing import SamplingSettings, draw, guided, uniform_numbers
+from megatron_nuwa.generation.graph import StepGraph
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa
 
-
-@dataclass(frozen=True)
-class SamplingSettings:
-    """How a token is drawn from its logits.
-
-    `guidance` g mixes `u + g·(c − u)` from the logits with (c) and without (u) the text; 1 is
-    plain sampling. `temperature` 0 takes the most likely token.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, fits, wanted in (
-            ("temperature", self.temperature >= 0, "0 or more"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("guidance", self.guidance >= 0, "0 or more"),
-        ):
-            if not fits:
-                raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
+OnToken = Callable[[], object]
+OnFrame = Callable[[int, Tensor], object]
 
 
 @torch.no_grad()
@@ -48,78 +28,125 @@ def generate_tokens(
     *,
     known: Tensor | None = None,
     is_known: Tensor | None = None,
-    on_token: Callable[[], object] | None = None,
+    first_cell: int = 0,
+    frames: int | None = None,
+    on_token: OnToken | None = None,
+    on_frame: OnFrame | None = None,
 ) -> Tensor:
-    """Tokens int64 (batch, grid cells), cell by cell in generation order.
+    """Tokens int64 (batch, grid cells) in generation order, or those of the first `frames` frames.
+
+    A sample depends on its own seed, context and given cells alone: its tokens are the same, bit
+    for bit, in a batch of any size and at any place of it. That is promised on the same machine
+    with the same dtype and the same number of threads; on a GPU, for batches of up to 16 rows (8
+    with guidance), beyond which the matrix library may choose other kernels.
 
     Args:
         context, without_text: the encoder's input with the text, and with "None" in its place;
             the second is read only when guidance differs from 1.
-        seeds: one a sample; a sample depends on its own seed alone, not on its neighbours.
-        known: int64 (batch, grid cells) tokens that are given; those where `is_known`
-            (bool, grid cells) is True are kept as they are.
+        seeds: one a sample.
+        known: int64 (batch, grid cells) tokens that are given; those where `is_known` (bool,
+            (grid cells,) or (batch, grid cells)) is True are kept as they are. Runs of cells that
+            are known in all rows are taken in as blocks.
+        first_cell: the place of cell 0 in the seeds' streams of random numbers, for windows of
+            something longer.
+        frames: how many frames of the grid to make; all when left out.
         on_token: called after every cell, for a progress bar.
+        on_frame: called with a frame's number and its tokens (batch, h · w) when it is complete.
     """
     batch = len(seeds)
     if context.tokens.shape[0] != batch:
         raise ValueError(
             f"seeds must hold one a sample: {context.tokens.shape[0]} samples, {batch} seeds"
         )
-    if (known is None) != (is_known is None):
+    given = _checked(known, is_known, batch, grid, context.tokens.device)
+    branches = [context] if settings.guidance == 1 else [context, without_text]
+    decoder = CachedDecoder(model, branches, grid)
+    uniforms = uniform_numbers(seeds, first_cell, grid.cells)
+    sampler = Sampler(decoder, settings, uniforms, given)
+    frame = grid.h * grid.w
+    last = grid.cells if frames is None else min(frames, grid.s) * frame
+    for first, stop in sampler.run(last):
+        for cell in range(first, stop):
+            if on_token is not None:
+                on_token()
+            if on_frame is not None and (cell + 1) % frame == 0:
+                on_frame(cell // frame, decoder.tokens(cell + 1 - frame, cell + 1).clone())
+    return decoder.tokens(0, last).clone()
+
+
+class Sampler:
+    """Draws the cells of a decoder one after another, around those that are given."""
+
+    def __init__(
+        self,
+        decoder: CachedDecoder,
+        settings: SamplingSettings,
+        uniforms: Tensor,
+        given: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """`uniforms` (batch, cells) in [0, 1); `given` is (tokens, whether known), alike."""
+        self._decoder, self._settings = decoder, settings
+        self._uniforms = uniforms.to(decoder.device)
+        self._given = given
+        self._all_known = torch.zeros(decoder.grid.cells, dtype=torch.bool)
+        self._mixed = False
+        if given is not None:
+            tokens, is_known = given
+            decoder.write(0, tokens)
+            self._all_known = is_known.all(0).cpu()
+            self._mixed = bool((is_known.any(0).cpu() != self._all_known).any())
+
+    def run(self, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Fill the cells before `stop`; yields (first, stop) of those that are done since."""
+        on_gpu = self._decoder.device.type == "cuda"
+        step = StepGraph(self._decoder, self.step).run if on_gpu else self.step
+        all_known = self._all_known[:stop].tolist()
+        for first, end, known in _runs(all_known, self._decoder.grid):
+            if known:
+                self._decoder.skip(end - first)
+                yield first, end
+                continue
+            for cell in range(first, end):
+                step()
+                yield cell, cell + 1
+
+    def step(self) -> None:
+        """Draw the next cell in every row that does not know it."""
+        decoder = self._decoder
+        logits = guided(decoder.logits(), self._settings.guidance)
+        tokens = draw(logits, self._settings, decoder.here(self._uniforms))
+        if self._mixed:
+            assert self._given is not None
+            known, is_known = (decoder.here(cells) for cells in self._given)
+            tokens = torch.where(is_known, known, tokens)
+        decoder.append(tokens)
+
+
+def _checked(
+    known: Tensor | None, is_known: Tensor | None, batch: int, grid: Grid, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Tokens and whether they are known, both (batch, cells), on the device."""
+    if known is None and is_known is None:
+        return None
+    if known is None or is_known is None:
         raise ValueError("known and is_known must be given together")
-    guided = settings.guidance != 1
-    decoder = CachedDecoder(model, _joined(context, without_text) if guided else context, grid)
-    device = context.tokens.device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    tokens = torch.zeros(batch, grid.cells, dtype=torch.int64, device=device)
-    kept = [False] * grid.cells if is_known is None else is_known.tolist()
-    previous: Tensor | None = None
-    for n in range(grid.cells):
-        logits = decoder.step(previous).float()
-        if kept[n]:
-            assert known is not None
-            tokens[:, n] = known[:, n]
-        else:
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = unconditional + settings.guidance * (conditional - unconditional)
-            tokens[:, n] = draw(logits, settings, generators)
-        previous = tokens[:, n].repeat(2) if guided else tokens[:, n]
-        if on_token is not None:
-            on_token()
-    return tokens
+    shape = (batch, grid.cells)
+    if tuple(known.shape) != shape:
+        raise ValueError(f"known must be (batch, cells) {shape}, not {tuple(known.shape)}")
+    if is_known.dtype != torch.bool or tuple(is_known.shape) not in (shape, shape[1:]):
+        raise ValueError(
+            f"is_known must be bool (cells,) or (batch, cells) {shape}, not {is_known.dtype} "
+            f"{tuple(is_known.shape)}"
+        )
+    # What is not known may hold anything, and would be looked up while it waits for its turn.
+    is_known = is_known.to(device).expand(shape)
+    return known.to(device).masked_fill(~is_known, 0), is_known.contiguous()
 
 
-def draw(
-    logits: Tensor, settings: SamplingSettings, generators: Sequence[torch.Generator]
-) -> Tensor:
-    """One token a row of `logits` (batch, codebook size), each row by its own generator."""
-    if settings.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = filtered(logits / settings.temperature, settings).softmax(-1).cpu()
-    rows = [
-        torch.multinomial(row, 1, generator=generator)
-        for row, generator in zip(probabilities, generators, strict=True)
-    ]
-    return torch.cat(rows).to(logits.device)
-
-
-def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Logits with -inf outside the top k, and outside the smallest set of mass top p."""
-    if settings.top_k is not None and settings.top_k < logits.shape[-1]:
-        threshold = logits.topk(settings.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
-    if settings.top_p is not None and settings.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        mass = ordered.softmax(-1)
-        # A token stays while the mass before it is below p, so the likeliest always stays.
-        outside = mass.cumsum(-1) - mass >= settings.top_p
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
-    return logits
-
-
-def _joined(first: Context, second: Context) -> Context:
-    mask = None
-    if first.mask is not None and second.mask is not None:
-        mask = torch.cat([first.mask, second.mask])
-    return Context(first.kind, torch.cat([first.tokens, second.tokens]), first.grid, mask)
+def _runs(all_known: list[bool], grid: Grid) -> Iterator[tuple[int, int, bool]]:
+    """(first, stop, whether known) of the longest runs of one kind, cut where frames end."""
+    frame, first, cells = grid.h * grid.w, 0, len(all_known)
+    for cell in range(1, cells + 1):
+        if cell == cells or cell % frame == 0 or all_known[cell] != all_known[first]:
+            yield first, cell, all_known[first]
+            first = cell

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,29 @@ from torch import Tensor
 
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer, text_mask
-from megatron_nuwa.generation.sampling import SamplingSettings, generate_tokens
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.sampling import (
+    OnFrame,
+    OnToken,
+    SamplingSettings,
+    generate_tokens,
+)
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa
+from megatron_nuwa.models.segmentation import one_hot
 from megatron_nuwa.models.vqgan import Vqgan
 from megatron_nuwa.training.trained_model import open_trained
 
 _DEFAULT_FRAMES_PER_SECOND = 2.5
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """Which weights a picture is from: where they lay, their last step, their file's sha256."""
+
+    path: Path
+    step: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,16 @@ class Generator:
     image_grid: Grid
     clip_grid: Grid
     frames_per_second: float
+    # None for a model that reads no sketches.
+    sketch_vqgan: Vqgan | None = None
+    # None for a model in training.
+    checkpoint: CheckpointFacts | None = None
+
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Rows and columns of pixels of what it writes."""
+        factor = self.vqgan.config.downsampling
+        return self.image_grid.h * factor, self.image_grid.w * factor
 
     @property
     def device(self) -> torch.device:
@@ -44,6 +70,31 @@ class Generator:
         tokens = torch.from_numpy(ids)
         return Context("text", tokens.to(self.device), TEXT_GRID, mask.to(self.device))
 
+    def sketch_context(self, maps: np.ndarray) -> Context:
+        """The encoder's input for sketches, class numbers (batch, frames, rows, columns).
+
+        Raises `UserError` for another size than the sketch tokenizer's and for unknown classes.
+        """
+        assert self.sketch_vqgan is not None
+        config = self.sketch_vqgan.config
+        assert config.classes is not None
+        side = config.image_size
+        if maps.shape[2:] != (side, side):
+            raise UserError(
+                f"the sketch is {maps.shape[3]} × {maps.shape[2]} pixels, and the model's sketches "
+                f"are {side} × {side}"
+            )
+        if not 0 <= int(maps.min()) <= int(maps.max()) < config.classes:
+            raise UserError(
+                f"the sketch has class {int(maps.max())}, and the model knows the classes 0 to "
+                f"{config.classes - 1}"
+            )
+        flat = torch.from_numpy(maps.reshape(-1, side, side).astype(np.int64)).to(self.device)
+        with torch.no_grad():
+            tokens = self.sketch_vqgan.encode(one_hot(flat, config.classes))
+        grid = Grid(config.grid_side, config.grid_side, maps.shape[1])
+        return Context("sketch", tokens.view(len(maps), grid.cells), grid)
+
     def generate(
         self,
         prompts: Sequence[str],
@@ -53,7 +104,8 @@ class Generator:
         *,
         known: Tensor | None = None,
         is_known: Tensor | None = None,
-        on_token: Callable[[], object] | None = None,
+        on_token: OnToken | None = None,
+        on_frame: OnFrame | None = None,
     ) -> Tensor:
         """Tokens int64 (batch, grid cells) for prompts; see `generate_tokens`."""
         return generate_tokens(
@@ -66,6 +118,7 @@ class Generator:
             known=known,
             is_known=is_known,
             on_token=on_token,
+            on_frame=on_frame,
         )
 
     def encode_frames(self, frames: np.ndarray) -> Tensor:
@@ -91,12 +144,18 @@ def open_generator(path: Path, field: str, device: torch.device | None = None) -
     trained = open_trained(path, field, full_precision=False)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rates = trained.facts.frames_per_second.values()
-    return make_generator(
+    generator = make_generator(
         trained.nuwa().to(device),
         trained.vqgan().to(device),
         trained.bpe(),
         [Grid(*grid) for grid in trained.facts.grids.values()],
         next((rate for rate in rates if rate), None),
+    )
+    sketch_vqgan = trained.sketch_vqgan()
+    return replace(
+        generator,
+        sketch_vqgan=None if sketch_vqgan is None else sketch_vqgan.to(device),
+        checkpoint=CheckpointFacts(trained.origin, trained.facts.step, trained.weights_sha256),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_nuwa.grid import Extent, Grid
 from megatron_nuwa.models.lines import line_attention, line_table
 from megatron_nuwa.ops import nearby_attention
+from megatron_nuwa.ops.decode import CellLists
 from megatron_nuwa.ops.tables import Geometry, key_table
 
 AttentionKind = Literal["nearby", "full", "block_sparse", "axial"]
@@ -37,8 +38,8 @@ class Pattern(ABC):
         """(batch, tokens, heads, head_dim) each → like `query`; zeros for one without keys."""
 
     @abstractmethod
-    def keys_seen(self, geometry: Geometry, device: torch.device) -> list[Tensor] | list[slice]:
-        """For every query what to take from a cache of all keys, in generation order."""
+    def lists(self, geometry: Geometry) -> CellLists:
+        """What each query takes from a cache while decoding."""
 
     @abstractmethod
     def pairs(self, geometry: Geometry) -> int:
@@ -72,13 +73,8 @@ class Nearby(Pattern):
             context_mask=context_mask,
         )
 
-    def keys_seen(self, geometry: Geometry, device: torch.device) -> list[Tensor] | list[slice]:
-        cells, geometry = geometry.grid.cells, self.window(geometry)
-        if geometry.sees_everything:
-            # Slices copy nothing.
-            return [slice(0, n + 1) if geometry.causal else slice(None) for n in range(cells)]
-        table = key_table(geometry, device)
-        return [index[valid] for index, valid in zip(table.index, table.valid, strict=True)]
+    def lists(self, geometry: Geometry) -> CellLists:
+        return CellLists.nearby(self.window(geometry))
 
     def pairs(self, geometry: Geometry) -> int:
         cells, geometry = geometry.grid.cells, self.window(geometry)
@@ -115,10 +111,10 @@ class _Lines(Pattern):
         sides = self._checked_sides(geometry)
         return line_attention(query, key, value, sides, geometry.causal, context_mask)
 
-    def keys_seen(self, geometry: Geometry, device: torch.device) -> list[Tensor] | list[slice]:
+    def lists(self, geometry: Geometry) -> CellLists:
         cells, sides = geometry.grid.cells, self._checked_sides(geometry)
-        table = line_table(sides, cells, geometry.causal, device)
-        return [table.keys_of(n) for n in range(cells)]
+        table = line_table(sides, cells, geometry.causal, torch.device("cpu"))
+        return CellLists(table.neighbours(cells), cells)
 
     def pairs(self, geometry: Geometry) -> int:
         sides = self._checked_sides(geometry)

@@ -7,10 +7,10 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_nuwa.grid import Extent, Grid
+from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.attention import Pattern
 from megatron_nuwa.models.layers import cross_pattern
-from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.models.nuwa import ContextKind, NuwaConfig
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
 from megatron_nuwa.ops.tables import Geometry
 
@@ -22,16 +22,16 @@ def unit_names(config: NuwaConfig) -> list[str]:
     return ["embedding", *encoder, "encoder_norm", *decoder, "head"]
 
 
-def unit_flops(
-    config: NuwaConfig, context_grid: Grid, context_extent: Extent, grid: Grid
-) -> list[int]:
+def unit_flops(config: NuwaConfig, kind: ContextKind, context_grid: Grid, grid: Grid) -> list[int]:
     """FLOPs of one forward pass of one sample, a unit of `unit_names` each.
 
+    `kind` and `context_grid` are those of what the encoder reads, `grid` is the target's.
     Norms, softmax and look-ups are left out, so `encoder_norm` is 0. A tied head's table is
     computed once a micro-batch, not once a sample, and left out too.
     """
     width, inner = config.width, int(config.width * config.feed_forward_ratio)
     tokens, context_tokens = grid.cells, context_grid.cells
+    context_extent = config.context_extent(kind, context_grid)
 
     def attention(geometry: Geometry, pattern: Pattern) -> int:
         queries, keys = geometry.grid.cells, geometry.context_grid.cells
@@ -49,9 +49,10 @@ def unit_flops(
         + attention(across, cross_pattern(looks_back))
         + feed_forward * tokens
     )
-    projection = 2 * config.code_dim * width if config.visual_embedding == "codebook" else 0
+    looked_up = {"text": 0, "visual": config.code_dim, "sketch": config.sketch_code_dim}[kind]
+    projected = config.code_dim * tokens + looked_up * context_tokens
     return [
-        projection * tokens,
+        2 * width * projected if config.visual_embedding == "codebook" else 0,
         *[encoder] * config.encoder_layers,
         0,
         *[decoder] * config.decoder_layers,
@@ -59,18 +60,14 @@ def unit_flops(
     ]
 
 
-def forward_flops(
-    config: NuwaConfig, context_grid: Grid, context_extent: Extent, grid: Grid
-) -> int:
+def forward_flops(config: NuwaConfig, kind: ContextKind, context_grid: Grid, grid: Grid) -> int:
     """FLOPs of one forward pass of one sample; norms, softmax and look-ups are left out."""
-    return sum(unit_flops(config, context_grid, context_extent, grid))
+    return sum(unit_flops(config, kind, context_grid, grid))
 
 
-def training_flops(
-    config: NuwaConfig, context_grid: Grid, context_extent: Extent, grid: Grid
-) -> int:
+def training_flops(config: NuwaConfig, kind: ContextKind, context_grid: Grid, grid: Grid) -> int:
     """FLOPs of forward and backward; recomputed activations are not counted (the MFU habit)."""
-    return 3 * forward_flops(config, context_grid, context_extent, grid)
+    return 3 * forward_flops(config, kind, context_grid, grid)
 
 
 def encoding_flops(config: VqganConfig) -> int:

@@ -117,12 +117,15 @@ class DecoderLayer(nn.Module):
         look_back: Callable[[Tensor], Tensor],
         look_across: Callable[[Tensor], Tensor],
         look_both: Callable[[Tensor], Tensor] | None = None,
+        feed_forward: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Norms and residuals around two attentions, each a function of a normalised input.
 
         Training attends over the whole grid and decoding over a cache; both come through here.
-        `look_both` is the sum of the two, where it is cheaper at once.
+        `look_both` is the sum of the two, where it is cheaper at once; `feed_forward` stands in
+        for the layer's own.
         """
+        feed_forward = feed_forward or self.feed_forward
         look_both = look_both or (lambda h: look_back(h) + look_across(h))
         if self.norm_position == "pre":
             h = self.attention_norm(x)
@@ -131,10 +134,10 @@ class DecoderLayer(nn.Module):
             else:
                 x = x + self.dropout(look_back(h))
                 x = x + self.dropout(look_across(self.cross_norm(x)))
-            return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            return x + self.dropout(feed_forward(self.feed_forward_norm(x)))
         if self.cross_norm is None:
             x = self.attention_norm(x + self.dropout(look_both(x)))
         else:
             x = self.attention_norm(x + self.dropout(look_back(x)))
             x = self.cross_norm(x + self.dropout(look_across(x)))
-        return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return self.feed_forward_norm(x + self.dropout(feed_forward(x)))

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_nuwa.ops.tables import NeighbourTable, table_of_pairs
+
 
 @dataclass(frozen=True)
 class LineTable:
@@ -28,9 +30,12 @@ class LineTable:
     index: Tensor
     visible: Tensor
 
-    def keys_of(self, cell: int) -> Tensor:
-        """The cells that one cell sees, in ascending order."""
-        return self.index[cell][self.visible[cell]].sort().values
+    def neighbours(self, cells: int) -> NeighbourTable:
+        """The cells that each of the first `cells` sees, in ascending order."""
+        row = self.visible.nonzero()[:, 0]
+        neighbour = self.index[self.visible]
+        order = torch.argsort(row * len(self.index) + neighbour)
+        return table_of_pairs(row[order], neighbour[order], cells)
 
 
 @lru_cache(maxsize=64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,10 @@ from megatron_nuwa.models.layers import CrossAttention, DecoderLayer, EncoderLay
 from megatron_nuwa.ops.tables import Geometry
 
 Widths = tuple[int | None, int | None, int | None]
+ContextKind = Literal["text", "visual", "sketch"]
+_READ_IN_TRAINING: tuple[ContextKind, ...] = ("text", "sketch")
+# Fields that came later: runs of models without sketches began before there were any.
+_SKETCH_FIELDS = {"sketch_codebook_size", "sketch_code_dim"}
 
 
 class NuwaConfig(Settings):
@@ -33,7 +37,11 @@ class NuwaConfig(Settings):
 
     codebook_size: int = Field(12_288, ge=2, le=65_536)
     code_dim: int = Field(256, ge=1)
+    # The codes of VQ-GAN-Seg; null for a model that knows no sketches and has no weights for them.
+    sketch_codebook_size: int | None = Field(None, ge=2, le=65_536)
+    sketch_code_dim: int = Field(256, ge=1)
     # "codebook": codes of the VQ-GAN, projected to the width; "direct": a table of that width.
+    # This and `train_codebook` hold for pictures and sketches alike.
     visual_embedding: Literal["codebook", "direct"] = "codebook"
     train_codebook: bool = True
     tie_head: bool = False
@@ -71,6 +79,11 @@ class NuwaConfig(Settings):
             Extent.from_reading(getattr(self, name), self.extent_reading)
         return self
 
+    def description(self) -> dict[str, Any]:
+        """The settings as plain values, the same ones for the same model in later versions, too."""
+        knows_sketches = self.sketch_codebook_size is not None
+        return self.model_dump(mode="json", exclude=None if knows_sketches else _SKETCH_FIELDS)
+
     @property
     def encoder_pattern(self) -> Pattern:
         """Who sees whom in the encoder."""
@@ -91,18 +104,30 @@ class NuwaConfig(Settings):
         widths = self.image_extent if grid.s == 1 else self.video_extent
         return Extent.from_reading(widths, self.extent_reading)
 
+    def context_extent(self, kind: ContextKind, grid: Grid) -> Extent:
+        """Window of a context; sketches have that of what they are sketches of."""
+        if kind == "text":
+            return Extent.from_reading(self.text_extent, self.extent_reading)
+        return self.visual_extent(grid)
+
 
 @dataclass(frozen=True)
 class Context:
     """What the encoder reads.
 
-    `tokens` int64 (batch, grid cells); `mask` bool of the same shape, False = padding.
+    `tokens` int64 (batch, grid cells): words, codes of the VQ-GAN, or codes of VQ-GAN-Seg; `mask`
+    bool of the same shape, False = padding.
     """
 
-    kind: Literal["text", "visual"]
+    kind: ContextKind
     tokens: Tensor
     grid: Grid
     mask: Tensor | None = None
+
+    def to(self, device: torch.device) -> Context:
+        """The same on another device."""
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(self, tokens=self.tokens.to(device), mask=mask)
 
 
 class PositionEmbedding(nn.Module):
@@ -126,16 +151,14 @@ class PositionEmbedding(nn.Module):
 
 
 class VisualEmbedding(nn.Module):
-    """Vectors of visual tokens: the VQ-GAN's codebook and a projection, or a plain table."""
+    """Vectors of a VQ-GAN's tokens: its codebook and a projection, or a plain table."""
 
-    def __init__(self, config: NuwaConfig) -> None:
+    def __init__(self, config: NuwaConfig, codebook_size: int, code_dim: int) -> None:
         super().__init__()
         projected = config.visual_embedding == "codebook"
-        self.codes = nn.Embedding(
-            config.codebook_size, config.code_dim if projected else config.width
-        )
+        self.codes = nn.Embedding(codebook_size, code_dim if projected else config.width)
         self.projection = (
-            nn.Linear(config.code_dim, config.width, bias=False) if projected else nn.Identity()
+            nn.Linear(code_dim, config.width, bias=False) if projected else nn.Identity()
         )
         self.codes.weight.requires_grad_(config.train_codebook)
 
@@ -162,7 +185,7 @@ class Begin(nn.Module):
 
 
 class Nuwa(nn.Module):
-    """Encoder over a text or a visual grid, causal decoder over a visual grid.
+    """Encoder over a text, a visual or a sketch's grid, causal decoder over a visual grid.
 
     It knows nothing of processes: `parallel/` swaps layers of its own for `embedding_output`
     (where tokens would be spread), the layers, the tables, the head and `cross_entropy`.
@@ -175,7 +198,12 @@ class Nuwa(nn.Module):
         largest = Grid(*config.position_grid)
         self.text_embedding = nn.Embedding(config.text_vocabulary, width)
         self.text_positions = PositionEmbedding(config.text_grid, width)
-        self.visual_embedding = VisualEmbedding(config)
+        self.visual_embedding = VisualEmbedding(config, config.codebook_size, config.code_dim)
+        self.sketch_embedding = (
+            None
+            if config.sketch_codebook_size is None
+            else VisualEmbedding(config, config.sketch_codebook_size, config.sketch_code_dim)
+        )
         self.context_positions = PositionEmbedding(largest, width)
         self.target_positions = PositionEmbedding(largest, width)
         self.begin = Begin(width)
@@ -229,11 +257,16 @@ class Nuwa(nn.Module):
         return self.encoder_norm(x)
 
     def embed_context(self, context: Context) -> Tensor:
-        """Encoder input (batch, context cells, width)."""
-        if context.kind == "text":
-            x = self.text_embedding(context.tokens) + self.text_positions(context.grid)
-        else:
-            x = self.visual_embedding(context.tokens) + self.context_positions(context.grid)
+        """Encoder input (batch, context cells, width); `ValueError` for an unknown kind of it."""
+        x = self._vectors(context)
+        if self.sketch_embedding is not None and torch.is_grad_enabled():
+            # Every weight must get a gradient in every micro-batch: to that of one that has none in
+            # a step's first, DeepSpeed's ZeRO 3 (0.19.8) adds the step before's, and where one has
+            # none in the last, its offloading takes the step before's.
+            token = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+            for kind in _READ_IN_TRAINING:
+                if kind != context.kind:
+                    x = x + 0 * self._vectors(Context(kind, token, Grid(1, 1, 1)))
         return self.embedding_output(x)
 
     def embed_target(self, target: Tensor, grid: Grid) -> Tensor:
@@ -248,27 +281,29 @@ class Nuwa(nn.Module):
 
     def encoder_geometry(self, context: Context) -> Geometry:
         """Who sees whom in the encoder."""
-        return Geometry(context.grid, context.grid, self._context_extent(context), False)
+        extent = self.config.context_extent(context.kind, context.grid)
+        return Geometry(context.grid, context.grid, extent, False)
 
     def decoder_geometries(self, grid: Grid, context: Context) -> tuple[Geometry, Geometry]:
         """Who sees whom in the decoder's self-attention and in its cross-attention."""
         own = Geometry(grid, grid, self.config.visual_extent(grid), True)
-        return own, Geometry(grid, context.grid, self._context_extent(context), False)
+        extent = self.config.context_extent(context.kind, context.grid)
+        return own, Geometry(grid, context.grid, extent, False)
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters of the transformer with its visual embedding, text table, head, and total.
 
-        Of a model that is whole; a split one counts what lies here.
+        A model that reads sketches counts their embedding apart, as `sketch_embedding`. Of a model
+        that is whole; a split one counts what lies here.
         """
         total = sum(p.numel() for p in self.parameters())
-        text = self.text_embedding.weight.numel()
-        head = 0 if self.head is None else self.head.weight.numel()
-        return {
-            "transformer": total - text - head,
-            "text_table": text,
-            "head": head,
-            "total": total,
+        parts = {
+            "text_table": self.text_embedding.weight.numel(),
+            "head": 0 if self.head is None else self.head.weight.numel(),
         }
+        if self.sketch_embedding is not None:
+            parts["sketch_embedding"] = sum(p.numel() for p in self.sketch_embedding.parameters())
+        return {"transformer": total - sum(parts.values()), **parts, "total": total}
 
     def initialise(self, seed: int) -> None:
         """Draw every weight that is not on the meta device anew."""
@@ -278,13 +313,27 @@ class Nuwa(nn.Module):
     def use_codebook(self, codebook: Tensor) -> None:
         """Start the visual embedding from a VQ-GAN's codes, (codebook size, code dim)."""
         expected = (self.config.codebook_size, self.config.code_dim)
-        if tuple(codebook.shape) != expected:
-            raise ValueError(
-                f"codebook must be {expected} for this model, not {tuple(codebook.shape)}"
-            )
+        _check_codebook(codebook, expected, "codebook")
         assign(self.visual_embedding.codes.weight, codebook)
 
-    def _context_extent(self, context: Context) -> Extent:
+    def use_sketch_codebook(self, codebook: Tensor) -> None:
+        """Start the sketch embedding from VQ-GAN-Seg's codes, (codebook size, code dim)."""
+        size = self.config.sketch_codebook_size
+        if self.sketch_embedding is None or size is None:
+            raise ValueError("the model reads no sketches: model.sketch_codebook_size is null")
+        _check_codebook(codebook, (size, self.config.sketch_code_dim), "sketch codebook")
+        assign(self.sketch_embedding.codes.weight, codebook)
+
+    def _vectors(self, context: Context) -> Tensor:
         if context.kind == "text":
-            return Extent.from_reading(self.config.text_extent, self.config.extent_reading)
-        return self.config.visual_extent(context.grid)
+            return self.text_embedding(context.tokens) + self.text_positions(context.grid)
+        table = self.visual_embedding if context.kind == "visual" else self.sketch_embedding
+        if table is None:
+            raise ValueError("the model reads no sketches: model.sketch_codebook_size is null")
+        vectors: Tensor = table(context.tokens)
+        return vectors + self.context_positions(context.grid)
+
+
+def _check_codebook(codebook: Tensor, expected: tuple[int, int], name: str) -> None:
+    if tuple(codebook.shape) != expected:
+        raise ValueError(f"{name} must be {expected} for this model, not {tuple(codebook.shape)}")

@@ -71,7 +71,7 @@ def walk(
     output = torch.empty_like(query)
     log_sum = query.new_empty(batch, heads, tokens, dtype=torch.float32)
     operators("cpu").cpu_forward(
-        query, key, value, _contiguous(mask), output, log_sum, table, scale, _instruction_number()
+        query, key, value, _contiguous(mask), output, log_sum, table, scale, instruction_number()
     )
     return output[..., :size], log_sum
 
@@ -103,7 +103,7 @@ def backward(
         block_table(geometry, mirrored=False),
         block_table(geometry, mirrored=True),
         scale,
-        _instruction_number(),
+        instruction_number(),
     )
     grad_query, grad_key, grad_value = (gradient[..., :size] for gradient in gradients)
     return grad_query, grad_key, grad_value
@@ -121,5 +121,6 @@ def _contiguous(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.contiguous()
 
 
-def _instruction_number() -> int:
+def instruction_number() -> int:
+    """The kernels' own number of the instruction set in use."""
     return INSTRUCTION_SETS.index(instruction_set())

@@ -80,7 +80,7 @@ def query_table(geometry: Geometry, device: torch.device) -> NeighbourTable:
     queries = torch.arange(table.index.shape[0]).unsqueeze(1).expand_as(table.index)
     query, key = queries[table.valid], table.index[table.valid]
     order = torch.argsort(key, stable=True)
-    return _from_pairs(key[order], query[order], geometry.context_grid.cells).to(device)
+    return table_of_pairs(key[order], query[order], geometry.context_grid.cells).to(device)
 
 
 @lru_cache(maxsize=_CACHED_GEOMETRIES)
@@ -94,7 +94,7 @@ def dense_mask(geometry: Geometry, device: torch.device) -> Tensor:
 
 
 def _build_key_table(geometry: Geometry) -> NeighbourTable:
-    return _from_pairs(*build_pairs(geometry), geometry.grid.cells)
+    return table_of_pairs(*build_pairs(geometry), geometry.grid.cells)
 
 
 def build_pairs(geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,8 @@ def _axis_window(side: int, context_side: int, width: int | None) -> Tensor:
     return place.masked_fill(place >= context_side, -1).clamp(min=-1)
 
 
-def _from_pairs(row: Tensor, neighbour: Tensor, rows: int) -> NeighbourTable:
-    """Pad sorted (row, neighbour) pairs into a table."""
+def table_of_pairs(row: Tensor, neighbour: Tensor, rows: int) -> NeighbourTable:
+    """A table of (row, neighbour) pairs, sorted by row and then by neighbour."""
     counts = torch.bincount(row, minlength=rows)
     starts = torch.cumsum(counts, 0) - counts
     slot = torch.arange(len(row)) - starts[row]

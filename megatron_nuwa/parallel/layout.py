@@ -218,9 +218,10 @@ def _tensor_problem(tensor: int, sequence_parallel: bool, model: NuwaConfig) -> 
             f"the feed-forward's width {inner} (model.width × model.feed_forward_ratio) does not "
             f"divide by parallel.tensor {tensor}"
         )
-    for field in ("codebook_size", "text_vocabulary"):
-        if getattr(model, field) < tensor:
-            return f"model.{field} {getattr(model, field)} is less than parallel.tensor {tensor}"
+    for field in ("codebook_size", "text_vocabulary", "sketch_codebook_size"):
+        size: int | None = getattr(model, field)
+        if size is not None and size < tensor:
+            return f"model.{field} {size} is less than parallel.tensor {tensor}"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch._dynamo
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import (
 
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import unit_names
-from megatron_nuwa.models.nuwa import Context, Nuwa
+from megatron_nuwa.models.nuwa import Context, ContextKind, Nuwa
 
 Recomputation = Literal["none", "selective", "layer"]
 
@@ -31,7 +31,7 @@ _KEPT_PREFIXES = (
     "aten::_scaled_dot_product",
     "megatron_nuwa::nearby_attention",
 )
-_KINDS: tuple[Literal["text", "visual"], ...] = ("text", "visual")
+_KINDS: tuple[ContextKind, ...] = get_args(ContextKind)
 _MULTIPLIER = 0x9E3779B97F4A7C15
 # Compiled forms of a layer that are kept, one a shape.
 _SHAPES = 64
@@ -49,7 +49,7 @@ class Flow:
     context: Tensor | None
     x: Tensor
     mask: Tensor | None
-    kind: Literal["text", "visual"]
+    kind: ContextKind
     context_grid: Grid
     grid: Grid
     seed: int = 0
@@ -123,7 +123,7 @@ class Units:
         the head's."""
         model, (kind, _, number) = self.model, self.names[unit].partition(".")
         if kind == "embedding":
-            return [
+            modules = [
                 model.visual_embedding,
                 model.text_embedding,
                 model.text_positions,
@@ -131,6 +131,7 @@ class Units:
                 model.target_positions,
                 model.begin,
             ]
+            return modules + ([] if model.sketch_embedding is None else [model.sketch_embedding])
         if kind == "encoder_norm":
             return [model.encoder_norm]
         if kind == "head":

@@ -19,11 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_nuwa.data.batches import TEXT_GRID
-from megatron_nuwa.grid import Extent, Grid
+from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.attention import Attention
 from megatron_nuwa.models.layers import DecoderLayer, EncoderLayer, FeedForward
-from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.models.nuwa import ContextKind, NuwaConfig
 from megatron_nuwa.ops.tables import Geometry
 from megatron_nuwa.parallel.units import Recomputation
 
@@ -58,24 +57,36 @@ class LayerBytes:
 
 @lru_cache(maxsize=1024)
 def layer_bytes(
-    config: NuwaConfig, kind: LayerKind, grid: Grid, dtype: torch.dtype, tensor: int = 1
+    config: NuwaConfig,
+    kind: LayerKind,
+    read: tuple[ContextKind, Grid],
+    grid: Grid,
+    dtype: torch.dtype,
+    tensor: int = 1,
 ) -> LayerBytes:
-    """Bytes of one sample of a target `grid`, in one process of `tensor` that share the layer."""
-    own, across, text = _geometries(config, grid)
-    _warm_tables(config, kind, own, text)
+    """Bytes of one sample of a target `grid`, in one process of `tensor` that share the layer.
+
+    `read` is kind and grid of what the encoder reads.
+    """
+    own, across, seen = _geometries(config, read, grid)
+    _warm_tables(config, kind, own, seen)
     # The tables are real tensors: a fake one in their cache would break every later use.
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(dtype):
         layer = _layer(config, kind)
         _take_share(layer, tensor)
-        cells = grid.cells if kind == "decoder" else TEXT_GRID.cells
+        context_kind, context_grid = read
+        cells = grid.cells if kind == "decoder" else context_grid.cells
         x = torch.empty(1, cells, config.width, requires_grad=True)
-        context = torch.empty(1, TEXT_GRID.cells, config.width, requires_grad=True)
-        mask = torch.ones(1, TEXT_GRID.cells, dtype=torch.bool)
-        arguments = (x, context, own, across, mask) if kind == "decoder" else (x, text, mask)
+        context = torch.empty(1, context_grid.cells, config.width, requires_grad=True)
+        # Only texts have padding.
+        is_text = context_kind == "text"
+        mask = torch.ones(1, context_grid.cells, dtype=torch.bool) if is_text else None
+        arguments = (x, context, own, across, mask) if kind == "decoder" else (x, seen, mask)
         counter, outputs = _Outputs(), _Storages()
         with counter, saved_tensors_hooks(outputs.note, lambda saved: saved):
             layer(*arguments)
-        elsewhere = {_key(t) for t in (*layer.parameters(), context, mask)}
+        inputs = (context, mask) if mask is not None else (context,)
+        elsewhere = {_key(t) for t in (*layer.parameters(), *inputs)}
         inner = int(config.width * config.feed_forward_ratio) // tensor
         return LayerBytes(
             outputs.total(elsewhere),
@@ -85,12 +96,12 @@ def layer_bytes(
         )
 
 
-def _warm_tables(config: NuwaConfig, kind: LayerKind, own: Geometry, text: Geometry) -> None:
+def _warm_tables(config: NuwaConfig, kind: LayerKind, own: Geometry, seen: Geometry) -> None:
     """Have the patterns build what they cache before anything is fake."""
     if kind == "decoder":
         config.decoder_pattern.pairs(own)
     else:
-        config.encoder_pattern.pairs(text)
+        config.encoder_pattern.pairs(seen)
 
 
 class _Storages:
@@ -172,10 +183,12 @@ def _take_share(layer: nn.Module, tensor: int) -> None:
             module.expand, module.contract = nn.Linear(width, inner), nn.Linear(inner, width)
 
 
-def _geometries(config: NuwaConfig, grid: Grid) -> tuple[Geometry, Geometry, Geometry]:
-    text = Extent.from_reading(config.text_extent, config.extent_reading)
+def _geometries(
+    config: NuwaConfig, read: tuple[ContextKind, Grid], grid: Grid
+) -> tuple[Geometry, Geometry, Geometry]:
+    extent, context_grid = config.context_extent(*read), read[1]
     return (
         Geometry(grid, grid, config.visual_extent(grid), True),
-        Geometry(grid, TEXT_GRID, text, False),
-        Geometry(TEXT_GRID, TEXT_GRID, text, False),
+        Geometry(grid, context_grid, extent, False),
+        Geometry(context_grid, context_grid, extent, False),
     )

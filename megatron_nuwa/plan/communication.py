@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.models.flops import unit_names
 from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.parallel.layout import Layout
@@ -136,15 +135,19 @@ def _reduced_bytes(step: Step, batch: MicroBatch, names: Sequence[str]) -> int:
     """
     config, size = step.config, _element_size(step.layout)
     target = batch.tokens * config.width * size
-    context = batch.samples * TEXT_GRID.cells * config.width * size
+    context = batch.context_tokens * config.width * size
     passes = 3 if step.recomputation == "layer" else 2
     products = 3 if config.cross_attention == "sequential" else 2
-    looked_up = config.code_dim if config.visual_embedding == "codebook" else config.width
+    is_projected = config.visual_embedding == "codebook"
+    looked_up = batch.tokens * (config.code_dim if is_projected else config.width) * size
+    read = context
+    if batch.context[0] == "sketch" and is_projected:
+        read = batch.context_tokens * config.sketch_code_dim * size
     bytes_of = {
         "encoder": 2 * passes * context,
         "decoder": products * passes * target + context,
         # Vocabulary-parallel look-ups forward; the head's input backward.
-        "embedding": batch.tokens * looked_up * size + context,
+        "embedding": looked_up + read,
         "head": target,
         "encoder_norm": 0,
     }
@@ -161,8 +164,9 @@ def _pipeline(step: Step, links: Links) -> Traffic:
 
 def boundary_bytes(config: NuwaConfig, layout: Layout, batch: MicroBatch) -> int:
     """What a stage hands to the next for one micro-batch: target, context, mask and tokens."""
-    vectors = (batch.tokens + batch.samples * TEXT_GRID.cells) * config.width
-    return vectors * _element_size(layout) + batch.samples * TEXT_GRID.cells + 8 * batch.tokens
+    vectors = (batch.tokens + batch.context_tokens) * config.width
+    mask = batch.context_tokens if batch.context[0] == "text" else 0
+    return vectors * _element_size(layout) + mask + 8 * batch.tokens
 
 
 def _largest_stage(step: Step, bounds: Sequence[int]) -> int:

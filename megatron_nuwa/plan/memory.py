@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.models.flops import unit_names
 from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.parallel.layout import Layout
@@ -113,12 +112,15 @@ def kept_bytes(step: Step, batch: MicroBatch) -> int:
 def _kept(step: Step, names: Sequence[str], batch: MicroBatch) -> int:
     config, size = step.config, _element_size(step)
     target = batch.tokens * config.width * size
-    context = batch.samples * TEXT_GRID.cells * config.width * size
-    codes = config.code_dim * size if config.visual_embedding == "codebook" else 0
+    context = batch.context_tokens * config.width * size
+    is_projected = config.visual_embedding == "codebook"
+    codes = config.code_dim * size if is_projected else 0
+    is_sketch = batch.context[0] == "sketch"
+    read = config.sketch_code_dim * size if is_projected and is_sketch else 0
     total = 0
     for name in names:
         if name == "embedding":
-            total += batch.tokens * (codes + _INDEX) + batch.samples * TEXT_GRID.cells * _INDEX
+            total += batch.tokens * (codes + _INDEX) + batch.context_tokens * (read + _INDEX)
         elif name == "encoder_norm":
             total += context
         elif name == "head":
@@ -142,7 +144,7 @@ def layer_of(step: Step, name: str, batch: MicroBatch) -> LayerBytes:
     layout = step.layout
     kind = "encoder" if name.startswith("encoder.") else "decoder"
     dtype = _DTYPES[layout.precision]
-    found = layer_bytes(step.config, kind, batch.grid, dtype, layout.tensor)
+    found = layer_bytes(step.config, kind, batch.context, batch.grid, dtype, layout.tensor)
     if not layout.sequence_parallel:
         return found
     # The inputs of norms are spread over the group; products keep their gathered inputs.

@@ -15,7 +15,7 @@ from megatron_nuwa.plan.candidates import Judged, Machine
 from megatron_nuwa.plan.devices import GIB
 from megatron_nuwa.plan.parameters import parameter_counts
 from megatron_nuwa.plan.timing import days, step_flops, unit_costs
-from megatron_nuwa.plan.workload import sample_flops, task_grid
+from megatron_nuwa.plan.workload import MicroBatch, sample_flops, task_grid
 from megatron_nuwa.training.recipe import Recipe
 
 _HOURS = 24
@@ -95,7 +95,7 @@ def task_figures(recipe: Recipe) -> dict[str, dict[str, int]]:
     figures = {}
     for task, settings in recipe.data.tasks.items():
         grid = task_grid(recipe.model, task)
-        units = sample_flops(recipe.model, grid)
+        units = sample_flops(recipe.model, MicroBatch(task, 1, grid))
         layers = sum(units) - units[0] - units[-1]
         figures[str(task)] = {
             "samples": settings.batch_size,

@@ -48,7 +48,7 @@ def step_flops(step: Step) -> tuple[int, int, int]:
     forward = recomputed = 0
     names = unit_names(step.config)
     for batch in step.micro_batches:
-        units = sample_flops(step.config, batch.grid)
+        units = sample_flops(step.config, batch)
         forward += batch.samples * sum(units)
         if step.recomputation == "layer":
             layers = (f for n, f in zip(names, units, strict=True) if _is_layer(n))
@@ -61,7 +61,7 @@ def unit_costs(step: Step) -> list[float]:
     names = unit_names(step.config)
     costs = [0.0] * len(names)
     for batch in step.micro_batches:
-        for index, flops in enumerate(sample_flops(step.config, batch.grid)):
+        for index, flops in enumerate(sample_flops(step.config, batch)):
             costs[index] += batch.samples * flops * _passes(names[index], step.recomputation)
     return costs
 
@@ -119,7 +119,7 @@ def _stage_seconds(step: Step, bounds: Sequence[int], stage: int, links: Links) 
     size = 4 if layout.precision == "fp32" else 2
 
     def seconds(batch: MicroBatch) -> float:
-        flops = sample_flops(step.config, batch.grid)
+        flops = sample_flops(step.config, batch)
         total = 0.0
         for unit in range(bounds[stage], bounds[stage + 1]):
             work = batch.samples * flops[unit] / speed

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_nuwa.data.batches import TEXT_GRID, TaskName
+from megatron_nuwa.data.batches import IMAGE_TASKS, TaskName, context_of
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.grid import Extent, Grid
+from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import unit_flops
-from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.models.nuwa import ContextKind, NuwaConfig
 from megatron_nuwa.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples of one task that go through the model together."""
+    """Samples of one task that go through the model together.
+
+    In the tasks for sketches the encoder reads those; the steps in which data.caption_dropout has
+    it read a text instead cost less.
+    """
 
     task: TaskName
     samples: int
@@ -26,6 +30,16 @@ class MicroBatch:
         """Target tokens."""
         return self.samples * self.grid.cells
 
+    @property
+    def context(self) -> tuple[ContextKind, Grid]:
+        """Kind and grid of what the encoder reads."""
+        return context_of(self.task, self.grid)
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens that the encoder reads."""
+        return self.samples * self.context[1].cells
+
 
 def task_grid(config: NuwaConfig, task: TaskName) -> Grid:
     """The largest target of a task: one frame of the model's positions, or all of them.
@@ -33,13 +47,12 @@ def task_grid(config: NuwaConfig, task: TaskName) -> Grid:
     Corpora may hold smaller grids; a plan needs none of them at hand and takes the largest.
     """
     h, w, frames = config.position_grid
-    return Grid(h, w, 1 if task == "t2i" else frames)
+    return Grid(h, w, 1 if task in IMAGE_TASKS else frames)
 
 
-def sample_flops(config: NuwaConfig, grid: Grid) -> list[int]:
-    """Forward FLOPs of one sample with a text as its context, a unit each."""
-    extent = Extent.from_reading(config.text_extent, config.extent_reading)
-    return unit_flops(config, TEXT_GRID, extent, grid)
+def sample_flops(config: NuwaConfig, batch: MicroBatch) -> list[int]:
+    """Forward FLOPs of one sample of a micro-batch, a unit each."""
+    return unit_flops(config, *batch.context, batch.grid)
 
 
 def micro_batches(recipe: Recipe, replicas: int, tokens: int | None) -> list[MicroBatch]:

@@ -48,9 +48,11 @@ def build_engine(
     unit_costs: Sequence[float],
     codebook: Tensor | None,
     trained: Callable[[str], Tensor | None] | None = None,
+    sketch_codebook: Tensor | None = None,
 ) -> Engine:
     """Engine of a run with starting weights; `unit_costs` decide where a pipeline is cut.
 
+    The codebooks are those of the VQ-GAN and of VQ-GAN-Seg, where the model begins with them.
     `trained` gives whole weights to start from by their names, None for those that begin anew.
 
     Raises `UserError` where so much is frozen that a stage has nothing to train.
@@ -66,6 +68,9 @@ def build_engine(
             Console().print(stage_table(names, unit_costs, bounds, place.layout.cut))
     if codebook is not None and not engine.model.visual_embedding.codes.weight.is_meta:
         engine.model.use_codebook(codebook)
+    sketches = engine.model.sketch_embedding
+    if sketch_codebook is not None and sketches is not None and not sketches.codes.weight.is_meta:
+        engine.model.use_sketch_codebook(sketch_codebook)
     if trained is not None:
         _assign_all(engine.model, trained)
     _check_trainable(engine)

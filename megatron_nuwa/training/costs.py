@@ -10,8 +10,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
-from megatron_nuwa.data.batches import TEXT_GRID, TaskName
-from megatron_nuwa.grid import Extent, Grid
+from megatron_nuwa.data.batches import TaskName, context_of
+from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import unit_flops, unit_names
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
 from megatron_nuwa.parallel.units import Flow, Units
@@ -24,7 +24,7 @@ _TRAINING_PASSES = 3
 def unit_costs(
     recipe: Recipe, grids: Mapping[TaskName, Grid], by: str, device: torch.device
 ) -> list[float]:
-    """Costs of `unit_names`, over one step's samples of every task.
+    """Costs of `unit_names`, over one step's samples of every task; no sketches are dropped.
 
     `by` is "flops" (counted, forward and backward), "measured" (seconds on the first process,
     which every process then gets) or "uniform" (1 a layer).
@@ -38,27 +38,27 @@ def unit_costs(
     for task, grid in grids.items():
         samples = recipe.data.tasks[task].batch_size
         costs = (
-            _measured(recipe.model, grid, device)
+            _measured(recipe.model, task, grid, device)
             if by == "measured"
-            else _counted(recipe.model, grid)
+            else _counted(recipe.model, task, grid)
         )
         totals = [total + samples * cost for total, cost in zip(totals, costs, strict=True)]
     return totals
 
 
-def _counted(config: NuwaConfig, grid: Grid) -> list[float]:
-    extent = Extent.from_reading(config.text_extent, config.extent_reading)
-    return [_TRAINING_PASSES * flops for flops in unit_flops(config, TEXT_GRID, extent, grid)]
+def _counted(config: NuwaConfig, task: TaskName, grid: Grid) -> list[float]:
+    counted = unit_flops(config, *context_of(task, grid), grid)
+    return [_TRAINING_PASSES * flops for flops in counted]
 
 
-def _measured(config: NuwaConfig, grid: Grid, device: torch.device) -> list[float]:
+def _measured(config: NuwaConfig, task: TaskName, grid: Grid, device: torch.device) -> list[float]:
     """Seconds of forward and backward of one sample: one layer of each kind stands for all."""
     times: dict[str, list[float]] = {}
     if dist.get_rank() == 0:
         small = config.model_copy(update={"encoder_layers": 1, "decoder_layers": 1})
         units = Units(Nuwa(small).to(device))
         for _ in range(_REPEATS + 1):
-            for name, seconds in _times(units, grid, device).items():
+            for name, seconds in _times(units, task, grid, device).items():
                 times.setdefault(name, []).append(seconds)
     # The first repeat builds tables and warms caches.
     shared = [{name: statistics.median(seconds[1:]) for name, seconds in times.items()}]
@@ -66,11 +66,14 @@ def _measured(config: NuwaConfig, grid: Grid, device: torch.device) -> list[floa
     return [shared[0][name.partition(".")[0]] for name in unit_names(config)]
 
 
-def _times(units: Units, grid: Grid, device: torch.device) -> dict[str, float]:
+def _times(units: Units, task: TaskName, grid: Grid, device: torch.device) -> dict[str, float]:
     config = units.model.config
-    words = torch.randint(0, config.text_vocabulary, (1, TEXT_GRID.cells), device=device)
+    kind, read = context_of(task, grid)
+    known = config.text_vocabulary if kind == "text" else config.sketch_codebook_size
+    assert known is not None
+    seen = torch.randint(0, known, (1, read.cells), device=device)
     target = torch.randint(0, config.codebook_size, (1, grid.cells), device=device)
-    flow = Flow.of(Context("text", words, TEXT_GRID), target, grid)
+    flow = Flow.of(Context(kind, seen, read), target, grid)
     times = {}
     for unit, name in enumerate(units.names):
         context = None if flow.context is None else _leaf(flow.context)

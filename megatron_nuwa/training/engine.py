@@ -247,7 +247,7 @@ class StageEngine(Engine):
     ) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]]:
         return [
             (
-                Flow.of(batch.context(), batch.target, batch.grid, seed + number).pack(),
+                Flow.of(batch.context, batch.target, batch.grid, seed + number).pack(),
                 (batch.target, torch.tensor(scale)),
             )
             for number, (batch, scale) in enumerate(zip(batches, scales, strict=True))
@@ -286,7 +286,7 @@ class _TaskLoss(nn.Module):
     def forward(self, batch: TokenBatch, seed: int) -> Tensor:
         """Mean cross-entropy of the batch's target tokens, nats a token."""
         (units,) = self._units
-        flow = units.run(Flow.of(batch.context(), batch.target, batch.grid, seed))
+        flow = units.run(Flow.of(batch.context, batch.target, batch.grid, seed))
         return self.model.cross_entropy(flow.x, batch.target)
 
 

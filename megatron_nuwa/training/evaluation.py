@@ -17,7 +17,7 @@ from megatron_nuwa.training.engine import Engine, Loss
 
 
 class HeldOut:
-    """The held-out items of one task: every item once, its first caption, nothing dropped."""
+    """The held-out items of one task: every item once, nothing dropped, captions the first."""
 
     def __init__(
         self,
@@ -32,8 +32,8 @@ class HeldOut:
     ) -> None:
         reader = TaskBatches(task, corpora, tokenizer, seed=0, batch_size=batch_size)
         every = [
-            # A draw of 1 lies above every dropout probability but video prediction's.
-            Pick(number, item, 0.0, 0.0 if task == "v2v" else 1.0)
+            # A draw of 1 lies above every dropout probability.
+            Pick(number, item, 0.0, 1.0)
             for number, corpus in enumerate(corpora)
             for item in range(len(corpus))
         ]

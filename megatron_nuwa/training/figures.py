@@ -10,8 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_nuwa.data.batches import TEXT_GRID, TaskBatches, TaskName
-from megatron_nuwa.grid import Extent
+from megatron_nuwa.data.batches import TEXT_GRID, TaskBatches, TaskName, context_of
 from megatron_nuwa.models.flops import training_flops
 from megatron_nuwa.training.engine import Loss
 from megatron_nuwa.training.hardware import allocated_gib, peak_flops
@@ -35,16 +34,13 @@ class StepFigures:
     ) -> None:
         assert recipe.model is not None
         assert recipe.data is not None
-        text_extent = Extent.from_reading(recipe.model.text_extent, recipe.model.extent_reading)
         self._processes = processes
         self._weights = {task: s.weight for task, s in recipe.data.tasks.items()}
         self._samples_a_step = sum(task.order.batch_size for task in tasks.values())
         self._tokens_a_step = sum(t.order.batch_size * t.grid.cells for t in tasks.values())
-        flops = sum(
-            task.order.batch_size * training_flops(recipe.model, TEXT_GRID, text_extent, task.grid)
-            for task in tasks.values()
-        )
-        self._ideal_seconds = flops / (peak_flops(processes.device) * processes.world_size)
+        self._tasks = list(tasks.values())
+        self._model = recipe.model
+        self._peak = peak_flops(processes.device) * processes.world_size
         self._stragglers = Stragglers(processes, stage)
         self._slow: list[str] = []
         self._own_time: OwnTime | None = None
@@ -122,7 +118,7 @@ class StepFigures:
             "speed/step_seconds": seconds,
             "speed/step_seconds_spread": max(ratios),
             "speed/skipped_steps": float(self._skipped),
-            "speed/mfu": self._ideal_seconds / seconds,
+            "speed/mfu": self._flops(range(step - steps, step)) / self._peak / self._seconds,
             "speed/data_wait_fraction": self._waited / self._seconds,
             "memory/allocated_gib": allocated_gib(self._processes.device),
         }
@@ -152,6 +148,18 @@ class StepFigures:
             f"{values['speed/tokens_per_second']:,.0f} tokens/s  "
             f"mfu {values['speed/mfu']:.1%}  left {_duration(left)}{skipped}"
         )
+
+    def _flops(self, steps: range) -> int:
+        """FLOPs of all processes in the steps, 0-based; some read texts in place of sketches."""
+        total = 0
+        for task in self._tasks:
+            with_sketches = sum(task.reads_sketches(step) for step in steps)
+            text = training_flops(self._model, "text", TEXT_GRID, task.grid)
+            total += task.order.batch_size * text * (len(steps) - with_sketches)
+            if with_sketches:
+                sketch = training_flops(self._model, *context_of(task.task, task.grid), task.grid)
+                total += task.order.batch_size * sketch * with_sketches
+        return total
 
     def _loss_values(self) -> dict[str, float]:
         if not self._taken:

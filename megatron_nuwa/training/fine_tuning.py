@@ -35,6 +35,9 @@ _POSITIONS = ("context_positions.", "target_positions.")
 # Weights that mean nothing with another tokenizer, as far as the model has them.
 _OF_VQGAN = ("visual_embedding.codes.weight", "head.weight")
 _OF_BPE = ("text_embedding.weight",)
+_OF_SKETCH_VQGAN = ("sketch_embedding.codes.weight",)
+# Weights that only models have that read sketches.
+_OF_SKETCHES = "sketch_embedding."
 
 
 def find_source(recipe: Recipe) -> Path | UserError | None:
@@ -64,6 +67,9 @@ def fit(source: Path | UserError | None, recipe: Recipe, inputs: Inputs) -> Star
         others.append("vqgan")
     if trained.bpe().fingerprint != inputs.bpe.fingerprint:
         others.append("bpe")
+    theirs, ours = trained.sketch_vqgan(), inputs.sketch_vqgan
+    if theirs is not None and ours is not None and fingerprint(theirs) != fingerprint(ours):
+        others.append("sketch_vqgan")
     return StartWeights(trained, recipe.model, recipe.start.fresh, others)
 
 
@@ -77,7 +83,9 @@ class StartWeights:
         fresh: Sequence[str],
         other_tokenizers: Sequence[str] = (),
     ) -> None:
-        """`other_tokenizers` names those of "vqgan" and "bpe" that `trained` does not share.
+        """`other_tokenizers` names those of the recipe's tokenizers that `trained` has others of.
+
+        The embedding of sketches begins anew where `trained` reads none.
 
         Raises `UserError` naming the first field, pattern or weight that does not fit.
         """
@@ -85,11 +93,19 @@ class StartWeights:
         with torch.device("meta"):
             shapes = {name: p.shape for name, p in Nuwa(config).named_parameters()}
         self._fresh = matching(fresh, shapes, "start.fresh")
-        self._shapes = {name: shapes[name] for name in shapes if name not in self._fresh}
-        self._check_fields(config)
-        self._check_tokenizers(other_tokenizers)
         with torch.device("meta"):
             theirs = {name: p.shape for name, p in Nuwa(trained.facts.model).named_parameters()}
+        self._new = {
+            name
+            for name in shapes
+            if name.startswith(_OF_SKETCHES) and name not in theirs and name not in self._fresh
+        }
+        self._left = {name for name in theirs if name.startswith(_OF_SKETCHES)} - shapes.keys()
+        self._shapes = {
+            name: shapes[name] for name in shapes if name not in self._fresh | self._new
+        }
+        self._check_fields(config)
+        self._check_tokenizers(other_tokenizers)
         self._resized = {}
         for name, shape in self._shapes.items():
             if name.startswith(_POSITIONS) and theirs[name] != shape:
@@ -114,6 +130,10 @@ class StartWeights:
         parts = [f"{len(self._shapes)} weights of {origin}, trained for {step} steps"]
         parts += [f"{name} from {old} to {new}" for name, (old, new) in self._resized.items()]
         parts += [f"{len(self._fresh)} weights begin anew"] if self._fresh else []
+        if self._new:
+            parts.append("it reads no sketches, so their embedding begins anew")
+        if self._left:
+            parts.append("its embedding of sketches is left behind")
         return "starting from " + "; ".join(parts)
 
     def _check_fields(self, config: NuwaConfig) -> None:
@@ -127,7 +147,11 @@ class StartWeights:
                 )
 
     def _check_tokenizers(self, others: Sequence[str]) -> None:
-        for kind, title, names in (("vqgan", "VQ-GAN", _OF_VQGAN), ("bpe", "BPE", _OF_BPE)):
+        for kind, title, names in (
+            ("vqgan", "VQ-GAN", _OF_VQGAN),
+            ("bpe", "BPE", _OF_BPE),
+            ("sketch_vqgan", "VQ-GAN-Seg", _OF_SKETCH_VQGAN),
+        ):
             kept = [name for name in names if name in self._shapes]
             if kind in others and kept:
                 raise UserError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_nuwa.data.batches import TaskName
+from megatron_nuwa.data.batches import IMAGE_TASKS, SKETCH_TASKS, TaskName
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
@@ -23,6 +23,8 @@ class Inputs:
     bpe: TextTokenizer
     train: dict[TaskName, list[Corpus]]
     held_out: dict[TaskName, list[Corpus]]
+    # None for a model that reads no sketches.
+    sketch_vqgan: Vqgan | None = None
 
 
 def open_inputs(recipe: Recipe, replicas: int) -> Inputs:
@@ -35,6 +37,11 @@ def open_inputs(recipe: Recipe, replicas: int) -> Inputs:
     assert recipe.model is not None
     _check_batches(recipe.data, replicas)
     vqgan = load_vqgan(recipe.tokenizers.vqgan)
+    if vqgan.config.classes is not None:
+        raise UserError(
+            f"tokenizers.vqgan {recipe.tokenizers.vqgan} is a VQ-GAN of sketches; name one of "
+            "pictures, and this one in tokenizers.sketch_vqgan"
+        )
     bpe = TextTokenizer.load(recipe.tokenizers.bpe)
     if vqgan.config.codebook_size != recipe.model.codebook_size:
         raise UserError(
@@ -46,7 +53,8 @@ def open_inputs(recipe: Recipe, replicas: int) -> Inputs:
             f"model.text_vocabulary is {recipe.model.text_vocabulary}, but the BPE "
             f"{recipe.tokenizers.bpe} has {bpe.vocabulary_size} entries"
         )
-    checker = _CorpusChecker(recipe, fingerprint(vqgan), bpe)
+    sketch_vqgan = _open_sketch_vqgan(recipe, vqgan)
+    checker = _CorpusChecker(recipe, fingerprint(vqgan), bpe, sketch_vqgan)
     held_out = recipe.evaluation.corpora if recipe.evaluation else {}
     return Inputs(
         vqgan=vqgan,
@@ -56,7 +64,53 @@ def open_inputs(recipe: Recipe, replicas: int) -> Inputs:
             for task, settings in recipe.data.tasks.items()
         },
         held_out={task: checker.open_all(task, paths) for task, paths in held_out.items()},
+        sketch_vqgan=sketch_vqgan,
     )
+
+
+def _open_sketch_vqgan(recipe: Recipe, vqgan: Vqgan) -> Vqgan | None:
+    """VQ-GAN-Seg, held against the model and the VQ-GAN of pictures; None without sketches."""
+    assert recipe.tokenizers is not None
+    assert recipe.data is not None
+    assert recipe.model is not None
+    model, path = recipe.model, recipe.tokenizers.sketch_vqgan
+    held_out = recipe.evaluation.corpora if recipe.evaluation else {}
+    for task in (*recipe.data.tasks, *held_out):
+        if task in SKETCH_TASKS and model.sketch_codebook_size is None:
+            raise UserError(
+                f"task {task} reads sketches, but model.sketch_codebook_size is null; set it and "
+                "tokenizers.sketch_vqgan, or leave the task out"
+            )
+    if path is None:
+        if model.sketch_codebook_size is None:
+            return None
+        raise UserError(
+            f"model.sketch_codebook_size is {model.sketch_codebook_size}, but the recipe names no "
+            "tokenizers.sketch_vqgan; name the VQ-GAN-Seg that wrote the corpora's sketches"
+        )
+    sketch_vqgan = load_vqgan(path)
+    config = sketch_vqgan.config
+    if config.classes is None:
+        raise UserError(
+            f"tokenizers.sketch_vqgan {path} is a VQ-GAN of pictures; name a VQ-GAN-Seg, trained "
+            "with vqgan.model.classes"
+        )
+    if config.codebook_size != model.sketch_codebook_size:
+        raise UserError(
+            f"model.sketch_codebook_size is {model.sketch_codebook_size or 'null'}, but the "
+            f"VQ-GAN-Seg {path} has {config.codebook_size} codes"
+        )
+    if model.visual_embedding == "codebook" and config.code_dim != model.sketch_code_dim:
+        raise UserError(
+            f"model.sketch_code_dim is {model.sketch_code_dim}, but the codes of the VQ-GAN-Seg "
+            f"{path} have {config.code_dim} numbers"
+        )
+    if config.grid_side != vqgan.grid_side:
+        raise UserError(
+            f"the VQ-GAN-Seg {path} has grids of {config.grid_side}² tokens, but the VQ-GAN "
+            f"{recipe.tokenizers.vqgan} has {vqgan.grid_side}²; they must have the same"
+        )
+    return sketch_vqgan
 
 
 def _check_batches(data: DataSettings, replicas: int) -> None:
@@ -75,7 +129,13 @@ def _check_batches(data: DataSettings, replicas: int) -> None:
 
 
 class _CorpusChecker:
-    def __init__(self, recipe: Recipe, vqgan_fingerprint: str, bpe: TextTokenizer) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        vqgan_fingerprint: str,
+        bpe: TextTokenizer,
+        sketch_vqgan: Vqgan | None,
+    ) -> None:
         assert recipe.tokenizers is not None
         assert recipe.model is not None
         self._model: NuwaConfig = recipe.model
@@ -83,6 +143,10 @@ class _CorpusChecker:
             "vqgan": (vqgan_fingerprint, "VQ-GAN", recipe.tokenizers.vqgan),
             "bpe": (bpe.fingerprint, "BPE", recipe.tokenizers.bpe),
         }
+        self._sketch: dict[str, tuple[str, str, Path | None]] = {}
+        if sketch_vqgan is not None:
+            path = recipe.tokenizers.sketch_vqgan
+            self._sketch["sketch"] = (fingerprint(sketch_vqgan), "VQ-GAN-Seg", path)
 
     def open_all(self, task: TaskName, paths: Sequence[Path]) -> list[Corpus]:
         corpora = [self._open(task, path) for path in paths]
@@ -101,11 +165,18 @@ class _CorpusChecker:
                 f"corpus {path} was written with a codebook of {corpus.manifest.codebook_size}, "
                 f"but model.codebook_size is {self._model.codebook_size}"
             )
-        for kind, (value, name, source) in self._expected.items():
+        if task in SKETCH_TASKS and not corpus.has_sketches:
+            raise UserError(
+                f"task {task} reads sketches, and corpus {path} has none; tokenize it with "
+                "--sketch-vqgan"
+            )
+        expected = self._expected | (self._sketch if task in SKETCH_TASKS else {})
+        for kind, (value, name, source) in expected.items():
             if getattr(corpus.manifest.fingerprints, kind) != value:
+                field = "sketch_vqgan" if kind == "sketch" else kind
                 raise UserError(
                     f"corpus {path} was written with another {name} than {source}; tokenize it "
-                    f"again, or name the {name} that wrote it in tokenizers.{kind}"
+                    f"again, or name the {name} that wrote it in tokenizers.{field}"
                 )
         grid, largest = corpus.grid, self._model.position_grid
         if any(side > most for side, most in zip(grid, largest, strict=True)):
@@ -113,9 +184,9 @@ class _CorpusChecker:
                 f"corpus {path} has grid {tuple(grid)}, larger than model.position_grid "
                 f"{tuple(largest)}"
             )
-        if (grid.s == 1) != (task == "t2i"):
+        if (grid.s == 1) != (task in IMAGE_TASKS):
             raise UserError(
-                f"task {task} needs {'images' if task == 't2i' else 'clips'}, but corpus {path} "
+                f"task {task} needs {'clips' if grid.s == 1 else 'images'}, but corpus {path} "
                 f"holds grids of {grid.s} frame{'s' if grid.s > 1 else ''}"
             )
         if len(corpus) == 0:

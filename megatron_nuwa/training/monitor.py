@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+
+from megatron_nuwa.files import write_text_atomically
 
 
 class Monitor:
@@ -21,11 +21,15 @@ class Monitor:
     Every scalar is written twice to TensorBoard: over steps in `tensorboard/`, and over samples
     seen in `tensorboard/by_samples/`, so that runs of different batch sizes can be compared.
     `log.jsonl` holds one object a line: step, samples, seconds since the run began, and the tags.
+
+    A run that continues after `step` steps and `samples` samples forgets what it has told of later
+    ones, which come again.
     """
 
-    def __init__(self, run: Path, *, enabled: bool) -> None:
+    def __init__(self, run: Path, *, enabled: bool, step: int = 0, samples: int = 0) -> None:
         self._enabled = enabled
         self._run = run
+        self._step, self._samples = step, samples
         self._start = time.monotonic()
         self._by_step: SummaryWriter | None = None
         self._by_samples: SummaryWriter | None = None
@@ -34,9 +38,8 @@ class Monitor:
             return
         run.mkdir(parents=True, exist_ok=True)
         log_path = run / "log.jsonl"
-        self._seconds_before = _last_seconds(log_path)
+        self._seconds_before = _forget_later(log_path, step)
         self._log = log_path.open("a", encoding="utf-8")
-        _end_torn_line(log_path, self._log)
         self._attempt(self._open)
 
     def __enter__(self) -> Monitor:
@@ -90,8 +93,11 @@ class Monitor:
 
     def _open(self) -> tuple[SummaryWriter, SummaryWriter]:
         if self._by_step is None or self._by_samples is None:
-            self._by_step = SummaryWriter(str(self._run / "tensorboard"))
-            self._by_samples = SummaryWriter(str(self._run / "tensorboard" / "by_samples"))
+            folder = self._run / "tensorboard"
+            self._by_step = SummaryWriter(str(folder), purge_step=self._step + 1)
+            self._by_samples = SummaryWriter(
+                str(folder / "by_samples"), purge_step=self._samples + 1
+            )
         return self._by_step, self._by_samples
 
     def _close_boards(self) -> None:
@@ -116,20 +122,22 @@ class Monitor:
             self._fails = False
 
 
-def _end_torn_line(path: Path, log: TextIO) -> None:
-    """Keep what follows apart from the last line of a process that was killed while it wrote."""
-    if path.stat().st_size:
-        with path.open("rb") as stream:
-            stream.seek(-1, os.SEEK_END)
-            if stream.read() != b"\n":
-                log.write("\n")
+def _forget_later(log_path: Path, step: int) -> float:
+    """Leave out the log's lines after `step` and what a killed process has not ended.
 
-
-def _last_seconds(log_path: Path) -> float:
-    """Seconds that the run had lasted when its log was last written; 0 for a new run."""
+    Returns the seconds that the run had lasted then, 0 for a new run.
+    """
     if not log_path.exists():
         return 0.0
-    for line in reversed(log_path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    text = log_path.read_text(encoding="utf-8", errors="replace")
+    kept: list[str] = []
+    seconds = 0.0
+    for line in text.splitlines(keepends=True):
         with suppress(ValueError):
-            return float(json.loads(line).get("seconds", 0.0))
-    return 0.0
+            values = json.loads(line)
+            if line.endswith("\n") and values.get("step", 0) <= step:
+                kept.append(line)
+                seconds = float(values.get("seconds", 0.0))
+    if (remaining := "".join(kept)) != text:
+        write_text_atomically(log_path, remaining)
+    return seconds

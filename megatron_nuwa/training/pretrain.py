@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_nuwa.config import dump_settings
-from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch, interleave
+from megatron_nuwa.data.batches import IMAGE_TASKS, TaskBatches, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import try_to_write, write_text_atomically
@@ -45,6 +45,7 @@ from megatron_nuwa.training.run_folder import (
     BPE_FILE,
     ENVIRONMENT_FILE,
     RECIPE_FILE,
+    SKETCH_VQGAN_FILE,
     VQGAN_FILE,
     describe_environment,
     prepare_run_folder,
@@ -104,12 +105,16 @@ def pretrain(
     source = None if found[0] else processes.first_tells(lambda: find_source(recipe))
     inputs, start, weights = processes.first_then_all(check)
     assert recipe.run is not None
+    assert recipe.data is not None
     if processes.is_first:
         for line in (*start.messages, *([] if weights is None else [weights.summary()])):
             print(line, flush=True)
         clear_faults(recipe.run)
         _write_run_folder(recipe.run, recipe, inputs)
-    with Monitor(recipe.run, enabled=processes.is_first) as monitor:
+    samples = start.step * sum(task.batch_size for task in recipe.data.tasks.values())
+    with Monitor(
+        recipe.run, enabled=processes.is_first, step=start.step, samples=samples
+    ) as monitor:
         training = Pretraining(recipe, layout, config, inputs, processes, monitor, weights)
         with written_down(recipe.run, processes, lambda: training.step):
             training.begin(start)
@@ -165,6 +170,7 @@ class Pretraining:
             write_text_atomically(self.folder / "ds_config.json", shown)
         grids = {task: batches.grid for task, batches in self.tasks.items()}
         codes = recipe.model.visual_embedding == "codebook"
+        sketch_vqgan = inputs.sketch_vqgan if codes else None
         self.engine = build_engine(
             recipe,
             self.place,
@@ -173,6 +179,7 @@ class Pretraining:
             unit_costs(recipe, grids, layout.cut, processes.device),
             inputs.vqgan.codebook() if codes else None,
             None if weights is None else weights.of,
+            None if sketch_vqgan is None else sketch_vqgan.codebook(),
         )
         make_skippable(self.engine.deepspeed, self._should_skip)
         self.stop = StopSignals(processes)
@@ -408,7 +415,7 @@ def _saver(
 
 def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float]:
     """The figures of the clip task that gains least on the unigrams; of any without clips."""
-    clips = [figures for task, figures in result.items() if task != "t2i"]
+    clips = [figures for task, figures in result.items() if task not in IMAGE_TASKS]
     return min(clips or result.values(), key=lambda figures: figures["below_unigram"])
 
 
@@ -437,4 +444,6 @@ def _write_run_folder(run: Path, recipe: Recipe, inputs: Inputs) -> None:
     prepare_run_folder(run, recipe)
     (run / VQGAN_FILE).parent.mkdir(exist_ok=True)
     save_vqgan(inputs.vqgan, run / VQGAN_FILE)
+    if inputs.sketch_vqgan is not None:
+        save_vqgan(inputs.sketch_vqgan, run / SKETCH_VQGAN_FILE)
     inputs.bpe.save(run / BPE_FILE)

@@ -24,10 +24,12 @@ class TokenizerPaths(Settings):
 
     vqgan: Path
     bpe: Path
+    # VQ-GAN-Seg, for models that read sketches.
+    sketch_vqgan: Path | None = None
 
 
 class TaskSettings(Settings):
-    """One task of the sum `L = L_T2I + L_V2V + L_T2V`."""
+    """One task of the sum `L = L_T2I + L_V2V + L_T2V`, or one from sketches."""
 
     corpora: list[Path] = Field(min_length=1)
     # Each corpus's share of the samples; null for shares by size, every item once an epoch.
@@ -54,6 +56,7 @@ class DataSettings(Settings):
     accumulation: int = Field(1, ge=1)
     # or into micro-batches of at most this many target tokens, but at least one sample.
     micro_batch_tokens: int | None = Field(None, ge=1)
+    # How often "None" takes a caption's place; a sketch's, in all of a step's samples at once.
     caption_dropout: float = Field(0.1, ge=0, le=1)
     # Shards whose items are shuffled with one another, for remote corpora; null for all of them.
     shuffle_window: int | None = Field(None, ge=1)
@@ -149,6 +152,8 @@ class Recipe(Settings):
     # The folder of the pretraining run; the VQ-GAN's own is vqgan.run.
     run: Path | None = None
     vqgan: VqganRecipe | None = None
+    # VQ-GAN-Seg, trained with launch/train_vqgan.py --section sketch_vqgan.
+    sketch_vqgan: VqganRecipe | None = None
     model: NuwaConfig | None = None
     tokenizers: TokenizerPaths | None = None
     data: DataSettings | None = None

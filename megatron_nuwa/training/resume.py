@@ -95,8 +95,16 @@ def describe(
         "layout": {**asdict(layout), "deepspeed_config": config},
         "precision": layout.precision,
         "seed": recipe.seed,
-        "model": recipe.model.model_dump(mode="json"),
-        "tokenizers": {"vqgan": fingerprint(inputs.vqgan), "bpe": inputs.bpe.fingerprint},
+        "model": recipe.model.description(),
+        "tokenizers": {
+            "vqgan": fingerprint(inputs.vqgan),
+            "bpe": inputs.bpe.fingerprint,
+            **(
+                {}
+                if inputs.sketch_vqgan is None
+                else {"sketch_vqgan": fingerprint(inputs.sketch_vqgan)}
+            ),
+        },
         "data": {
             "shuffle_window": recipe.data.shuffle_window,
             "caption_dropout": recipe.data.caption_dropout,

@@ -20,6 +20,7 @@ ENVIRONMENT_FILE = "environment.json"
 # The tokenizers of a pretraining run, copied into it.
 VQGAN_FILE = "tokenizers/vqgan.safetensors"
 BPE_FILE = "tokenizers/bpe.json"
+SKETCH_VQGAN_FILE = "tokenizers/sketch_vqgan.safetensors"
 _REPORTED_PACKAGES = ("megatron-nuwa", "torch", "deepspeed", "numpy", "tokenizers", "safetensors")
 
 

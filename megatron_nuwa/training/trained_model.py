@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import replaced_atomically
+from megatron_nuwa.files import replaced_atomically, sha256_of
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, load_vqgan
 from megatron_nuwa.training.checkpoint import (
@@ -24,14 +24,20 @@ from megatron_nuwa.training.checkpoint import (
     Checkpoints,
     DamagedCheckpointError,
     check,
+    read_manifest,
     read_state,
 )
 from megatron_nuwa.training.resume import layout_of
-from megatron_nuwa.training.run_folder import BPE_FILE, RECIPE_FILE, VQGAN_FILE
+from megatron_nuwa.training.run_folder import (
+    BPE_FILE,
+    RECIPE_FILE,
+    SKETCH_VQGAN_FILE,
+    VQGAN_FILE,
+)
 from megatron_nuwa.training.saved_state import SavedState
 
 _FORMAT = "megatron_nuwa.nuwa/1"
-_MODEL, _VQGAN = "model.", "vqgan."
+_MODEL, _VQGAN, _SKETCH_VQGAN = "model.", "vqgan.", "sketch_vqgan."
 
 
 class TrainedFacts(Settings):
@@ -59,8 +65,17 @@ class TrainedModel(ABC):
         """The tokenizer of its pictures, on the CPU."""
 
     @abstractmethod
+    def sketch_vqgan(self) -> Vqgan | None:
+        """The tokenizer of its sketches, on the CPU; None for a model that reads none."""
+
+    @abstractmethod
     def bpe(self) -> TextTokenizer:
         """The tokenizer of its captions."""
+
+    @property
+    @abstractmethod
+    def weights_sha256(self) -> str:
+        """sha256 of the file that holds the weights."""
 
     @property
     def names(self) -> list[str]:
@@ -123,19 +138,24 @@ def open_located(path: Path, field: str, full_precision: bool = True) -> Trained
 def export(trained: TrainedModel, output: Path, dtype: torch.dtype) -> None:
     """Write a model and its tokenizers to one safetensors file, which appears whole or not at all.
 
-    Weights lie under `model.` in `dtype`, the VQ-GAN's under `vqgan.` as they are; the metadata
-    hold `format`, `facts`, `vqgan` (its settings) and `bpe` as JSON.
+    Weights lie under `model.` in `dtype`, the VQ-GAN's under `vqgan.` as they are, and VQ-GAN-Seg's
+    under `sketch_vqgan.` where there is one; the metadata hold `format`, `facts`, `vqgan` and
+    `sketch_vqgan` (their settings) and `bpe` as JSON.
     """
-    vqgan = trained.vqgan()
-    tensors = {f"{_VQGAN}{name}": value.contiguous() for name, value in vqgan.state_dict().items()}
-    for name in trained.names:
-        tensors[f"{_MODEL}{name}"] = trained.weight(name).to(dtype).contiguous()
+    facts = trained.facts.model_dump(mode="json", exclude={"model"})
     metadata = {
         "format": _FORMAT,
-        "facts": trained.facts.model_dump_json(),
-        "vqgan": vqgan.config.description(),
+        "facts": json.dumps({"model": trained.facts.model.description(), **facts}),
         "bpe": trained.bpe().to_json(),
     }
+    tensors = {}
+    for prefix, vqgan in ((_VQGAN, trained.vqgan()), (_SKETCH_VQGAN, trained.sketch_vqgan())):
+        if vqgan is not None:
+            metadata[prefix.rstrip(".")] = vqgan.config.description()
+            for name, value in vqgan.state_dict().items():
+                tensors[f"{prefix}{name}"] = value.contiguous()
+    for name in trained.names:
+        tensors[f"{_MODEL}{name}"] = trained.weight(name).to(dtype).contiguous()
     with replaced_atomically(output) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -166,8 +186,17 @@ class _Checkpoint(TrainedModel):
             return self._state.whole(name, "fp32")
         return self._file.get_tensor(name)
 
+    @property
+    def weights_sha256(self) -> str:
+        return read_manifest(self.origin)[MODEL_FILE]["sha256"]
+
     def vqgan(self) -> Vqgan:
         return load_vqgan(self._run / VQGAN_FILE)
+
+    def sketch_vqgan(self) -> Vqgan | None:
+        if self.facts.model.sketch_codebook_size is None:
+            return None
+        return load_vqgan(self._run / SKETCH_VQGAN_FILE)
 
     def bpe(self) -> TextTokenizer:
         return TextTokenizer.load(self._run / BPE_FILE)
@@ -198,16 +227,29 @@ class _ExportedModel(TrainedModel):
     def weight(self, name: str) -> Tensor:
         return self._file.get_tensor(f"{_MODEL}{name}")
 
+    @property
+    def weights_sha256(self) -> str:
+        return sha256_of(self.origin)
+
     def vqgan(self) -> Vqgan:
-        config = parse_settings(VqganConfig, self._json("vqgan"), f"{self.origin}, 'vqgan'")
+        return self._vqgan(_VQGAN)
+
+    def sketch_vqgan(self) -> Vqgan | None:
+        if self.facts.model.sketch_codebook_size is None:
+            return None
+        return self._vqgan(_SKETCH_VQGAN)
+
+    def _vqgan(self, prefix: str) -> Vqgan:
+        key = prefix.rstrip(".")
+        config = parse_settings(VqganConfig, self._json(key), f"{self.origin}, '{key}'")
         with torch.device("meta"):
             model = Vqgan(config)
-        names = [name for name in self._file.keys() if name.startswith(_VQGAN)]  # noqa: SIM118
-        weights = {name.removeprefix(_VQGAN): self._file.get_tensor(name) for name in names}
+        names = [name for name in self._file.keys() if name.startswith(prefix)]  # noqa: SIM118
+        weights = {name.removeprefix(prefix): self._file.get_tensor(name) for name in names}
         try:
             model.load_state_dict(weights, assign=True)
         except RuntimeError as error:
-            raise UserError(f"{self.origin} holds another VQ-GAN than it describes") from error
+            raise UserError(f"{self.origin} holds another '{key}' than it describes") from error
         return model.eval()
 
     def bpe(self) -> TextTokenizer:

@@ -71,7 +71,11 @@ def train_vqgan(
     if step == 0 and start is not None:
         state.begin_with(start)
     _announce(state, step, frames)
-    with Monitor(recipe.run, enabled=processes.is_first) as monitor, StopSignals(processes) as stop:
+    samples = step * recipe.batch_size
+    with (
+        Monitor(recipe.run, enabled=processes.is_first, step=step, samples=samples) as monitor,
+        StopSignals(processes) as stop,
+    ):
         try:
             evaluation = _run_steps(state, seed, step, frames, held, monitor, stop)
         except StopRequested as request:

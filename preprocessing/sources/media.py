@@ -8,8 +8,17 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import Decoded, DecodeError, DecodeLimits, DecodeSettings, decode_media
+from preprocessing.decoders import (
+    Decoded,
+    DecodeError,
+    DecodeLimits,
+    DecodeSettings,
+    decode_media,
+    decode_sketch,
+)
 from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.sources.items import Media, SourceItem, TarMember
 from preprocessing.sources.locations import Location, RandomReader, open_binary, readable
@@ -30,18 +39,32 @@ def decode_copy(
     item: SourceItem, path: Path, settings: DecodeSettings, limits: DecodeLimits = DEFAULT_LIMITS
 ) -> Decoded:
     """The same where the medium is a local file already."""
-    with named_as_source(item, path):
+    with named_as_source(item.media, path):
         return decode_media(path, settings, item.start, item.end, limits)
 
 
+def decode_item_sketch(
+    item: SourceItem,
+    settings: DecodeSettings,
+    classes: int,
+    unlabelled: int | None = None,
+    limits: DecodeLimits = DEFAULT_LIMITS,
+) -> tuple[np.ndarray, int]:
+    """The maps of an item's sketch, as `decode_sketch`; `UserError` where it has none."""
+    if item.sketch is None:
+        raise UserError(f"item {item.id!r} has no sketch")
+    with local_copy(item.sketch, limits) as path, named_as_source(item.sketch, path):
+        return decode_sketch(path, settings, classes, unlabelled=unlabelled, limits=limits)
+
+
 @contextmanager
-def named_as_source(item: SourceItem, path: Path) -> Iterator[None]:
-    """Have a `DecodeError` name an item's medium as the source does, not as its copy is called."""
+def named_as_source(media: Media, path: Path) -> Iterator[None]:
+    """Have a `DecodeError` name a medium as the source does, not as its copy is called."""
     try:
         yield
     except DecodeError as error:
         # A copy has a name that differs from run to run.
-        raise DecodeError(str(error).replace(str(path), str(item.media))) from error
+        raise DecodeError(str(error).replace(str(path), str(media))) from error
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from helpers import SmallWorld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch, interleave
+from megatron_nuwa.data.batches import TEXT_GRID, TaskBatches, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.sampling import even_sizes
 from megatron_nuwa.data.text import TextTokenizer, text_mask
-from megatron_nuwa.models.nuwa import Nuwa
+from megatron_nuwa.models.nuwa import Context, Nuwa
 from megatron_nuwa.training.recipe import load_recipe
 
 
@@ -26,15 +26,20 @@ def batches_of(
     tokens: int | None = None,
     accumulation: int = 1,
     weights: list[float] | None = None,
+    dropout: float = 0.3,
 ) -> TaskBatches:
-    folders = [world.images if task == "t2i" else world.clips]
+    folders = {
+        "t2i": [world.images],
+        "s2i": [world.sketched_images],
+        "s2v": [world.sketched_clips],
+    }.get(task, [world.clips])
     return TaskBatches(
         task,
         [Corpus(folder) for folder in folders * len(weights or [1])],
         TextTokenizer.load(world.bpe),
         seed=5,
         batch_size=batch_size,
-        caption_dropout=0.3,
+        caption_dropout=dropout,
         corpus_weights=weights,
         micro_batch_tokens=tokens,
         accumulation=accumulation,
@@ -42,7 +47,7 @@ def batches_of(
 
 
 def joined(batches: list[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([b.text for b in batches]), torch.cat([b.target for b in batches])
+    return torch.cat([b.context.tokens for b in batches]), torch.cat([b.target for b in batches])
 
 
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
@@ -60,7 +65,7 @@ def test_every_cut_and_every_replica_count_gives_the_same_global_batch(
         assert target.equal(expected[1])
         for part in parts:
             assert len(part) == cut.micro_batch_count(ranks)
-            sizes = [len(batch.text) for batch in part]
+            sizes = [len(batch.target) for batch in part]
             assert max(sizes) - min(sizes) <= 1
             assert max(sizes) == 1 or max(sizes) * 16 <= tokens
             assert [batch.share for batch in part] == [size / sum(sizes) for size in sizes]
@@ -70,7 +75,7 @@ def test_without_a_budget_a_share_is_cut_into_equal_parts(small_world: SmallWorl
     batches = batches_of(small_world, "t2i", 12, accumulation=3)
     assert batches.micro_batch_count(2) == 3
     parts = batches.micro_batches(0, 1, 2)
-    assert [(len(batch.text), batch.share) for batch in parts] == [(2, 1 / 3)] * 3
+    assert [(len(batch.target), batch.share) for batch in parts] == [(2, 1 / 3)] * 3
 
 
 def test_budget_makes_images_and_clips_weigh_the_same(small_world: SmallWorld) -> None:
@@ -111,7 +116,7 @@ def test_interleaving_keeps_each_order_and_spreads_every_task(counts: list[int])
 def stub_batches(task: TaskName, count: int) -> list[TokenBatch]:
     empty = torch.empty(0)
     return [
-        TokenBatch(task, empty, empty, None, empty, share=float(number))  # type: ignore[arg-type]
+        TokenBatch(task, Context("text", empty, TEXT_GRID), empty, TEXT_GRID, float(number))
         for number in range(count)
     ]
 
@@ -123,10 +128,12 @@ def test_equal_counts_take_turns(small_world: SmallWorld) -> None:
 
 def test_mask_is_made_with_the_batch_and_travels_with_it(small_world: SmallWorld) -> None:
     [batch] = batches_of(small_world, "t2v", 4).micro_batches(0, 0, 1)
-    assert batch.mask.equal(text_mask(batch.text))
-    assert batch.context().mask is batch.mask
+    assert batch.context.mask is not None
+    assert batch.context.mask.equal(torch.from_numpy(text_mask(batch.context.tokens.numpy())))
     moved = batch.to(torch.device("meta"))
-    assert {t.device.type for t in (moved.text, moved.target, moved.mask)} == {"meta"}
+    assert moved.context.mask is not None
+    parts = (moved.context.tokens, moved.target, moved.context.mask)
+    assert {tensor.device.type for tensor in parts} == {"meta"}
     assert replace(batch, share=0.5).to(torch.device("cpu")).share == 0.5
 
 
@@ -142,6 +149,66 @@ def test_item_names_say_which_items_a_replica_read(small_world: SmallWorld) -> N
         assert target.tolist() == corpus.visual(int(item)).tolist()
 
 
+@pytest.mark.parametrize("task", ["s2i", "s2v"])
+def test_sketches_are_those_of_the_items_whoever_reads_them(
+    small_world: SmallWorld, task: TaskName
+) -> None:
+    corpus = Corpus(small_world.sketched_images if task == "s2i" else small_world.sketched_clips)
+    whole = batches_of(small_world, task, 12, dropout=0)
+    [batch] = whole.micro_batches(3, 0, 1)
+    assert (batch.context.kind, batch.context.grid, batch.context.mask) == (
+        "sketch",
+        corpus.grid,
+        None,
+    )
+    for name, sketch in zip(whole.item_names(3, 0, 1), batch.context.tokens, strict=True):
+        assert sketch.tolist() == corpus.sketch(int(name.rsplit("-", 1)[1])).tolist()
+    cut = batches_of(small_world, task, 12, dropout=0, tokens=100)
+    parts = [batch for rank in range(3) for batch in cut.micro_batches(3, rank, 3)]
+    assert len(parts) >= 3
+    tokens, target = joined(parts)
+    assert tokens.equal(batch.context.tokens)
+    assert target.equal(batch.target)
+
+
+def test_dropped_sketches_are_dropped_by_all_in_the_same_steps(small_world: SmallWorld) -> None:
+    """Else micro-batches had two kinds of context, and processes would wait for each other."""
+    batches, cut = (batches_of(small_world, "s2v", 12, tokens=n) for n in (None, 48))
+    same = batches_of(small_world, "s2v", 12, dropout=0)
+    kinds = []
+    for step in range(200):
+        parts = [part for rank in range(4) for part in cut.micro_batches(step, rank, 4)]
+        [whole] = batches.micro_batches(step, 0, 1)
+        found = {part.context.kind for part in [*parts, whole]}
+        assert found == {"sketch" if batches.reads_sketches(step) else "text"}
+        assert joined(parts)[1].equal(same.micro_batches(step, 0, 1)[0].target)
+        kinds += found
+        if whole.context.kind == "text":
+            none = TextTokenizer.load(small_world.bpe).encode("None").astype("int64")
+            assert whole.context.tokens.equal(torch.from_numpy(none).expand(12, -1))
+    assert 0.2 < kinds.count("text") / 200 < 0.4
+    other = batches_of(small_world, "s2i", 12)
+    assert [other.reads_sketches(s) for s in range(200)] != [kind == "sketch" for kind in kinds]
+
+
+def test_a_pure_sketch_batch_trains_the_sketch_side(small_world: SmallWorld) -> None:
+    recipe = load_recipe(small_world.recipe, small_world.sketch_overrides())
+    assert recipe.model is not None
+    torch.manual_seed(0)
+    model = Nuwa(recipe.model)
+    [batch] = batches_of(small_world, "s2v", 2, dropout=0).micro_batches(0, 0, 1)
+    model.loss(batch.context, batch.target, batch.grid).backward()
+    moved = {
+        name.split(".")[0]: float(p.grad.abs().max())
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
+    # What has no part in it has a gradient of zero: see `Nuwa.embed_context`.
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == moved.keys()
+    still = {name for name, most in moved.items() if most == 0}
+    assert still == {"text_embedding", "text_positions"}
+
+
 def test_pure_v2v_batch_leaves_no_parameter_of_the_text_side_without_gradient(
     small_world: SmallWorld,
 ) -> None:
@@ -151,7 +218,7 @@ def test_pure_v2v_batch_leaves_no_parameter_of_the_text_side_without_gradient(
     torch.manual_seed(0)
     model = Nuwa(recipe.model)
     [batch] = batches_of(small_world, "v2v", 2).micro_batches(0, 0, 1)
-    model.loss(batch.context(), batch.target, batch.grid).backward()
+    model.loss(batch.context, batch.target, batch.grid).backward()
     unused = {name for name, p in model.named_parameters() if p.grad is None}
     # Only the positions of a visual context have no part in reading a text.
     assert all(name.startswith("context_positions.") for name in unused)

@@ -102,7 +102,7 @@ def test_batches_are_those_of_the_folder_and_a_window_bounds_the_shards(
     for step in range(24):
         [one], [other] = here.micro_batches(step, 0, 1), there.micro_batches(step, 0, 1)
         assert one.target.equal(other.target)
-        assert one.text.equal(other.text)
+        assert one.context.tokens.equal(other.context.tokens)
         shards = {pick.item // 12 for pick in here.order.batch(step)}
         if window is not None:
             # 12 and 24 items a window divide by the batch of 6.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import (
     ITEMS,
+    SKETCH,
     TEXT,
     VISUAL,
     CorpusManifest,
@@ -32,10 +35,11 @@ from megatron_nuwa.data.shards import (
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
 
-CODES, WORDS = 50, 1000
+CODES, WORDS, SKETCH_CODES = 50, 1000, 20
+BEFORE_SKETCHES = "409dc4fb5e36014a5e4bc85418f4771b09320e586d751582ed761bd302c67cbd"
 
 
-def random_items(seed: int, count: int, grid: Grid) -> list[ShardItem]:
+def random_items(seed: int, count: int, grid: Grid, sketches: bool = False) -> list[ShardItem]:
     generator = np.random.default_rng(seed)
     items = []
     for number in range(count):
@@ -52,6 +56,9 @@ def random_items(seed: int, count: int, grid: Grid) -> list[ShardItem]:
                 end=None,
             )
         )
+    if sketches:
+        maps = generator.integers(0, SKETCH_CODES, (count, grid.cells), np.uint16)
+        items = [replace(item, sketch=own) for item, own in zip(items, maps, strict=True)]
     return items
 
 
@@ -59,6 +66,7 @@ def write_corpus(
     folder: Path, grid: Grid, shards: list[list[ShardItem]], group_items: int = 1024
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
+    sketches = any(item.sketch is not None for items in shards for item in items)
     sidecars = [
         write_shard(folder, number, items, group_items=group_items)
         for number, items in enumerate(shards)
@@ -68,8 +76,9 @@ def write_corpus(
         grid=tuple(grid),
         frames_per_second=None if grid.s == 1 else 2.5,
         codebook_size=CODES,
+        sketch_codebook_size=SKETCH_CODES if sketches else None,
         text_vocabulary_size=WORDS,
-        fingerprints=Fingerprints(vqgan="v", bpe="b", decode="d"),
+        fingerprints=Fingerprints(vqgan="v", bpe="b", decode="d", sketch="s" if sketches else None),
         counts=Counts(
             items=sum(sidecar.items for sidecar in sidecars),
             captions=sum(sidecar.captions for sidecar in sidecars),
@@ -90,6 +99,7 @@ GRIDS = st.builds(Grid, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
     group_items=st.integers(1, 5),
     seed=st.integers(0, 99),
+    sketches=st.booleans(),
 )
 def test_every_item_comes_back_as_it_was_written(
     tmp_path_factory: pytest.TempPathFactory,
@@ -97,8 +107,9 @@ def test_every_item_comes_back_as_it_was_written(
     sizes: list[int],
     group_items: int,
     seed: int,
+    sketches: bool,
 ) -> None:
-    shards = [random_items(seed + n, size, grid) for n, size in enumerate(sizes)]
+    shards = [random_items(seed + n, size, grid, sketches) for n, size in enumerate(sizes)]
     folder = write_corpus(tmp_path_factory.mktemp("corpus"), grid, shards, group_items)
     corpus = Corpus(folder)
     items = [item for shard in shards for item in shard]
@@ -113,6 +124,19 @@ def test_every_item_comes_back_as_it_was_written(
         assert (line["media"], line["start"], line["end"]) == (item.media, item.start, item.end)
     counts = np.bincount(np.concatenate([item.visual for item in items]), minlength=CODES)
     np.testing.assert_array_equal(corpus.visual_counts(), counts)
+    assert corpus.has_sketches == sketches
+    every, rows = np.arange(len(items)), np.full((len(items), grid.cells), -1)
+    if sketches:
+        maps = np.array([item.sketch for item in items])
+        corpus.read_sketches(every[::-1], rows, every[::-1])
+        np.testing.assert_array_equal(rows, maps)
+        np.testing.assert_array_equal([corpus.sketch(index) for index in every], maps)
+        counts = np.bincount(maps.ravel(), minlength=SKETCH_CODES)
+        np.testing.assert_array_equal(corpus.sketch_counts(), counts)
+    else:
+        for read in (lambda: corpus.sketch(0), lambda: corpus.read_sketches(every, rows, every)):
+            with pytest.raises(ValueError, match="has no sketches"):
+                read()
     for index in (-1, len(items)):
         with pytest.raises(IndexError):
             corpus.visual(index)
@@ -131,12 +155,18 @@ def test_groups_hold_at_most_1024_items(tmp_path: Path, count: int, groups: int)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    return nine_items(tmp_path / "corpus")
+
+
+def nine_items(folder: Path, sketches: bool = False) -> Path:
     grid = Grid(2, 3, 2)
-    shards = [random_items(1, 5, grid), random_items(2, 4, grid)]
-    return write_corpus(tmp_path / "corpus", grid, shards, group_items=2)
+    shards = [random_items(1, 5, grid, sketches), random_items(2, 4, grid, sketches)]
+    return write_corpus(folder, grid, shards, group_items=2)
 
 
-def test_stock_webdataset_reads_the_tars(folder: Path) -> None:
+@pytest.mark.parametrize("sketches", [False, True])
+def test_stock_webdataset_reads_the_tars(tmp_path: Path, sketches: bool) -> None:
+    folder = nine_items(tmp_path / "corpus", sketches)
     corpus = Corpus(folder)
     urls = [f"file:{folder / name}.tar" for name in ("shard-000000", "shard-000001")]
     dataset = webdataset.WebDataset(urls, shardshuffle=False).decode()
@@ -147,6 +177,8 @@ def test_stock_webdataset_reads_the_tars(folder: Path) -> None:
             item = json.loads(line)
             captions = len(item["captions"])
             np.testing.assert_array_equal(sample[VISUAL][row], corpus.visual(index))
+            if sketches:
+                np.testing.assert_array_equal(sample[SKETCH][row], corpus.sketch(index))
             np.testing.assert_array_equal(
                 sample[TEXT][first : first + captions], corpus.texts(index)
             )
@@ -182,11 +214,19 @@ def test_mapped_arrays_equal_the_members_that_tarfile_reads(folder: Path) -> Non
 
 
 def test_same_items_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    grid = Grid(2, 3, 2)
-    shards = [random_items(1, 5, grid), random_items(2, 4, grid)]
-    again = write_corpus(tmp_path / "again", grid, shards, group_items=2)
+    again = nine_items(tmp_path / "again")
     for path in folder.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_corpus_without_sketches_has_the_bytes_that_it_had_before_there_were_any(
+    folder: Path,
+) -> None:
+    """Those of the last version whose corpora could have none."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    assert digest.hexdigest() == BEFORE_SKETCHES
 
 
 def test_a_worker_process_gets_the_path_and_not_the_tokens(folder: Path) -> None:
@@ -210,13 +250,30 @@ def test_shard_without_items_is_a_sidecar_of_failures(tmp_path: Path) -> None:
     assert read_sidecar(tmp_path / "shard-000003.json").failures[0].reason == "it is empty"
 
 
-@pytest.mark.parametrize("field", ["visual", "text", "captions"])
+def test_a_shard_has_all_sketches_or_none_and_corpus_json_knows(tmp_path: Path) -> None:
+    items = random_items(0, 3, Grid(2, 2, 1), sketches=True)
+    mixed = [*items[:2], replace(items[2], sketch=None)]
+    with pytest.raises(ValueError, match="'item-0-0' and 'item-0-2' must both have a sketch or"):
+        write_shard(tmp_path, 0, mixed)
+    assert list(tmp_path.iterdir()) == []
+    folder = nine_items(tmp_path / "corpus", sketches=True)
+    edit(folder / "corpus.json", sketch_codebook_size=None)
+    with pytest.raises(UserError, match=r"shard-000000\.json has sketches, and corpus\.json says"):
+        Corpus(folder)
+    without = nine_items(tmp_path / "without")
+    edit(without / "corpus.json", sketch_codebook_size=8)
+    with pytest.raises(UserError, match=r"member 000000\.sketch\.npy is wrong or missing"):
+        Corpus(without)
+
+
+@pytest.mark.parametrize("field", ["visual", "text", "captions", "sketch"])
 def test_wrong_arrays_are_refused_by_name(tmp_path: Path, field: str) -> None:
-    good = random_items(0, 2, Grid(2, 2, 1))
+    good = random_items(0, 2, Grid(2, 2, 1), sketches=True)
     wrong: dict[str, Any] = {
         "visual": np.zeros(5, np.uint16),
         "text": np.zeros((1, 76), np.uint16),
         "captions": (),
+        "sketch": np.zeros((2, 2), np.uint16),
     }
     bad = ShardItem(**{**good[1].__dict__, field: wrong[field]})
     name = "text" if field == "captions" else field

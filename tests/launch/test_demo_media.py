@@ -15,9 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.demo import media
 from launch.demo.catalogue import clip_cuts, load_catalogue
+from launch.demo.sketches import CLASSES, colour_maps, write_maps
 from launch.demo.stages import CONTINUED_CLIPS
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import DecodeError, DecodeSettings, decode
+from megatron_nuwa.generation.palette import colour_names
+from preprocessing.decoders import DecodeError, DecodeSettings, decode, decode_sketch
 from preprocessing.sources import read_manifest
 
 MANIFESTS = ("train-clips", "train-images", "heldout-clips", "heldout-images")
@@ -100,6 +102,43 @@ def test_cut_clips_decode_to_eight_frames_and_only_the_broken_one_fails(gathered
     first = {item.id.rpartition("-")[0]: item for item in reversed(items)}["globe-whole"]
     frames, _ = decode(first.media, CLIP)
     assert np.abs(frames[0].astype(int) - frames[7]).max() > 20
+
+
+def test_every_item_has_a_sketch_whose_classes_are_named_colours(gathered: Path) -> None:
+    names = colour_names(CLASSES)
+    items = {
+        item.id: item for name in MANIFESTS for item in read_manifest(gathered / f"{name}.jsonl")
+    }
+    assert all(isinstance(item.sketch, Path) and item.sketch.is_file() for item in items.values())
+    for name, expected in {
+        "globe-whole-00000": ("blue", "black"),
+        f"globe-whole-00000{media.STILL_SUFFIX}": ("blue", "black"),
+        "dahlia-100-0-427": ("orange", "green"),
+    }.items():
+        item = items[name]
+        settings = CLIP if item.media.suffix == ".mp4" else DecodeSettings(image_size=64)
+        maps, real = decode_sketch(item.sketch, settings, CLASSES)
+        assert real == settings.frames
+        shares = np.bincount(maps.ravel(), minlength=CLASSES) / maps.size
+        # More than a fifth of what is seen has each of the two colours.
+        assert {names[number] for number in np.flatnonzero(shares > 0.15)} >= set(expected)
+        assert len(np.unique(maps)) < CLASSES
+
+
+def test_a_sketch_names_colours_and_leaves_specks_out(tmp_path: Path) -> None:
+    frames = np.zeros((8, 96, 96, 3), np.uint8)
+    frames[:, :, :48] = (190, 30, 35)
+    frames[:, 20:24, 20:24] = (20, 160, 60)
+    for number in range(8):
+        frames[number, 48:, 48 + 4 * number :] = (40, 90, 200)
+    maps = colour_maps(frames)
+    names = np.array(colour_names(CLASSES))
+    assert set(names[np.unique(maps)]) == {"red", "black", "blue"}
+    assert (names[maps[:, :, :44]] == "red").all()
+    assert (names[maps[7, 56:, 84:]] == "blue").all()
+    write_maps(tmp_path / "clip.gif", maps)
+    kept, _ = decode_sketch(tmp_path / "clip.gif", CLIP.model_copy(update={"image_size": 96}), 12)
+    assert np.array_equal(kept, maps)
 
 
 def test_the_same_packages_give_the_same_bytes(gathered: Path, tmp_path: Path) -> None:

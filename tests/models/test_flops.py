@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_nuwa.grid import Extent, Grid
+from megatron_nuwa.grid import Extent, Grid, nearby_indices
 from megatron_nuwa.models.flops import (
     encoding_flops,
     forward_flops,
@@ -18,7 +18,6 @@ from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
 
 TEXT, VIDEO = Grid(1, 1, 7), Grid(4, 4, 3)
-TEXT_EXTENT = Extent(1, 1, None)
 
 
 def small(**changes: object) -> NuwaConfig:
@@ -36,7 +35,7 @@ def small(**changes: object) -> NuwaConfig:
     return NuwaConfig.model_validate({**sizes, **changes})
 
 
-def linear_flops(config: NuwaConfig, tokens: int, context_tokens: int) -> int:
+def linear_flops(config: NuwaConfig, tokens: int, context_tokens: int, kind: str = "text") -> int:
     """Counted from the shapes of the model's own weight matrices."""
     model = Nuwa(config)
     flops = 0
@@ -45,7 +44,9 @@ def linear_flops(config: NuwaConfig, tokens: int, context_tokens: int) -> int:
             continue
         if name == "text_embedding.weight":
             continue
-        reads_context = name.startswith("encoder.") or name.endswith(
+        if name.startswith("sketch_embedding.") and kind != "sketch":
+            continue
+        reads_context = name.startswith(("encoder.", "sketch_embedding.")) or name.endswith(
             ("cross_attention.key.weight", "cross_attention.value.weight")
         )
         flops += 2 * parameter.numel() * (context_tokens if reads_context else tokens)
@@ -68,10 +69,10 @@ def linear_flops(config: NuwaConfig, tokens: int, context_tokens: int) -> int:
 )
 @pytest.mark.parametrize("grid", [VIDEO, Grid(4, 4, 1)])
 def test_units_sum_to_the_model_and_to_its_matrices(config: NuwaConfig, grid: Grid) -> None:
-    units = unit_flops(config, TEXT, TEXT_EXTENT, grid)
+    units = unit_flops(config, "text", TEXT, grid)
     assert len(units) == len(unit_names(config))
-    assert sum(units) == forward_flops(config, TEXT, TEXT_EXTENT, grid)
-    assert 3 * sum(units) == training_flops(config, TEXT, TEXT_EXTENT, grid)
+    assert sum(units) == forward_flops(config, "text", TEXT, grid)
+    assert 3 * sum(units) == training_flops(config, "text", TEXT, grid)
     scores = sum(units) - linear_flops(config, grid.cells, TEXT.cells)
     # What is left are scores and their sums over values: 4 · width · pairs, at least one a query.
     assert scores > 0
@@ -82,6 +83,28 @@ def test_units_sum_to_the_model_and_to_its_matrices(config: NuwaConfig, grid: Gr
         grid.cells + TEXT.cells
     )
     assert least <= pairs <= most
+
+
+@pytest.mark.parametrize("embedding", ["codebook", "direct"])
+@pytest.mark.parametrize("grid", [VIDEO, Grid(4, 4, 1)])
+def test_a_sketch_costs_its_own_cells_and_their_projection(grid: Grid, embedding: str) -> None:
+    sizes = {"sketch_codebook_size": 30, "sketch_code_dim": 6, "visual_embedding": embedding}
+    config = small(**sizes)
+    sketch = forward_flops(config, "sketch", grid, grid)
+    assert forward_flops(config, "text", TEXT, grid) == forward_flops(
+        small(visual_embedding=embedding), "text", TEXT, grid
+    )
+    extent = config.visual_extent(grid)
+    pairs = 2 * pair_count(grid, extent, False) + 3 * (
+        pair_count(grid, extent, True) + pair_count(grid, extent, False)
+    )
+    linear = linear_flops(config, grid.cells, grid.cells, "sketch")
+    assert sketch == linear + 4 * config.width * pairs
+
+
+def pair_count(grid: Grid, extent: Extent, causal: bool) -> int:
+    """By the definition of nearby, cell by cell."""
+    return sum(len(nearby_indices(n, grid, grid, extent, causal)) for n in range(grid.cells))
 
 
 def test_units_are_named_in_the_order_they_run() -> None:
@@ -97,7 +120,7 @@ def test_units_are_named_in_the_order_they_run() -> None:
         "decoder.2",
         "head",
     ]
-    costs = dict(zip(names, unit_flops(config, TEXT, TEXT_EXTENT, VIDEO), strict=True))
+    costs = dict(zip(names, unit_flops(config, "text", TEXT, VIDEO), strict=True))
     assert costs["encoder_norm"] == 0
     assert costs["head"] == 2 * 32 * 24 * VIDEO.cells
     assert costs["embedding"] == 2 * 32 * 8 * VIDEO.cells

@@ -105,6 +105,46 @@ def test_visual_context_and_its_words_matter() -> None:
     assert not torch.allclose(*logits)
 
 
+def test_a_model_that_reads_sketches_is_the_one_that_does_not_with_a_table_more() -> None:
+    """Names, their order, shapes and every starting weight."""
+    torch.manual_seed(0)
+    without, reading = Nuwa(small()), Nuwa(small(sketch_codebook_size=30, sketch_code_dim=6))
+    for model in (without, reading):
+        model.initialise(7)
+    more = {"sketch_embedding.codes.weight": (30, 6), "sketch_embedding.projection.weight": (32, 6)}
+    weights = reading.state_dict()
+    assert {name: tuple(weights.pop(name).shape) for name in more} == more
+    assert list(weights) == list(without.state_dict())
+    for name, weight in without.state_dict().items():
+        assert torch.equal(weights[name], weight), name
+    before, now = without.parameter_counts(), reading.parameter_counts()
+    assert now == before | {"sketch_embedding": 30 * 6 + 6 * 32, "total": sum(now.values()) // 2}
+    assert set(before) == {"transformer", "text_table", "head", "total"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"visual_embedding": "direct", "tie_head": True}], ids=str)
+def test_a_sketch_is_read_from_a_table_of_its_own(changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = Nuwa(small(sketch_codebook_size=30, sketch_code_dim=6, **changes)).eval()
+    target, tokens = torch.randint(0, 50, (1, 48)), torch.randint(0, 30, (1, 48))
+    grid = Grid(4, 4, 3)
+    sketch = Context("sketch", tokens, grid)
+    logits = model(sketch, target, grid)
+    assert logits.shape == (1, 48, 50)
+    assert not torch.allclose(logits, model(Context("visual", tokens, grid), target, grid))
+    own, across = model.decoder_geometries(grid, sketch)
+    assert across.extent == own.extent == model.config.visual_extent(grid)
+    assert not across.causal
+    logits.sum().backward()
+    assert model.sketch_embedding is not None
+    assert model.sketch_embedding.codes.weight.grad is not None
+    assert model.sketch_embedding.codes.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        assert torch.equal(model(sketch, target, grid), logits)
+    with pytest.raises(ValueError, match=r"model\.sketch_codebook_size is null"):
+        Nuwa(small())(sketch, target, grid)
+
+
 def test_codebook_of_the_tokenizer_becomes_the_embedding() -> None:
     model = Nuwa(small())
     codebook = torch.randn(50, 8)
@@ -112,13 +152,20 @@ def test_codebook_of_the_tokenizer_becomes_the_embedding() -> None:
     assert torch.equal(model.visual_embedding.codes.weight, codebook)
     with pytest.raises(ValueError, match="codebook must be"):
         model.use_codebook(torch.randn(49, 8))
+    with pytest.raises(ValueError, match=r"model\.sketch_codebook_size is null"):
+        model.use_sketch_codebook(codebook)
+    reading = Nuwa(small(sketch_codebook_size=50, sketch_code_dim=8))
+    reading.use_sketch_codebook(codebook)
+    assert reading.sketch_embedding is not None
+    assert torch.equal(reading.sketch_embedding.codes.weight, codebook)
+    with pytest.raises(ValueError, match=r"sketch codebook must be \(50, 8\)"):
+        reading.use_sketch_codebook(codebook.T)
 
 
 def test_counted_flops_are_the_linear_layers_and_the_visible_pairs() -> None:
     """Against PyTorch's own counter, which sees every matrix product but no window."""
     config = small()
     model, grid, text = Nuwa(config).eval(), Grid(5, 4, 3), Grid(1, 1, 77)
-    text_extent = Extent.of(config.text_extent)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(text_context(batch=1), torch.randint(0, 50, (1, grid.cells)), grid)
     operators = counter.get_flop_counts()["Global"].items()
@@ -129,7 +176,7 @@ def test_counted_flops_are_the_linear_layers_and_the_visible_pairs() -> None:
     pairs = config.encoder_layers * 77 * 77 + config.decoder_layers * (nearby + grid.cells * 77)
     # The first cell's input is `<bos>`, so one token fewer passes the codebook's projection.
     linear += 2 * config.code_dim * config.width
-    assert forward_flops(config, text, text_extent, grid) == linear + 4 * config.width * pairs
+    assert forward_flops(config, "text", text, grid) == linear + 4 * config.width * pairs
 
 
 def test_errors_name_the_field() -> None:

@@ -1,19 +1,31 @@
-"""Decoding steps against the rows of the whole operator, with exactly the cache that they need."""
+"""Decoding a few cells at a time against the rows of the whole operator, on both ways."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_nuwa.grid import Extent, Grid
-from megatron_nuwa.ops import RingCache, cpu, nearby_attention, nearby_attention_step
+from megatron_nuwa.ops import cpu, nearby_attention
+from megatron_nuwa.ops.decode import (
+    CellAttention,
+    CellLists,
+    KernelAttention,
+    KeyValueCache,
+    Span,
+    StaticAttention,
+    ring_slots,
+)
 from megatron_nuwa.ops.native import why_missing
-from megatron_nuwa.ops.step import ring_slots
+from megatron_nuwa.ops.tables import Geometry
 
-BACKENDS = ["reference"] if why_missing("cpu") else ["reference", "cpu"]
+WAYS: list[type[CellAttention]] = [StaticAttention]
+if not why_missing("cpu"):
+    WAYS.append(KernelAttention)
+PARTS, PART = 3, 1
 sides = st.integers(1, 5)
 widths = st.sampled_from([1, 3, 5, 7, None])
 grids = st.builds(Grid, sides, sides, st.integers(1, 6))
@@ -24,31 +36,67 @@ def random(generator: torch.Generator, cells: int, size: int = 16) -> Tensor:
     return torch.randn(2, cells, 3, size, generator=generator)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=120, deadline=None)
-@given(grid=grids, extent=extents, seed=st.integers(0, 2**31), blocks=st.integers(1, 40))
+def spans(grid: Grid, generator: torch.Generator, most: int) -> list[Span]:
+    """Blocks of random lengths, none across the end of a frame."""
+    result, first, frame = [], 0, grid.h * grid.w
+    while first < grid.cells:
+        steps = int(torch.randint(1, most + 1, (), generator=generator))
+        steps = min(steps, (first // frame + 1) * frame - first)
+        result.append(Span(first, steps))
+        first += steps
+    return result
+
+
+def attended(
+    attention: CellAttention, query: Tensor, cache: KeyValueCache, span: Span, on_device: bool
+) -> Tensor:
+    """The rows of one block; queries lie among others, as a fused projection leaves them."""
+    here = query[:, span.first : span.first + span.steps]
+    fused = torch.randn(2, span.steps, PARTS, 3, query.shape[-1]).to(query)
+    fused[:, :, PART] = here
+    out = torch.zeros_like(fused)
+    place = torch.arange(span.first, span.first + span.steps) if on_device else span
+    attention.attend(fused.flatten(1, 2), cache, place, out.flatten(1, 2))
+    assert not out[:, :, [0, 2]].any()
+    return out[:, :, PART]
+
+
+def decoded(
+    way: type[CellAttention], lists: CellLists, tensors: tuple[Tensor, ...], blocks: list[Span]
+) -> Tensor:
+    query, key, value = tensors
+    cache = KeyValueCache.empty(query, 2, lists.slots, 3, query.shape[-1])
+    attention = way(lists, None, query.shape[-1] ** -0.5, PARTS, PART)
+    outputs = []
+    for number, span in enumerate(blocks):
+        here = slice(span.first, span.first + span.steps)
+        on_device = way is StaticAttention and number % 2 == 0
+        place = torch.arange(here.start, here.stop) if on_device else span
+        cache.write(torch.stack([key[:, here], value[:, here]]), place)
+        outputs.append(attended(attention, query, cache, span, on_device))
+    return torch.cat(outputs, 1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=80, deadline=None)
+@given(grid=grids, extent=extents, seed=st.integers(0, 2**31), most=st.integers(1, 30))
 def test_a_ring_of_frames_gives_what_the_whole_past_gives(
-    backend: str, grid: Grid, extent: Extent, seed: int, blocks: int
+    way: type[CellAttention], grid: Grid, extent: Extent, seed: int, most: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    query, key, value = (random(generator, grid.cells) for _ in range(3))
+    tensors = tuple(random(generator, grid.cells) for _ in range(3))
     expected = nearby_attention(
-        query, key, value, grid=grid, extent=extent, causal=True, backend="reference"
+        *tensors, grid=grid, extent=extent, causal=True, backend="reference"
     )
-    cache = RingCache(2, 3, 16, grid=grid, extent=extent)
+    lists = CellLists.nearby(Geometry(grid, grid, extent, True))
     frames = grid.s if extent.s is None else min(grid.s, extent.s // 2 + 1)
-    assert cache.keys.shape[1] == ring_slots(grid, extent) == frames * grid.h * grid.w
-    outputs = []
-    while cache.position < grid.cells:
-        most = min(blocks, grid.cells - cache.position)
-        steps = int(torch.randint(1, most + 1, (), generator=generator))
-        here = slice(cache.position, cache.position + steps)
-        outputs.append(cache.attend(query[:, here], key[:, here], value[:, here], backend=backend))
-    torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=1e-5, atol=1e-5)
+    assert lists.slots == ring_slots(grid, extent) == frames * grid.h * grid.w
+    output = decoded(way, lists, tensors, spans(grid, generator, most))
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=120, deadline=None)
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=80, deadline=None)
 @given(
     grid=grids,
     context_grid=grids,
@@ -57,142 +105,70 @@ def test_a_ring_of_frames_gives_what_the_whole_past_gives(
     masked=st.booleans(),
 )
 def test_steps_over_a_context_equal_the_rows_of_the_operator(
-    backend: str, grid: Grid, context_grid: Grid, extent: Extent, seed: int, masked: bool
+    way: type[CellAttention],
+    grid: Grid,
+    context_grid: Grid,
+    extent: Extent,
+    seed: int,
+    masked: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     query = random(generator, grid.cells)
     key, value = (random(generator, context_grid.cells) for _ in range(2))
     mask = torch.rand(2, context_grid.cells, generator=generator) < 0.5 if masked else None
-    shared = {"grid": grid, "context_grid": context_grid, "extent": extent, "context_mask": mask}
-    expected = nearby_attention(query, key, value, **shared, backend="reference")  # type: ignore[arg-type]
-    position = int(torch.randint(grid.cells, (), generator=generator))
-    steps = int(torch.randint(1, min(grid.cells - position, 9) + 1, (), generator=generator))
-    output = nearby_attention_step(
-        query[:, position : position + steps],
+    expected = nearby_attention(
+        query,
         key,
         value,
-        position=position,
-        backend=backend,
-        **shared,  # type: ignore[arg-type]
+        grid=grid,
+        context_grid=context_grid,
+        extent=extent,
+        context_mask=mask,
+        backend="reference",
     )
-    torch.testing.assert_close(
-        output, expected[:, position : position + steps], rtol=1e-5, atol=1e-5
+    attention = way(
+        CellLists.nearby(Geometry(grid, context_grid, extent, False)), mask, 0.25, PARTS, PART
     )
+    cache = KeyValueCache(torch.stack([key, value]))
+    for span in spans(grid, generator, 9):
+        here = slice(span.first, span.first + span.steps)
+        output = attended(attention, query, cache, span, way is StaticAttention)
+        torch.testing.assert_close(output, expected[:, here], rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
-@given(grid=grids, extent=extents, seed=st.integers(0, 2**31))
-def test_what_a_ring_still_holds_from_older_frames_is_not_seen(
-    grid: Grid, extent: Extent, seed: int
+@pytest.mark.skipif(KernelAttention not in WAYS, reason=f"no C++ kernels: {why_missing('cpu')}")
+@pytest.mark.parametrize("instructions", cpu.available_instruction_sets())
+@pytest.mark.parametrize("extent", [Extent(3, 3, 3), Extent(None, None, None)], ids=str)
+def test_the_kernel_gives_a_cell_the_same_bits_in_every_block_and_batch(
+    instructions: str, extent: Extent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A cache of every cell, with NaN where a ring has forgotten or does not yet know."""
-    generator = torch.Generator().manual_seed(seed)
-    query, key, value = (random(generator, grid.cells) for _ in range(3))
-    position = int(torch.randint(grid.cells, (), generator=generator))
-    frame, slots = grid.h * grid.w, ring_slots(grid, extent)
-    oldest = max(0, (position // frame + 1) * frame - slots)
-    assume(oldest > 0 or position < grid.cells - 1)
-    expected = nearby_attention(
-        query, key, value, grid=grid, extent=extent, causal=True, backend="reference"
-    )[:, position]
-    key, value = key.clone(), value.clone()
-    for tensor in (key, value):
-        tensor[:, :oldest] = torch.nan
-        tensor[:, position + 1 :] = torch.nan
-    for backend in BACKENDS:
-        output = nearby_attention_step(
-            query[:, position : position + 1],
-            key,
-            value,
-            position=position,
-            grid=grid,
-            extent=extent,
-            backend=backend,
-        )[:, 0]
-        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_every_dtype(dtype: torch.dtype) -> None:
+    monkeypatch.setenv(cpu.INSTRUCTION_SET_VARIABLE, instructions)
     generator = torch.Generator().manual_seed(1)
-    query, key, value = (random(generator, 60).to(dtype) for _ in range(3))
-    expected = nearby_attention(
-        query.double(), key.double(), value.double(), grid=(4, 5, 3), extent=(3, 3, 3), causal=True
-    )
-    cache = RingCache(2, 3, 16, grid=(4, 5, 3), extent=(3, 3, 3), dtype=dtype)
-    output = cache.attend(query, key, value)
+    grid = Grid(5, 5, 4)
+    tensors = tuple(random(generator, grid.cells, size=32) for _ in range(3))
+    lists = CellLists.nearby(Geometry(grid, grid, extent, True))
+    one_by_one = decoded(KernelAttention, lists, tensors, [Span(n, 1) for n in range(100)])
+    in_blocks = decoded(KernelAttention, lists, tensors, spans(grid, generator, 25))
+    swapped = tuple(t.flip(0) for t in tensors)
+    other_places = decoded(KernelAttention, lists, swapped, spans(grid, generator, 7)).flip(0)
+    expected = nearby_attention(*tensors, grid=grid, extent=extent, causal=True)
+    torch.testing.assert_close(one_by_one, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(one_by_one, in_blocks)
+    assert torch.equal(one_by_one, other_places)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_dtype(way: type[CellAttention], dtype: torch.dtype) -> None:
+    if way is KernelAttention and dtype not in cpu.DTYPES:
+        pytest.skip("goes the static way")
+    generator = torch.Generator().manual_seed(1)
+    tensors = tuple(random(generator, 60).to(dtype) for _ in range(3))
+    query, key, value = (tensor.double() for tensor in tensors)
+    grid, extent = Grid(4, 5, 3), Extent(3, 3, 3)
+    expected = nearby_attention(query, key, value, grid=grid, extent=extent, causal=True)
+    lists = CellLists.nearby(Geometry(grid, grid, extent, True))
+    output = decoded(way, lists, tensors, [Span(n, 1) for n in range(60)])
     assert output.dtype == dtype
     tolerance = {torch.float64: 1e-12, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     assert (output.double() - expected).norm() <= tolerance * expected.norm()
-
-
-def test_gradients_come_from_the_reference() -> None:
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (random(generator, 20).requires_grad_() for _ in range(3))
-    whole = nearby_attention(query, key, value, grid=(4, 5, 1), extent=(3, 3, 1), causal=True)
-    step = nearby_attention_step(
-        query[:, 7:9], key, value, position=7, grid=(4, 5, 1), extent=(3, 3, 1)
-    )
-    expected = torch.autograd.grad(whole[:, 7:9].square().sum(), (query, key, value))
-    ours = torch.autograd.grad(step.square().sum(), (query, key, value))
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif("cpu" not in BACKENDS, reason=f"no C++ kernels here: {why_missing('cpu')}")
-@pytest.mark.parametrize("instructions", cpu.available_instruction_sets())
-def test_every_instruction_set(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpu.INSTRUCTION_SET_VARIABLE, instructions)
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (random(generator, 100, size=24) for _ in range(3))
-    outputs = []
-    for backend in BACKENDS:
-        cache = RingCache(2, 3, 24, grid=(5, 5, 4), extent=(3, 3, 3))
-        steps = [
-            cache.attend(
-                query[:, n : n + 1], key[:, n : n + 1], value[:, n : n + 1], backend=backend
-            )
-            for n in range(100)
-        ]
-        outputs.append(torch.cat(steps, 1))
-    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        ({"query": torch.zeros(1, 2, 8)}, "query"),
-        ({"query": torch.zeros(1, 1, 2, 8, dtype=torch.int64)}, "query"),
-        ({"key_cache": torch.zeros(1, 12, 2, 8, dtype=torch.float64)}, "key_cache"),
-        ({"value_cache": torch.zeros(1, 12, 1, 8)}, "value_cache"),
-        ({"position": -1}, "position"),
-        ({"position": 18}, "position"),
-        ({"grid": (3, 2)}, "grid"),
-        ({"extent": (3, 2, 3)}, "extent"),
-        ({"context_grid": (3, 2, 1)}, "key_cache"),
-        ({"context_mask": torch.ones(1, 12)}, "context_mask"),
-        ({"context_mask": torch.ones(1, 11, dtype=torch.bool)}, "context_mask"),
-        ({"backend": "cuda"}, "backend"),
-        ({"query": torch.zeros(1, 9, 2, 8), "position": 7}, "key_cache"),
-    ],
-)
-def test_errors_name_the_argument(change: dict[str, object], name: str) -> None:
-    cache = torch.zeros(1, 12, 2, 8)
-    call = {
-        "query": torch.zeros(1, 1, 2, 8),
-        "key_cache": cache,
-        "value_cache": cache,
-        "position": 7,
-        "grid": (3, 2, 3),
-        "extent": (3, 3, 3),
-    }
-    nearby_attention_step(**call)  # type: ignore[arg-type]
-    with pytest.raises((ValueError, TypeError), match=f"^{name} "):
-        nearby_attention_step(**{**call, **change})  # type: ignore[arg-type]
-
-
-def test_a_ring_ends_with_its_grid() -> None:
-    cache = RingCache(1, 1, 16, grid=(2, 2, 1), extent=(3, 3, 1))
-    step = torch.zeros(1, 3, 1, 16)
-    cache.attend(step, step, step)
-    with pytest.raises(ValueError, match=r"^query must have at most 1 steps"):
-        cache.attend(step, step, step)

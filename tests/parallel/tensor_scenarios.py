@@ -62,10 +62,11 @@ class Scenario:
 
 # Every setting of the model that the split layers meet, in few models: they take the time.
 _VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
+    "plain": {"sketch_codebook_size": 37, "sketch_code_dim": 6},
     "tied": {"tie_head": True, "encoder_attention": "axial", "decoder_attention": "full"},
     "direct_post": {
         "visual_embedding": "direct",
+        "sketch_codebook_size": 37,
         "tie_head": True,
         "norm": "post",
         "encoder_attention": "block_sparse",
@@ -191,7 +192,10 @@ def run_scenario(scenario: Scenario, tensor: TensorGroup) -> Outcome:
 
 
 def _batch(config: NuwaConfig, step: int) -> list[tuple[Context, Tensor, Grid]]:
-    """Images from texts of different length, and a clip from a sketch; 9, 77, 15 and 45 tokens."""
+    """Images from texts of different length, and a clip from a still; 9, 77, 15 and 45 tokens.
+
+    A model that reads sketches gets the sketch of a still.
+    """
     random = torch.Generator().manual_seed(step)
 
     def tokens(most: int, count: int, cells: int) -> Tensor:
@@ -201,8 +205,11 @@ def _batch(config: NuwaConfig, step: int) -> list[tuple[Context, Tensor, Grid]]:
     text = Context("text", tokens(config.text_vocabulary, 2, 77), config.text_grid, mask)
     codes, image, clip = config.codebook_size, Grid(3, 3, 1), Grid(5, 3, 3)
     still = Grid(5, 3, 1)
-    sketch = Context("visual", tokens(codes, 1, still.cells), still)
-    return [(text, tokens(codes, 2, image.cells), image), (sketch, tokens(codes, 1, 45), clip)]
+    if config.sketch_codebook_size is None:
+        seen = Context("visual", tokens(codes, 1, still.cells), still)
+    else:
+        seen = Context("sketch", tokens(config.sketch_codebook_size, 1, still.cells), still)
+    return [(text, tokens(codes, 2, image.cells), image), (seen, tokens(codes, 1, 45), clip)]
 
 
 def _loss(model: Nuwa, checkpointed: bool, context: Context, target: Tensor, grid: Grid) -> Tensor:

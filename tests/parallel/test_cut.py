@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from megatron_nuwa.grid import Extent, Grid
+from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import unit_flops, unit_names
 from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.parallel.cut import cut, stage_table
@@ -58,7 +58,7 @@ def test_what_cannot_be_cut_is_refused(costs: list[float], stages: int, message:
 def test_the_paper_model_is_cut_by_work_not_by_parameters() -> None:
     """The twelve encoder layers read 77 tokens and the decoder 4,410: they share one stage."""
     config = NuwaConfig()
-    costs = unit_flops(config, config.text_grid, Extent(1, 1, None), Grid(21, 21, 10))
+    costs = unit_flops(config, "text", config.text_grid, Grid(21, 21, 10))
     names = unit_names(config)
     bounds = cut(costs, 4)
     assert names[bounds[1]] in {f"decoder.{layer}" for layer in (5, 6)}

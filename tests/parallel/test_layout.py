@@ -75,6 +75,8 @@ def test_refusals_that_depend_on_the_models_sizes() -> None:
     assert "model.codebook_size 3 is less than" in refusal({"tensor": 4}, ZERO1, 4, few)
     words = NuwaConfig(width=16, heads=4, text_vocabulary=2)
     assert "model.text_vocabulary 2 is less than" in refusal({"tensor": 4}, ZERO1, 4, words)
+    maps = NuwaConfig(width=16, heads=4, sketch_codebook_size=3)
+    assert "model.sketch_codebook_size 3 is less" in refusal({"tensor": 4}, ZERO1, 4, maps)
 
 
 def test_two_precisions_at_once_are_refused_whatever_the_processes() -> None:

@@ -30,7 +30,8 @@ from megatron_nuwa.training.resume import layout_of
 from megatron_nuwa.training.saved_state import KINDS, Kind, SavedState
 
 KEEP = "training.keep_checkpoints=9"
-# One table on the pipeline's first and last stage, 541 captions' tokens that two do not divide.
+# One table on the pipeline's first and last stage, 541 captions' tokens that two do not divide; the
+# fixture adds sketches.
 TIED = (KEEP, "model.tie_head=true", "model.text_vocabulary=541")
 FROZEN = (KEEP, "model.train_codebook=false")
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
@@ -52,21 +53,22 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
         run_world(small_world.recipe, root, processes, legs)
 
     split = layout(2, 2, bf16=True)
-    world(4, leg("moved", 5, layout(2, 2), TIED), leg("frozen", 3, split, FROZEN))
+    tied = (*TIED, *small_world.sketch_overrides("s2v"))
+    world(4, leg("moved", 5, layout(2, 2), tied), leg("frozen", 3, split, FROZEN))
     for alone in (
-        leg("undisturbed", 20, layout(), TIED),
+        leg("undisturbed", 20, layout(), tied),
         leg("untied", 20, layout(), (KEEP,)),
-        leg("moved", 10, layout(), TIED),
+        leg("moved", 10, layout(), tied),
     ):
         carry_out(alone, small_world.recipe, root, lone_process())
     tuned = (f"start.weights={root / 'untied'}", "optimizer.frozen=[text_*, encoder*]")
     carry_out(leg("tuned", 2, layout(), tuned), small_world.recipe, root, lone_process())
     world(
         2,
-        leg("moved", 15, layout(), TIED),
+        leg("moved", 15, layout(), tied),
         *(leg("stages", stop, layout(zero=stage), (KEEP,)) for stage, stop in STAGES),
     )
-    world(4, leg("moved", 20, layout(2, 1), TIED), leg("tuned_split", 2, layout(2, 2), tuned))
+    world(4, leg("moved", 20, layout(2, 1), tied), leg("tuned_split", 2, layout(2, 2), tuned))
     return root
 
 

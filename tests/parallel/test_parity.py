@@ -65,12 +65,25 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
     for name, changes in EVERYWHERE.items():
         by_size[1].append(Scenario(name, layout(), (*TEN, *changes)))
         by_size[4].append(Scenario(f"{name}_split", layout(2, 2), (*TEN, *changes)))
+    sketches = (*TEN, *_sketches(small_world))
+    by_size[1].append(Scenario("sketches", layout(), sketches))
+    offloaded = {**layout(zero=3), "zero_force_ds_cpu_optimizer": False}
+    offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    by_size[2].append(Scenario("sketches_zero3", layout(zero=3), sketches))
+    by_size[2].append(Scenario("sketches_offloaded", offloaded, sketches))
+    by_size[4].append(Scenario("sketches_split", layout(2, 2), sketches))
     pictures = ("samples.every=10", "samples.prompts=[a red square moves left]")
     sequence = layout(2, 2, sequence_parallel=True)
     by_size[4].append(Scenario("sequence", sequence, (*TEN, *pictures)))
     for size, scenarios in by_size.items():
         run_world(small_world.recipe, root, size, scenarios)
     return root
+
+
+def _sketches(world: SmallWorld) -> list[str]:
+    """A fourth task, some of whose steps read texts."""
+    held_out = f"evaluation.corpora.s2v=['{world.sketched_clips}']"
+    return [*world.sketch_overrides("s2v"), held_out, "data.caption_dropout=0.3"]
 
 
 @pytest.mark.parametrize("kind", ["fp32", "recomputed"])
@@ -102,6 +115,13 @@ def test_a_pipeline_can_be_cut_by_time_or_evenly(runs: Path, by: str) -> None:
 @pytest.mark.parametrize("name", EVERYWHERE)
 def test_what_the_recipe_changes_is_the_same_everywhere(runs: Path, name: str) -> None:
     compare(runs, name, f"{name}_split")
+
+
+@pytest.mark.parametrize("name", ["sketches_split", "sketches_zero3", "sketches_offloaded"])
+def test_sketches_are_learned_from_like_on_one_process(runs: Path, name: str) -> None:
+    compare(runs, "sketches", name)
+    weights = load_file(runs / name / "checkpoints/step_00000010/model.safetensors")
+    assert "sketch_embedding.projection.weight" in weights
 
 
 def test_sequence_parallelism_trains_like_one_process(runs: Path) -> None:

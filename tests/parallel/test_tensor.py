@@ -85,12 +85,14 @@ def test_both_attentions_of_a_decoder_layer_share_their_collectives(
 def test_matrices_lie_split_and_norms_whole() -> None:
     """Without any process: what a rank of four builds."""
     with torch.device("meta"):
-        model = Nuwa(NuwaConfig(**SMALL))
+        model = Nuwa(NuwaConfig(**SMALL, sketch_codebook_size=37))
     split_model(model, TensorGroup(None, 1, 4))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert shapes["text_embedding.weight"] == (11, 32)
     assert shapes["visual_embedding.codes.weight"] == (14, 8)
     assert shapes["visual_embedding.projection.weight"] == (32, 8)
+    assert shapes["sketch_embedding.codes.weight"] == (10, 256)
+    assert shapes["sketch_embedding.projection.weight"] == (32, 256)
     assert shapes["encoder.0.attention.query.weight"] == (8, 32)
     assert shapes["encoder.0.attention.query.bias"] == (8,)
     assert shapes["encoder.0.attention.output.weight"] == (32, 8)

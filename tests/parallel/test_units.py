@@ -39,9 +39,14 @@ def text() -> Context:
     return Context("text", torch.randint(0, 30, (2, 77)), Grid(1, 1, 77), mask)
 
 
-def sketch() -> Context:
+def still() -> Context:
     torch.manual_seed(1)
     return Context("visual", torch.randint(0, 40, (2, 12)), Grid(4, 3, 1))
+
+
+def sketch() -> Context:
+    torch.manual_seed(1)
+    return Context("sketch", torch.randint(0, 20, (2, 24)), GRID)
 
 
 def target() -> Tensor:
@@ -56,11 +61,11 @@ def through_every_cut(units: Units, flow: Flow) -> Tensor:
     return flow.x
 
 
-@pytest.mark.parametrize("context", [text, sketch])
+@pytest.mark.parametrize("context", [text, still, sketch])
 @pytest.mark.parametrize("tied", [False, True])
 def test_units_in_a_row_are_the_model(context: object, tied: bool) -> None:
     assert callable(context)
-    model = small(tie_head=tied)
+    model = small(tie_head=tied, sketch_codebook_size=20)
     expected = model(context(), target(), GRID)
     flow = Flow.of(context(), target(), GRID)
     assert torch.equal(Units(model).run(flow).x, expected)

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.grid import Grid
-from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
+from megatron_nuwa.models.nuwa import Context, ContextKind, Nuwa, NuwaConfig
 from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.parallel.units import Flow, Recomputation, Units
 from megatron_nuwa.plan.activations import layer_bytes
@@ -23,6 +23,7 @@ from megatron_nuwa.plan.state import state_bytes
 from megatron_nuwa.plan.workload import MicroBatch
 from megatron_nuwa.training.recipe import Recipe
 
+TEXT: tuple[ContextKind, Grid] = ("text", TEXT_GRID)
 VIDEO, IMAGE = Grid(21, 21, 10), Grid(21, 21, 1)
 
 
@@ -106,11 +107,12 @@ def small(**changes: object) -> NuwaConfig:
     return NuwaConfig.model_validate({**sizes, **changes})
 
 
-def saved_by_autograd(config: NuwaConfig, samples: int, grid: Grid, dtype: torch.dtype) -> int:
+def saved_by_autograd(config: NuwaConfig, batch: MicroBatch, dtype: torch.dtype) -> int:
     """Bytes of all that a real forward pass of the whole model and its loss saves."""
     model = Nuwa(config).to(dtype)
-    mask = torch.arange(TEXT_GRID.cells).expand(samples, -1) < 12
-    words = torch.zeros(samples, TEXT_GRID.cells, dtype=torch.int64)
+    samples, (kind, read), grid = batch.samples, batch.context, batch.grid
+    mask = torch.arange(read.cells).expand(samples, -1) < 12 if kind == "text" else None
+    words = torch.zeros(samples, read.cells, dtype=torch.int64)
     target = torch.zeros(samples, grid.cells, dtype=torch.int64)
     seen: dict[int, torch.Tensor] = {}
 
@@ -119,7 +121,7 @@ def saved_by_autograd(config: NuwaConfig, samples: int, grid: Grid, dtype: torch
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        model.loss(Context("text", words, TEXT_GRID, mask), target, grid)
+        model.loss(Context(kind, words, read, mask), target, grid)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     return sum(t.untyped_storage().nbytes() for key, t in seen.items() if key not in weights)
 
@@ -145,13 +147,29 @@ def test_what_is_kept_is_what_autograd_saves(
     batch = MicroBatch("v2v", samples, grid)
     step = Step(config, layout(1, 1, precision), {}, [batch], "none")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    saved = saved_by_autograd(config, samples, grid, dtype)
+    saved = saved_by_autograd(config, batch, dtype)
+    assert kept_bytes(step, batch) == pytest.approx(saved, rel=0.01)
+
+
+@pytest.mark.parametrize("embedding", ["codebook", "direct"])
+@pytest.mark.parametrize(
+    "batch", [MicroBatch("s2v", 1, Grid(6, 6, 4)), MicroBatch("s2i", 3, IMAGE)]
+)
+def test_a_sketch_keeps_as_many_cells_as_its_target(batch: MicroBatch, embedding: str) -> None:
+    config = small(
+        sketch_codebook_size=40,
+        sketch_code_dim=12,
+        visual_embedding=embedding,
+        position_grid=(21, 21, 10),
+    )
+    step = Step(config, layout(1, 1, "bf16"), {}, [batch], "none")
+    saved = saved_by_autograd(config, batch, torch.bfloat16)
     assert kept_bytes(step, batch) == pytest.approx(saved, rel=0.01)
 
 
 def test_recomputation_keeps_less_and_a_layer_only_its_input() -> None:
     config = NuwaConfig()
-    found = layer_bytes(config, "decoder", VIDEO, torch.bfloat16)
+    found = layer_bytes(config, "decoder", TEXT, VIDEO, torch.bfloat16)
     x = 4410 * 1280 * 2
     assert found.kept("layer") == x
     assert found.kept("layer") < found.kept("selective") < found.kept("none")
@@ -187,15 +205,15 @@ def test_a_compiled_layer_keeps_no_more(
         units.run(flow, first, first + 1)
     elsewhere = {t.untyped_storage()._cdata for t in (*units.model.parameters(), flow.context)}
     saved = sum(t.untyped_storage().nbytes() for key, t in seen.items() if key not in elsewhere)
-    kept = layer_bytes(config, "decoder", grid, torch.float32).kept(recomputation)
+    kept = layer_bytes(config, "decoder", TEXT, grid, torch.float32).kept(recomputation)
     # Where attention is run a second time, the state of the random numbers is kept for it.
     assert 0.85 * kept < saved < 1.03 * kept + 8192
 
 
 def test_tensor_parallelism_splits_the_inner_activations() -> None:
     config = NuwaConfig()
-    whole = layer_bytes(config, "decoder", VIDEO, torch.bfloat16)
-    half = layer_bytes(config, "decoder", VIDEO, torch.bfloat16, tensor=2)
+    whole = layer_bytes(config, "decoder", TEXT, VIDEO, torch.bfloat16)
+    half = layer_bytes(config, "decoder", TEXT, VIDEO, torch.bfloat16, tensor=2)
     x = 4410 * 1280 * 2
     # q, k, v and the output of self-attention; q and the output of the other; twice four widths of
     # the feed-forward.

@@ -9,15 +9,18 @@ import pytest
 
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.grid import Extent, Grid
+from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import training_flops
-from megatron_nuwa.parallel.layout import ParallelSettings, check_layout
+from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.parallel.layout import Layout, ParallelSettings, check_layout
 from megatron_nuwa.parallel.units import Recomputation
 from megatron_nuwa.plan.candidates import Judged, Machine, all_candidates, judge
+from megatron_nuwa.plan.communication import Links, boundary_bytes, communication
 from megatron_nuwa.plan.devices import DEVICES, GIB
+from megatron_nuwa.plan.memory import Step
 from megatron_nuwa.plan.parameters import parameter_counts
 from megatron_nuwa.plan.timing import days, pipelined, step_flops
-from megatron_nuwa.plan.workload import micro_batches
+from megatron_nuwa.plan.workload import MicroBatch, micro_batches
 from megatron_nuwa.training.recipe import Recipe
 
 A100 = DEVICES["a100-80gb"]
@@ -87,12 +90,22 @@ def test_tensor_parallel_and_pipeline_volumes(paper: Recipe, deepspeed: dict[str
     assert sends.seconds == pytest.approx(sends.bytes / (25e9 * 0.75))
 
 
+def test_a_sketch_sends_its_own_cells_and_no_mask(deepspeed: dict[str, Any]) -> None:
+    config = NuwaConfig(sketch_codebook_size=1024, sketch_code_dim=64)
+    x, batch = 2 * 4410 * 1280 * 2, MicroBatch("s2v", 2, VIDEO)
+    split = Layout(1, 2, 1, 1, "bf16", False, False, "flops")
+    assert boundary_bytes(config, split, batch) == 2 * x + 8 * 2 * 4410
+    step, bounds = Step(config, split, deepspeed, [batch], "none"), [0, 39]
+    found = {k.kind: k for k in communication(step, bounds, Links(split, A100, 8))}
+    looked_up = 2 * 4410 * (256 + 64) * 2
+    assert found["tensor_parallel"].bytes == 12 * 4 * x + 24 * 5 * x + looked_up + x
+
+
 def test_step_time_and_mfu_of_one_gpu(paper: Recipe, deepspeed: dict[str, Any]) -> None:
     assert paper.model is not None
     found = judged(paper, deepspeed, machine=Machine(A100, 1, 8), tokens=4 * VIDEO.cells)
-    extent = Extent.from_reading(paper.model.text_extent, paper.model.extent_reading)
     flops = 128 * sum(
-        count * training_flops(paper.model, TEXT_GRID, extent, grid)
+        count * training_flops(paper.model, "text", TEXT_GRID, grid)
         for count, grid in ((2, VIDEO), (1, Grid(21, 21, 1)))
     )
     assert sum(step_flops(found.step)[:2]) == flops

@@ -18,6 +18,7 @@ from megatron_nuwa.data.shards import (
     Fingerprints,
     ShardItem,
     commit_corpus,
+    read_manifest,
     write_shard,
 )
 from megatron_nuwa.data.text import TextTokenizer
@@ -28,7 +29,9 @@ from preprocessing.split import is_held_out, split
 from preprocessing.verify import find_damage
 
 
-def items_of(bpe: TextTokenizer, prefix: str, numbers: Sequence[int]) -> list[ShardItem]:
+def items_of(
+    bpe: TextTokenizer, prefix: str, numbers: Sequence[int], sketches: bool = False
+) -> list[ShardItem]:
     """Items with one to three captions, three clips of each video."""
     items = []
     for number in numbers:
@@ -45,18 +48,24 @@ def items_of(bpe: TextTokenizer, prefix: str, numbers: Sequence[int]) -> list[Sh
                 provenance=("original", "captioner-2b", None)[: len(captions)]
                 if number % 2
                 else None,
+                sketch=np.array([3, number % 4, 0, 1], np.uint16) if sketches else None,
             )
         )
     return items
 
 
 def write_corpus(
-    folder: Path, bpe: TextTokenizer, prefix: str, items: int = 30, vqgan: str = "v"
+    folder: Path,
+    bpe: TextTokenizer,
+    prefix: str,
+    items: int = 30,
+    vqgan: str = "v",
+    sketch: str | None = None,
 ) -> Path:
     folder.mkdir(parents=True)
     cuts = [range(items)[start : start + 11] for start in range(0, items, 11)]
     sidecars = [
-        write_shard(folder, number, items_of(bpe, prefix, cut), group_items=4)
+        write_shard(folder, number, items_of(bpe, prefix, cut, sketch is not None), group_items=4)
         for number, cut in enumerate(cuts)
     ]
     failure = json.dumps({"id": f"{prefix}bad", "reason": "it is empty"})
@@ -66,8 +75,9 @@ def write_corpus(
         grid=(2, 2, 1),
         frames_per_second=None,
         codebook_size=8,
+        sketch_codebook_size=4 if sketch else None,
         text_vocabulary_size=bpe.vocabulary_size,
-        fingerprints=Fingerprints(vqgan=vqgan, bpe="b", decode="d"),
+        fingerprints=Fingerprints(vqgan=vqgan, bpe="b", decode="d", sketch=sketch),
         counts=Counts(
             items=items, captions=sum(sidecar.captions for sidecar in sidecars), failed=1
         ),
@@ -85,7 +95,8 @@ def everything(folder: Path) -> dict[str, tuple[object, ...]]:
         line = corpus.item(index)
         rest = {key: value for key, value in line.items() if key not in ("id", "first_caption")}
         tokens = (corpus.visual(index).tolist(), corpus.texts(index).tolist())
-        said[line["id"]] = (*tokens, json.dumps(rest, sort_keys=True))
+        sketch = corpus.sketch(index).tolist() if corpus.has_sketches else None
+        said[line["id"]] = (*tokens, json.dumps(rest, sort_keys=True), sketch)
     assert len(said) == len(corpus)
     return said
 
@@ -93,7 +104,7 @@ def everything(folder: Path) -> dict[str, tuple[object, ...]]:
 def test_every_one_of_200_changed_bytes_and_truncations_is_found(
     tmp_path: Path, bpe: TextTokenizer
 ) -> None:
-    folder = write_corpus(tmp_path / "corpus", bpe, "a")
+    folder = write_corpus(tmp_path / "corpus", bpe, "a", sketch="s")
     assert find_damage(folder, full=True) == []
     files = sorted(folder.iterdir())
     kinds = [path for path in files if path.suffix == ".tar"]
@@ -142,10 +153,11 @@ def test_corpora_without_checksums_of_their_json_files_are_still_read(
     assert len(Corpus(folder)) == 30
 
 
+@pytest.mark.parametrize("sketch", [None, "s"])
 def test_merged_corpus_holds_all_items_in_linked_shards(
-    tmp_path: Path, bpe: TextTokenizer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, bpe: TextTokenizer, capsys: pytest.CaptureFixture[str], sketch: str | None
 ) -> None:
-    one, two = (write_corpus(tmp_path / name, bpe, name) for name in "ab")
+    one, two = (write_corpus(tmp_path / name, bpe, name, sketch=sketch) for name in "ab")
     output = tmp_path / "new" / "both"
     assert main(["merge", str(one), str(two), "--output", str(output)]) == 0
     assert "60 items" in capsys.readouterr().out
@@ -178,10 +190,16 @@ def test_merge_refuses_what_differs_and_leaves_nothing(tmp_path: Path, bpe: Text
     other = write_corpus(tmp_path / "other", bpe, "b", vqgan="w")
     damaged = write_corpus(tmp_path / "damaged", bpe, "c")
     (damaged / "shard-000001.tar").write_bytes(b"")
+    sketched, traced = (
+        write_corpus(tmp_path / name, bpe, name, sketch=name) for name in ("sketched", "traced")
+    )
     before = sorted(tmp_path.iterdir())
     output = tmp_path / "both"
     for corpora, place, message in (
         ([one, other], output, r"a and .*other differ in fingerprints\.vqgan"),
+        ([one, sketched], output, "sketched has sketches and .*a has none; only corpora that all"),
+        ([sketched, one], output, "sketched has sketches and .*a has none"),
+        ([sketched, traced], output, r"differ in fingerprints\.sketch"),
         ([one, one], output, "both hold the item 'a0'"),
         ([one, damaged], output, r"damaged is damaged: .*shard-000001\.tar has 0 bytes"),
         ([one], output, "at least two"),
@@ -206,10 +224,11 @@ def test_failing_disk_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("sketch", [None, "s"])
 def test_split_keeps_every_video_on_one_side(
-    tmp_path: Path, bpe: TextTokenizer, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, bpe: TextTokenizer, capsys: pytest.CaptureFixture[str], sketch: str | None
 ) -> None:
-    folder = write_corpus(tmp_path / "a", bpe, "a", items=90)
+    folder = write_corpus(tmp_path / "a", bpe, "a", items=90, sketch=sketch)
     train, held = tmp_path / "train", tmp_path / "held"
     command = ["split", str(folder), "--held-out", "0.3"]
     command += ["--output-train", str(train), "--output-heldout", str(held)]
@@ -262,5 +281,24 @@ def test_stats_show_who_wrote_the_captions(
 ) -> None:
     assert main(["stats", str(write_corpus(tmp_path / "a", bpe, "a"))]) == 0
     shown = " ".join(capsys.readouterr().out.split())
+    assert "sketch" not in shown
     for part in ("original: 15 (25.0%)", "captioner-2b: 10", "most frequent code", "top 10%"):
         assert part in shown
+
+
+def test_stats_show_the_sketches_codes(
+    tmp_path: Path, bpe: TextTokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["stats", str(write_corpus(tmp_path / "a", bpe, "a", sketch="s"))]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "sketch tokens 120 (4 an item)" in shown.replace("│", "").replace("  ", " ")
+    assert "4 codes, 100.0% in use" in shown
+
+
+def test_a_sketch_token_outside_its_codebook_is_found(tmp_path: Path, bpe: TextTokenizer) -> None:
+    folder = write_corpus(tmp_path / "a", bpe, "a", sketch="s")
+    manifest = read_manifest(folder).model_copy(update={"sketch_codebook_size": 3})
+    commit_corpus(folder, manifest, ["failures.jsonl"])
+    assert find_damage(folder) == []
+    damage = find_damage(folder, full=True)
+    assert "000000.sketch.npy holds the token 3, and there are only 3" in damage[0]

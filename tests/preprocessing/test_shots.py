@@ -43,7 +43,13 @@ def films(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> Pa
     write_clip(folder / "still.mp4", [100] * 20, 10)
     (folder / "broken.mp4").write_bytes((folder / "film.mp4").read_bytes()[:900])
     rows: list[dict[str, object]] = [
-        {"id": "film", "media": "film.mp4", "captions": CAPTIONS, "provenance": "blip2"},
+        {
+            "id": "film",
+            "media": "film.mp4",
+            "captions": CAPTIONS,
+            "provenance": "blip2",
+            "sketch": "film.npy",
+        },
         {"id": "part", "media": "film.mp4", "captions": CAPTIONS, "start": 0.4, "end": 1.8},
         {"id": "still", "media": "still.mp4", "captions": CAPTIONS[:1]},
         {"id": "broken", "media": "broken.mp4", "captions": CAPTIONS[:1]},
@@ -112,6 +118,8 @@ def test_shots_become_items_with_their_own_windows(
     }
     assert items["film#1"].captions == tuple(CAPTIONS)
     assert items["film#1"].provenance == ("blip2",) * 3
+    # A sketch begins where its item does.
+    assert {name for name, item in items.items() if item.sketch is not None} == {"film#0"}
     assert list(tmp_path.iterdir()) == [output]
 
     # No frame of a shot is another shot's.

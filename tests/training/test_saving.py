@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import SmallWorld, lone_process
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training import pretrain as pretraining
@@ -217,10 +218,27 @@ def test_figures_that_cannot_be_written_are_told_once_and_come_back(
 
 def test_a_torn_last_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "seconds": 7.0}\n{"step": 2, "sec')
-    with Monitor(tmp_path, enabled=True) as monitor:
+    with Monitor(tmp_path, enabled=True, step=1, samples=1) as monitor:
         monitor.scalars(2, 2, {"x": 1.0})
-    *_, last = (tmp_path / "log.jsonl").read_text().splitlines()
+    first, last = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert json.loads(first) == {"step": 1, "seconds": 7.0}
     assert json.loads(last)["seconds"] >= 7.0
+
+
+def test_a_run_that_continues_tells_every_step_once(tmp_path: Path) -> None:
+    with Monitor(tmp_path, enabled=True) as monitor:
+        for step in range(1, 6):
+            monitor.scalars(step, 10 * step, {"x": 0.0})
+    with Monitor(tmp_path, enabled=True, step=3, samples=30) as monitor:
+        for step in range(4, 7):
+            monitor.scalars(step, 10 * step, {"x": 1.0})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    told = [(line["step"], line["x"]) for line in lines]
+    assert told == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 1.0), (5, 1.0), (6, 1.0)]
+    for folder, scale in ((tmp_path / "tensorboard", 1), (tmp_path / "tensorboard/by_samples", 10)):
+        board = EventAccumulator(str(folder)).Reload()
+        shown = [(event.step, event.value) for event in board.Scalars("x")]
+        assert shown == [(scale * step, value) for step, value in told]
 
 
 def evaluating(world: SmallWorld) -> tuple[str, str]:

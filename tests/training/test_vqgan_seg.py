@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from vqgan_runs import logged, train_here, write_recipe
@@ -122,3 +123,19 @@ def test_the_palette_gives_every_class_a_colour_of_its_own() -> None:
     colours = palette(256)
     assert len({tuple(colour) for colour in colours.tolist()}) == 256
     assert colours[:4].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+
+
+def test_a_recipe_may_have_both_tokenizers_and_the_command_names_one(
+    sketches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_recipe(tmp_path, sketches, **(SEG | {"steps": 1}))
+    tree = yaml.safe_load(path.read_text())
+    tree["sketch_vqgan"] = tree["vqgan"] | {"run": str(tmp_path / "seg")}
+    del tree["vqgan"]
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="has no 'vqgan'"):
+        train_here(monkeypatch, path)
+    train_here(monkeypatch, path, "--section", "sketch_vqgan", "sketch_vqgan.batch_size=4")
+    assert load_vqgan(tmp_path / "seg").config.classes == CLASSES
+    written = yaml.safe_load((tmp_path / "seg/recipe.yaml").read_text())
+    assert written["sketch_vqgan"]["batch_size"] == 4

@@ -1,0 +1,198 @@
+"""Write the page of moving digits, from the run's own files.
+
+python -m launch.moving_digits.report runs/moving_digits
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+
+from launch.demo.display import duration
+from launch.demo.pictures import line_chart
+from launch.demo.results import read_json, read_log, series
+from launch.moving_digits.motions import DIGITS, MOTIONS, motion_text
+from launch.moving_digits.results import held_out_score, read_goals, read_scores, stage_records
+from launch.moving_digits.scorer import (
+    Reading,
+    Scores,
+    decoded,
+    read_world,
+    reconstruct,
+    share_text,
+)
+from launch.moving_digits.stages import SIZES, Size
+from launch.moving_digits.world import World
+from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.generation.media import animation, still
+from megatron_nuwa.models.vqgan import load_vqgan
+
+TASKS = {"t2i": "text to image", "v2v": "video prediction", "t2v": "text to video"}
+# Clips and images that the page shows of each set.
+_SHOWN, _SHOWN_IMAGES, _RECONSTRUCTED = 64, 20, 8
+_UNREAD = "unclear"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.moving_digits.report",
+        description="Write report.html into the folder of a run whose other stages are done.",
+        epilog="example: python -m launch.moving_digits.report runs/moving_digits",
+    )
+    parser.add_argument("output", type=Path, help="the run's folder, such as runs/moving_digits")
+    parser.add_argument("--size", choices=tuple(SIZES), default="cpu", help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    page = render_report(SIZES[options.size], options.output)
+    write_text_atomically(options.output / "report.html", page)
+    print(f"{options.output / 'report.html'}: {len(page.encode()) / 2**20:.1f} MiB")
+    return 0
+
+
+def render_report(size: Size, output: Path) -> str:
+    """The page's HTML; `UserError` names the first file that is absent or broken."""
+    if not output.is_dir():
+        raise UserError(f"{output} is not a folder; run python -m launch.moving_digits first")
+    scores, world = read_scores(output), read_world(output / "media")
+    asked = held_out_score(scores).readings
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = duration
+    return environment.get_template("report.html.j2").render(
+        output=output,
+        written=datetime.now().strftime("%d %B %Y, %H:%M"),
+        goals=read_goals(size, output),
+        scores=_score_rows(scores),
+        world=world,
+        clips=_shown(world, _spread(asked, _SHOWN)),
+        images=_shown(world, _spread(_images(scores), _SHOWN_IMAGES)),
+        reconstructions=_reconstructions(world, output, scores),
+        digits=_digit_confusion(asked),
+        motions=_motion_confusion(asked),
+        chart=Markup(_chart(output)),
+        heldout=read_json(output / "pretrain" / "evaluation.json")["heldout"]["tasks"],
+        tasks=TASKS,
+        stages=stage_records(output),
+    )
+
+
+def _score_rows(scores: Scores) -> list[dict[str, Any]]:
+    own = {"real held-out clips": scores.real, "the same, reconstructed": scores.reconstructed}
+    return [
+        {
+            "name": name,
+            "count": len(score.readings),
+            "shares": [share_text(share) for share in (score.digit, score.motion, score.both)],
+        }
+        for name, score in {**own, **{score.name: score for score in scores.samples}}.items()
+    ]
+
+
+def _images(scores: Scores) -> list[Reading]:
+    return [r for score in scores.samples for r in score.readings if r.motion is None]
+
+
+def _spread(readings: list[Reading], count: int) -> list[Reading]:
+    """`count` readings at equal distances."""
+    if len(readings) <= count:
+        return readings
+    return [readings[len(readings) * place // count] for place in range(count)]
+
+
+def _shown(world: World, readings: list[Reading]) -> list[dict[str, Any]]:
+    """Samples as pictures, with what was asked and what was read."""
+    items = [(Path(reading.file), reading.caption) for reading in readings]
+    return [
+        {
+            "source": _picture(world, frames),
+            "caption": reading.caption,
+            "digit": reading.read_digit,
+            "digit_is_right": reading.digit_is_right,
+            "motion": motion_text(reading.read_motion) if reading.read_motion else _UNREAD,
+            "motion_is_right": reading.motion_is_right,
+        }
+        for reading, (_, frames, _) in zip(readings, decoded(world, items), strict=True)
+    ]
+
+
+def _reconstructions(world: World, output: Path, scores: Scores) -> list[dict[str, Any]]:
+    """Real held-out clips beside what the VQ-GAN makes of them."""
+    vqgan = load_vqgan(output / "vqgan")
+    readings = _spread(scores.reconstructed.readings, _RECONSTRUCTED)
+    items = [(Path(reading.file), reading.caption) for reading in readings]
+    return [
+        {
+            "caption": caption,
+            "real": _picture(world, frames),
+            "reconstructed": _picture(world, reconstruct(vqgan, frames)),
+        }
+        for _, frames, caption in decoded(world, items)
+    ]
+
+
+def _picture(world: World, frames: np.ndarray) -> str:
+    """A data address of an image, or of a clip that plays."""
+    return still(frames[0]) if len(frames) == 1 else animation(frames, world.frames_per_second)
+
+
+def _digit_confusion(readings: list[Reading]) -> dict[str, Any]:
+    names = [str(digit) for digit in range(DIGITS)]
+    pairs = [(str(reading.digit), str(reading.read_digit)) for reading in readings]
+    return _confusion(names, names, pairs)
+
+
+def _motion_confusion(readings: list[Reading]) -> dict[str, Any]:
+    names = [motion_text(motion) for motion in MOTIONS]
+    pairs = [
+        (
+            motion_text(reading.motion),
+            motion_text(reading.read_motion) if reading.read_motion else _UNREAD,
+        )
+        for reading in readings
+        if reading.motion
+    ]
+    return _confusion(names, [*names, _UNREAD], pairs)
+
+
+def _confusion(asked: list[str], read: list[str], pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """Counts of what was read for what was asked, and each count's share of its row."""
+    counts = np.zeros((len(asked), len(read)), int)
+    for wanted, found in pairs:
+        counts[asked.index(wanted), read.index(found)] += 1
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    cells = [
+        [{"count": int(n), "share": float(share)} for n, share in zip(*row, strict=True)]
+        for row in zip(counts, shares, strict=True)
+    ]
+    return {"asked": asked, "read": read, "rows": list(zip(asked, cells, strict=True))}
+
+
+def _chart(output: Path) -> str:
+    log = read_log(output / "pretrain")
+    tasks = [task for task in TASKS if series(log, f"train/loss/{task}")[0]]
+    heldout = {f"{TASKS[task]}, held out": series(log, f"eval/loss_nats/{task}") for task in tasks}
+    return line_chart(
+        {TASKS[task]: series(log, f"train/loss/{task}") for task in tasks},
+        marks={name: points for name, points in heldout.items() if points[0]},
+        x_label="step",
+        y_label="nats a token",
+        inches=(11.0, 3.9),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

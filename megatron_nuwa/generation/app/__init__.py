@@ -1,0 +1,1 @@
+"""A local page on which one picks a task, types, draws, and watches frames arrive."""

@@ -1,0 +1,99 @@
+"""What was uploaded and drawn in the page's editors, as requests take it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.media import read_clip
+from megatron_nuwa.generation.palette import classes_of, coloured
+from megatron_nuwa.generation.regions import check_fits, touched
+from megatron_nuwa.generation.tasks import Request, Task, grid_of
+from megatron_nuwa.generation.trained import Generator
+
+# Editors show pictures at least this large.
+CANVAS_SIDE = 384
+
+# What an editor gives: arrays of `background`, `layers` and `composite`.
+Drawing = dict[str, Any]
+
+
+def enlarged(picture: np.ndarray) -> np.ndarray:
+    """(rows, columns, 3), each pixel repeated until there is room to draw."""
+    times = max(1, -(-CANVAS_SIDE // picture.shape[0]))
+    return picture.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def blank_sketch(side: int) -> np.ndarray:
+    """An empty sketch, all of class 0, to be drawn on: uint8 (rows, columns, 3)."""
+    return enlarged(coloured(np.zeros((side, side), np.uint8), 1))
+
+
+def first_frame(generator: Generator, clip: Path) -> np.ndarray:
+    """The first frame of a clip, to draw a region on: uint8 (rows, columns, 3)."""
+    frames = read_clip(clip, 1, generator.frames_per_second, generator.picture_size)
+    return enlarged(frames[0])
+
+
+def read_request(
+    generator: Generator,
+    task: Task,
+    seed: int,
+    *,
+    prompt: str,
+    picture: Drawing | None,
+    clip: Path | None,
+    sketch: Drawing | None,
+    keep_frames: int,
+) -> Request:
+    """One request from what the page holds; `UserError` where the task lacks something."""
+    prompt = {"prompt": prompt} if task.reads == "text" else {}  # type: ignore[assignment]
+    size = generator.picture_size
+    drawn = _read_sketch(generator, sketch) if task.reads == "sketch" else None
+    pixels = region = None
+    if task.media == "image":
+        pixels = _read_picture(picture, size)
+    elif task.media == "clip":
+        if clip is None:
+            raise UserError("upload a video first")
+        frames = keep_frames if task.given == "frames" else grid_of(generator, task).s
+        pixels = read_clip(clip, frames, generator.frames_per_second, size)
+    if task.given == "region":
+        region = touched(_painted(picture), *size)[None]
+    return Request(task, seed, **prompt, pixels=pixels, region=region, sketch=drawn)  # type: ignore[arg-type]
+
+
+def _read_picture(picture: Drawing | None, size: tuple[int, int]) -> np.ndarray:
+    background = None if picture is None else picture["background"]
+    if background is None:
+        raise UserError("upload a picture first")
+    pixels = np.asarray(background)[..., :3]
+    check_fits(pixels.shape[:2], size, "crop", "the picture")
+    fitted = ImageOps.fit(Image.fromarray(pixels), size[::-1], Image.Resampling.BICUBIC)
+    return np.asarray(fitted)[None]
+
+
+def _painted(picture: Drawing | None) -> np.ndarray:
+    """Where anything was painted on any layer: bool (rows, columns)."""
+    layers = [] if picture is None else [np.asarray(layer) for layer in picture["layers"] or ()]
+    painted = [layer[..., 3] > 0 for layer in layers if layer.ndim == 3 and layer.shape[2] == 4]
+    if not painted or not np.any(painted):
+        raise UserError("paint over what is to be made new first")
+    return np.any(painted, axis=0)
+
+
+def _read_sketch(generator: Generator, sketch: Drawing | None) -> np.ndarray:
+    """The class of each pixel of what was drawn: uint8 (1, rows, columns)."""
+    if generator.sketch_vqgan is None:
+        raise UserError("this model was not trained on sketches")
+    if sketch is None or sketch["composite"] is None:
+        raise UserError("draw a sketch first")
+    config = generator.sketch_vqgan.config
+    maps = classes_of(np.asarray(sketch["composite"])[..., :3], config.classes or 0)
+    side = (config.image_size, config.image_size)
+    fitted = ImageOps.fit(Image.fromarray(maps), side, Image.Resampling.NEAREST)
+    return np.asarray(fitted)[None]

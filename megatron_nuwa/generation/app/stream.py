@@ -1,0 +1,86 @@
+"""Frames as they are generated: the sampler in a thread of its own, and what it has so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event, Thread
+
+import numpy as np
+from torch import Tensor
+
+from megatron_nuwa.generation.sampling import SamplingSettings
+from megatron_nuwa.generation.tasks import Request, generate, prepare
+from megatron_nuwa.generation.trained import Generator
+
+# How often the number of cells is told.
+_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What there is so far: `frames` uint8 (samples, frames, rows, columns, 3), cells of all."""
+
+    frames: np.ndarray
+    wanted_frames: int
+    cells: int
+    wanted_cells: int
+
+
+class _StoppedError(Exception):
+    """Nobody waits for the rest."""
+
+
+def stream(
+    generator: Generator, requests: Sequence[Request], settings: SamplingSettings
+) -> Iterator[Progress]:
+    """Progress at every frame and a few times a second, the last with all frames.
+
+    Closing the iterator ends the sampling. Raises `UserError` as `prepare` does.
+    """
+    prepared = prepare(generator, requests)
+    grid = prepared.grid
+    told: SimpleQueue[Tensor | int | BaseException | None] = SimpleQueue()
+    stopped = Event()
+    done, last = 0, 0.0
+
+    def on_token() -> None:
+        nonlocal done, last
+        if stopped.is_set():
+            raise _StoppedError
+        done += 1
+        if time.monotonic() - last >= _SECONDS:
+            last = time.monotonic()
+            told.put(done)
+
+    def on_frame(_: int, tokens: Tensor) -> None:
+        told.put(tokens.clone())
+
+    def work() -> None:
+        try:
+            generate(generator, prepared, settings, on_token=on_token, on_frame=on_frame)
+            told.put(None)
+        except BaseException as error:
+            told.put(error)
+
+    rows, columns = generator.picture_size
+    frames = np.zeros((len(requests), 0, rows, columns, 3), np.uint8)
+    cells = 0
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (event := told.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            if isinstance(event, int):
+                cells = event
+            else:
+                arrived = generator.pixels(event, grid._replace(s=1))
+                frames = np.concatenate([frames, arrived], axis=1)
+                cells = max(cells, frames.shape[1] * grid.h * grid.w)
+            yield Progress(frames, grid.s, cells, grid.cells)
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,79 @@
+"""A folder of generated pictures: files that say how they were made, a sheet, a list, a gallery."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.gallery import gallery_page
+from megatron_nuwa.generation.media import contact_sheet, write_gif, write_mp4, write_png
+from megatron_nuwa.generation.sampling import SamplingSettings
+from megatron_nuwa.generation.tasks import Request, Sample
+from megatron_nuwa.generation.trained import Generator
+
+
+def origin_of(
+    generator: Generator, request: Request, settings: SamplingSettings
+) -> dict[str, object]:
+    """What the files of a sample say about themselves."""
+    checkpoint = generator.checkpoint
+    return {
+        "software": "megatron_nuwa",
+        "task": request.task.name,
+        "prompt": request.prompt,
+        "seed": request.seed,
+        **asdict(settings),
+        "checkpoint": None if checkpoint is None else str(checkpoint.path),
+        "step": None if checkpoint is None else checkpoint.step,
+        "sha256": None if checkpoint is None else checkpoint.sha256,
+    }
+
+
+def write_media(
+    stem: Path, frames: np.ndarray, frames_per_second: float, origin: Mapping[str, object]
+) -> list[Path]:
+    """Write a PNG of an image, a GIF and an MP4 of a clip; `stem` is their name without ending."""
+    if len(frames) == 1:
+        write_png(stem.with_suffix(".png"), frames[0], origin)
+        return [stem.with_suffix(".png")]
+    write_gif(stem.with_suffix(".gif"), frames, frames_per_second, origin)
+    write_mp4(stem.with_suffix(".mp4"), frames, frames_per_second, origin)
+    return [stem.with_suffix(".gif"), stem.with_suffix(".mp4")]
+
+
+def write_samples(
+    output: Path, samples: Sequence[Sample], frames_per_second: float, sketch_classes: int = 0
+) -> None:
+    """Write every sample, sheet.png, samples.json and index.html, aside first, then all at once.
+
+    Samples are of one task. Files of an earlier call that these do not replace stay. Raises
+    `UserError` naming the folder where it cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".generate.") as name:
+            folder = Path(name) / "files"
+            folder.mkdir()
+            entries = []
+            for number, sample in enumerate(samples):
+                stem = folder / f"{number:04d}"
+                files = write_media(stem, sample.frames, frames_per_second, sample.origin)
+                entries.append({**sample.origin, "files": [path.name for path in files]})
+            task = samples[0].request.task
+            sheet = contact_sheet(np.stack([sample.frames for sample in samples]))
+            write_png(folder / "sheet.png", sheet, {"task": task.name})
+            (folder / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
+            page = gallery_page(samples, entries, frames_per_second, sketch_classes)
+            (folder / "index.html").write_text(page, encoding="utf-8")
+            output.mkdir(exist_ok=True)
+            for path in folder.iterdir():
+                shutil.move(path, output / path.name)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}") from error

@@ -1,0 +1,117 @@
+"""What generation starts from, read from files and fitted to the model: pictures, clips, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import ImageOps, ImageSequence
+
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.regions import check_fits, touched
+from preprocessing.decoders import (
+    DecodeError,
+    DecodeSettings,
+    MediaKind,
+    decode_clip,
+    decode_image,
+    media_facts,
+    media_kind,
+)
+from preprocessing.decoders.images import opened_image
+
+_AN = {"image": "an image", "clip": "a video"}
+_NPY = b"\x93NUMPY"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Frames uint8 (frames, rows, columns, 3) of the model's size, and the file's (rows, columns).
+
+    The file's size is the one that it is shown at: upright, with square pixels.
+    """
+
+    path: Path
+    frames: np.ndarray
+    shape: tuple[int, int]
+
+
+def read_given(
+    path: Path,
+    kind: MediaKind,
+    size: tuple[int, int],
+    frames: int,
+    frames_per_second: float,
+    fit: Literal["crop", "exact"] = "crop",
+) -> Given:
+    """An image, or the first `frames` frames of a clip at the model's rate.
+
+    Fitted like a corpus: scaled to the model's `size` (rows, columns) and centre-cropped. Raises
+    `UserError` naming the file where that would enlarge it or cut more than half of it away, or
+    where `fit` is exact and the size another.
+    """
+    found = media_kind(path)
+    if found != kind:
+        raise UserError(f"{path} is {_AN[found]}, and {_AN[kind]} is needed here")
+    facts = media_facts(path)
+    shape = (facts.height, facts.width)
+    check_fits(shape, size, fit, str(path))
+    settings = DecodeSettings(
+        image_size=size[0], frames=frames, frames_per_second=frames_per_second
+    )
+    pixels = decode_image(path, settings) if kind == "image" else decode_clip(path, settings)[0]
+    return Given(path, pixels, shape)
+
+
+def read_mask(path: Path, given: Given, size: tuple[int, int]) -> np.ndarray:
+    """The region that a mask makes new: bool (frames or 1, rows, columns) at the model's `size`.
+
+    White and transparent pixels of an image or an animation, or whatever is not 0 of an `.npy`
+    array (rows, columns) or (frames, rows, columns). A mask has the size of what it masks, or the
+    model's. Raises `UserError` naming the file.
+    """
+    mask = _read_array(path) if _is_array(path) else _read_picture(path)
+    shape = mask.shape[1:]
+    if shape not in (given.shape, size):
+        raise UserError(
+            f"{path} is {shape[1]} × {shape[0]} pixels, but {given.path} is {given.shape[1]} × "
+            f"{given.shape[0]}: a mask has the size of what it masks"
+        )
+    return touched(mask, *size)
+
+
+def _is_array(path: Path) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(_NPY)) == _NPY
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        mask = np.load(path, allow_pickle=False)
+    # Foreign bytes raise whatever the header's parser stumbles on.
+    except Exception as error:
+        raise UserError(f"{path} is not a readable .npy file") from error
+    if mask.ndim not in (2, 3) or not mask.size or mask.dtype.kind not in "uib":
+        raise UserError(
+            f"{path} must hold bool or integers (rows, columns) or (frames, rows, columns), not "
+            f"{mask.dtype} {mask.shape}"
+        )
+    return (mask != 0).reshape(-1, *mask.shape[-2:])
+
+
+def _read_picture(path: Path) -> np.ndarray:
+    with opened_image(path) as opened:
+        frames: Sequence[np.ndarray] = [
+            np.asarray(ImageOps.exif_transpose(frame).convert("LA"))
+            for frame in ImageSequence.Iterator(opened)
+        ]
+    if len({frame.shape for frame in frames}) > 1:
+        raise DecodeError(f"{path} has frames of different sizes")
+    mask = np.stack(frames)
+    return (mask[..., 0] > 127) | (mask[..., 1] < 128)
