@@ -141,8 +141,7 @@ def test_one_types_and_sees_a_picture(browser: Chrome) -> None:
     write(browser, "a red square moves left")
     assert generate(browser) == "Done."
     assert wait(browser, lambda: browser.execute_script(WIDTHS) == [16])
-    files = browser.find_element("css selector", "#files").text
-    assert "t2i-0" in files
+    assert wait(browser, lambda: "t2i-0" in browser.find_element("css selector", "#files").text)
 
 
 def test_one_watches_frames_arrive(browser: Chrome) -> None:

@@ -127,6 +127,17 @@ def test_a_model_that_reads_sketches_is_the_one_that_does_not_with_a_table_more(
     assert NuwaConfig.model_validate(told) == small()
 
 
+def test_starting_weights_are_as_wide_as_asked_and_a_trained_model_does_not_remember() -> None:
+    narrow, wide = Nuwa(small()), Nuwa(small(initial_deviation=0.06))
+    for model in (narrow, wide):
+        model.initialise(7)
+    weights = wide.state_dict()
+    for name, weight in narrow.state_dict().items():
+        factor = 1 if "norm" in name or name.endswith("bias") else 3
+        torch.testing.assert_close(weights[name], factor * weight)
+    assert wide.config.description() == narrow.config.description()
+
+
 @pytest.mark.parametrize("changes", [{}, {"visual_embedding": "direct", "tie_head": True}], ids=str)
 def test_a_sketch_is_read_from_a_table_of_its_own(changes: dict[str, object]) -> None:
     torch.manual_seed(0)
