@@ -16,12 +16,12 @@ from launch.moving_digits.world import World, draw, place
 
 # Pixels around the digit that the network sees too.
 _MARGIN = 3
-_STEPS = 800
+_STEPS = 1000
 _BATCH = 64
 _LEARNING_RATE = 3e-3
 _CHANNELS = 32
-# Augmentation: turn in radians, relative size, shift in pixels, contrast, noise.
-_TURN, _STRETCH, _SHIFT, _CONTRAST, _NOISE = 0.2, 0.12, 1.0, 0.2, 0.05
+# Augmentation: turn in radians, relative size, shift in pixels, blur, contrast, noise.
+_TURN, _STRETCH, _SHIFT, _BLUR, _CONTRAST, _NOISE = 0.2, 0.12, 1.0, 0.7, 0.2, 0.05
 
 
 class DigitClassifier(nn.Module):
@@ -110,7 +110,10 @@ def _disturbed(batch: Tensor) -> Tensor:
     rows = torch.stack([cosine * stretch[:, 0], -sine * stretch[:, 1], shift[:, 0]], -1)
     columns = torch.stack([sine * stretch[:, 0], cosine * stretch[:, 1], shift[:, 1]], -1)
     grid = F.affine_grid(torch.stack([rows, columns], 1), [count, 1, side, side], False)
-    moved = F.grid_sample(batch.unsqueeze(1), grid, align_corners=False).squeeze(1)
+    moved = F.grid_sample(batch.unsqueeze(1), grid, align_corners=False)
+    # A tokenizer's reconstruction is a little blurred.
+    blurred = F.avg_pool2d(moved, 3, stride=1, padding=1)
+    moved = moved.lerp(blurred, _BLUR * torch.rand(count, 1, 1, 1)).squeeze(1)
     contrast = 1 + (2 * torch.rand(count, 1, 1) - 1) * _CONTRAST
     noisy = moved * contrast + _NOISE * torch.randn_like(moved)
     return noisy.clamp(0, 1)

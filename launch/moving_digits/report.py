@@ -27,19 +27,39 @@ from launch.moving_digits.scorer import (
     decoded,
     read_world,
     reconstruct,
+    scored_file,
+    settings_of,
     share_text,
 )
-from launch.moving_digits.stages import SIZES, Size
+from launch.moving_digits.sizes import SIZES, Size
+from launch.moving_digits.stages import TASKS
 from launch.moving_digits.world import World
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.generation.media import animation, still
+from megatron_nuwa.generation.tasks import task_named
+from megatron_nuwa.models.segmentation import palette
 from megatron_nuwa.models.vqgan import load_vqgan
+from preprocessing.decoders import decode_sketch
 
-TASKS = {"t2i": "text to image", "v2v": "video prediction", "t2v": "text to video"}
+_LINES = {
+    "t2i": "text to image",
+    "t2v": "text to video",
+    "s2i": "sketch to image",
+    "s2v": "sketch to video",
+    "v2v": "video prediction",
+}
 # Clips and images that the page shows of each set.
 _SHOWN, _SHOWN_IMAGES, _RECONSTRUCTED = 64, 20, 8
 _UNREAD = "unclear"
+_HOW = {
+    "s2i": "From a map that says where the ink of which digit is.",
+    "i2i": "The upper half was given, without a text.",
+    "ti2i": "The upper half was given, and a caption.",
+    "s2v": "From a map for every frame.",
+    "v2v": "The first two frames were given, without a text.",
+    "tv2v": "The first frame was given, and a caption that asks for another motion.",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,12 +100,13 @@ def render_report(size: Size, output: Path) -> str:
         world=world,
         clips=_shown(world, _spread(asked, _SHOWN)),
         images=_shown(world, _spread(_images(scores), _SHOWN_IMAGES)),
+        others=[_other_task(world, output, task) for task in TASKS],
         reconstructions=_reconstructions(world, output, scores),
         digits=_digit_confusion(asked),
         motions=_motion_confusion(asked),
         chart=Markup(_chart(output)),
         heldout=read_json(output / "pretrain" / "evaluation.json")["heldout"]["tasks"],
-        tasks=TASKS,
+        tasks=_LINES,
         stages=stage_records(output),
     )
 
@@ -127,6 +148,25 @@ def _shown(world: World, readings: list[Reading]) -> list[dict[str, Any]]:
         }
         for reading, (_, frames, _) in zip(readings, decoded(world, items), strict=True)
     ]
+
+
+def _other_task(world: World, output: Path, name: str) -> dict[str, Any]:
+    """What one of the tasks that are not scored started from, and what it made of it."""
+    folder = output / "samples" / name
+    entries = read_json(folder / "samples.json")
+    made = [(folder / scored_file(folder, entry["files"]), entry["prompt"]) for entry in entries]
+    rows = []
+    for entry, (_, frames, prompt) in zip(entries, decoded(world, made), strict=True):
+        if "sketch" in entry:
+            settings = settings_of(world, len(frames))
+            maps, _ = decode_sketch(Path(entry["sketch"]), settings, DIGITS + 1)
+            given = palette(DIGITS + 1)[maps]
+        else:
+            [(_, given, _)] = decoded(world, [(Path(entry["given"]), prompt)])
+        rows.append({"given": _picture(world, given), "made": _picture(world, frames)})
+    task = task_named(name)
+    prompt = entries[0]["prompt"] if task.reads == "text" and name.startswith("t") else None
+    return {"name": name, "title": task.title, "prompt": prompt, "how": _HOW[name], "rows": rows}
 
 
 def _reconstructions(world: World, output: Path, scores: Scores) -> list[dict[str, Any]]:
@@ -183,10 +223,10 @@ def _confusion(asked: list[str], read: list[str], pairs: list[tuple[str, str]]) 
 
 def _chart(output: Path) -> str:
     log = read_log(output / "pretrain")
-    tasks = [task for task in TASKS if series(log, f"train/loss/{task}")[0]]
-    heldout = {f"{TASKS[task]}, held out": series(log, f"eval/loss_nats/{task}") for task in tasks}
+    tasks = [task for task in _LINES if series(log, f"train/loss/{task}")[0]]
+    heldout = {f"{_LINES[task]}, held out": series(log, f"eval/loss_nats/{task}") for task in tasks}
     return line_chart(
-        {TASKS[task]: series(log, f"train/loss/{task}") for task in tasks},
+        {_LINES[task]: series(log, f"train/loss/{task}") for task in tasks},
         marks={name: points for name, points in heldout.items() if points[0]},
         x_label="step",
         y_label="nats a token",

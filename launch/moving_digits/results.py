@@ -8,12 +8,12 @@ from launch.demo.display import duration
 from launch.demo.results import Goal, read_json
 from launch.demo.runner import StageRecord, read_record
 from launch.moving_digits.scorer import Score, Scores, Share, share_text
-from launch.moving_digits.stages import SAMPLES, Size
+from launch.moving_digits.sizes import Size
+from launch.moving_digits.stages import BEFORE_PAGE, SAMPLES
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError
 
 SCORER_GOAL = 0.97
-_STAGES = ("media", "vqgan", "bpe", "tokenize", "pretrain", "generate", "score")
 _HELD_OUT = next(iter(SAMPLES))
 _OF_REAL = "of real held-out clips as the VQ-GAN reconstructs them"
 
@@ -34,7 +34,7 @@ def held_out_score(scores: Scores) -> Score:
 
 def stage_records(output: Path) -> list[StageRecord]:
     """The records of all finished stages before the page, in order."""
-    found = (read_record(output, name) for name in _STAGES)
+    found = (read_record(output, name) for name in BEFORE_PAGE)
     return [record for record in found if record and record.state == "done"]
 
 

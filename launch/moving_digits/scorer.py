@@ -198,18 +198,20 @@ def score_all(scorer: Scorer, media: Path, vqgan: Vqgan, folders: dict[str, Path
     )
 
 
+def settings_of(world: World, frames: int) -> DecodeSettings:
+    """How images (one frame) and clips of the world are decoded."""
+    rate = world.frames_per_second
+    return DecodeSettings(image_size=world.side, frames=frames, frames_per_second=rate)
+
+
 def decoded(
     world: World, items: Sequence[tuple[Path, str]]
 ) -> Iterator[tuple[str, np.ndarray, str]]:
     """Path, frames uint8 (frames, side, side, 3) and caption of media, as the farm reads them."""
-    clip = DecodeSettings(
-        image_size=world.side, frames=world.frames, frames_per_second=world.frames_per_second
-    )
-    image = DecodeSettings(image_size=world.side)
 
     def frames_of(item: tuple[Path, str]) -> np.ndarray:
         path, _ = item
-        return decode(path, image if path.suffix == ".png" else clip)[0]
+        return decode(path, settings_of(world, 1 if path.suffix == ".png" else world.frames))[0]
 
     # Decoding is another program's work, so threads do it side by side.
     with ThreadPoolExecutor(max_workers=2) as pool:
@@ -261,15 +263,18 @@ def _real_clips(media: Path) -> list[tuple[Path, str]]:
 
 
 def _sampled(folder: Path) -> list[tuple[Path, str]]:
-    """The files and prompts of a folder of samples, clips as MP4 and images as PNG."""
-    found = []
-    for entry in read_json(folder / "samples.json"):
-        names = sorted(entry["files"], key=lambda name: name.endswith(".mp4"), reverse=True)
-        files = [name for name in names if name.endswith((".mp4", ".png"))]
-        if not files:
-            raise UserError(f"{folder / 'samples.json'}: a sample has neither an MP4 nor a PNG")
-        found.append((folder / files[0], entry["prompt"]))
-    return found
+    """The files and prompts of a folder of samples."""
+    entries = read_json(folder / "samples.json")
+    return [(folder / scored_file(folder, entry["files"]), entry["prompt"]) for entry in entries]
+
+
+def scored_file(folder: Path, names: Sequence[str]) -> str:
+    """The MP4 of a clip, or the PNG of an image; `UserError` where a sample has neither."""
+    for ending in (".mp4", ".png"):
+        for name in names:
+            if name.endswith(ending):
+                return name
+    raise UserError(f"{folder / 'samples.json'}: a sample has neither an MP4 nor a PNG")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,58 +10,19 @@ import yaml
 
 from launch.demo.stages import PROCESSES, Stage, mpi_environment, process_environment
 from launch.moving_digits.media import WORLD_FILE
+from launch.moving_digits.motions import Scene, image_caption, scenes
+from launch.moving_digits.sizes import Size
 from launch.moving_digits.world import World, world_of
 from megatron_nuwa.training.recipe import load_recipe
 
 BPE_VOCABULARY = 1024
+# The stages whose times and commands the page shows.
+BEFORE_PAGE = (
+    *("media", "vqgan", "sketch-vqgan", "bpe", "tokenize"),
+    *("pretrain", "generate", "tasks", "score"),
+)
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a proof is: its recipe, its media, its samples, and what it is to reach."""
-
-    name: str
-    recipe: Path
-    # The folder that the recipe names.
-    output: Path
-    # Items to train on and held out, clips and images each.
-    train: int
-    held_out: int
-    # Samples a caption: held out, trained on, images.
-    samples: tuple[int, int, int]
-    sampling: tuple[str, ...]
-    batch_size: int
-    goal: float
-    # None where nobody has measured it yet.
-    minutes: int | None
-
-
-SIZES = {
-    "cpu": Size(
-        name="cpu",
-        recipe=Path("launch/recipes/moving_digits_cpu.yaml"),
-        output=Path("runs/moving_digits"),
-        train=6000,
-        held_out=480,
-        samples=(8, 1, 10),
-        sampling=("--temperature", "0.7", "--top-k", "32", "--guidance", "2"),
-        batch_size=32,
-        goal=0.8,
-        minutes=30,
-    ),
-    "gpu": Size(
-        name="gpu",
-        recipe=Path("launch/recipes/moving_digits_gpu.yaml"),
-        output=Path("runs/moving_digits_gpu"),
-        train=40_000,
-        held_out=960,
-        samples=(16, 2, 20),
-        sampling=("--temperature", "0.8", "--top-k", "64", "--guidance", "2"),
-        batch_size=128,
-        goal=0.95,
-        minutes=None,
-    ),
-}
 CORPORA = ("train-clips", "train-images", "heldout-clips", "heldout-images")
 # Sets of samples: the task, and the list of captions that the media's folder holds.
 SAMPLES = {
@@ -70,6 +30,11 @@ SAMPLES = {
     "trained captions": ("t2v", "train-captions.txt"),
     "images": ("t2i", "image-captions.txt"),
 }
+# The other tasks, shown on held-out items: what each starts from, and what is made new.
+SHOWN_ITEMS = 8
+LOWER_HALF = ("--region", "0,0.5,1,1")
+TASKS = ("s2i", "i2i", "ti2i", "s2v", "v2v", "tv2v")
+CHANGED = Scene(3, "up", "right")
 
 
 def folder_of(samples: str) -> str:
@@ -84,9 +49,11 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
     does not describe moving digits.
     """
     recipe = load_recipe(size.recipe)
-    world = world_of(recipe)
+    world = world_of(recipe, size.digit, size.raster)
     media, corpus = output / "media", output / "corpus"
-    vqgan, pretrain, samples = output / "vqgan", output / "pretrain", output / "samples"
+    vqgan, sketch_vqgan = output / "vqgan", output / "sketch_vqgan"
+    pretrain, samples = output / "pretrain", output / "samples"
+    tokenizers = (vqgan / "vqgan.safetensors", sketch_vqgan / "vqgan.safetensors")
     bpe, scores, page = output / "bpe.json", output / "scores.json", output / "report.html"
     manifests = {name: media / f"{name}.jsonl" for name in CORPORA}
     corpora = tuple(corpus / name / "corpus.json" for name in CORPORA)
@@ -94,9 +61,9 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
     environment = {} if accelerators else process_environment(0)
     overrides = tuple(moved(size, output))
 
-    def deepspeed(script: str) -> tuple[str, ...]:
+    def deepspeed(script: str, *extra: str) -> tuple[str, ...]:
         launcher = ("deepspeed", "--num_accelerators", str(processes))
-        return (*launcher, script, str(size.recipe), *overrides)
+        return (*launcher, script, str(size.recipe), *overrides, *extra)
 
     def generate(name: str, count: int) -> tuple[str, ...]:
         task, captions = SAMPLES[name]
@@ -104,6 +71,14 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
             *("python", "launch/generate.py", task, "--run", str(pretrain)),
             *("--prompts", str(media / captions), "--samples", str(count), *size.sampling),
             *("--batch-size", str(size.batch_size), "--output", str(samples / folder_of(name))),
+        )
+
+    def show(task: str) -> tuple[str, ...]:
+        return (
+            *("python", "launch/generate.py", task, "--run", str(pretrain)),
+            *_given(size, task, media),
+            *without_guidance(size.sampling, task),
+            *("--batch-size", str(size.batch_size), "--output", str(samples / task)),
         )
 
     sampled = tuple(samples / folder_of(name) / "samples.json" for name in SAMPLES)
@@ -129,6 +104,16 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
             environment=environment,
         ),
         Stage(
+            "sketch-vqgan",
+            "Train the VQ-GAN that turns sketches into tokens",
+            (deepspeed("launch/train_vqgan.py", "--section", "sketch_vqgan"),),
+            inputs=(size.recipe, *manifests.values()),
+            outputs=(sketch_vqgan / "vqgan.safetensors", sketch_vqgan / "evaluation.json"),
+            clears=(sketch_vqgan,),
+            after=("media",),
+            environment=environment,
+        ),
+        Stage(
             "bpe",
             "Learn the text vocabulary from the captions",
             (_train_bpe(manifests, bpe),),
@@ -138,9 +123,12 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
         ),
         Stage(
             "tokenize",
-            f"Turn clips, images and captions into token shards with {PROCESSES} MPI ranks",
-            tuple(_tokenize(world, manifests[name], corpus / name, vqgan, bpe) for name in CORPORA),
-            inputs=(*manifests.values(), vqgan / "vqgan.safetensors", bpe),
+            f"Turn clips, images, sketches and captions into tokens with {PROCESSES} MPI ranks",
+            tuple(
+                _tokenize(world, manifests[name], corpus / name, (vqgan, sketch_vqgan, bpe))
+                for name in CORPORA
+            ),
+            inputs=(*manifests.values(), *tokenizers, bpe),
             outputs=corpora,
             clears=(corpus,),
             after=("media",),
@@ -166,6 +154,15 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
             environment=environment,
         ),
         Stage(
+            "tasks",
+            "Generate by the other six tasks, on held-out items",
+            tuple(show(task) for task in TASKS),
+            inputs=corpora,
+            outputs=tuple(samples / task / "samples.json" for task in TASKS),
+            after=("pretrain", "generate"),
+            environment=environment,
+        ),
+        Stage(
             "score",
             "Read which digits appear and how they move",
             (tuple(score),),
@@ -183,9 +180,13 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
                     *("--size", size.name),
                 ),
             ),
-            inputs=(scores, Path("launch/moving_digits/report.html.j2")),
+            inputs=(
+                scores,
+                *(samples / task / "samples.json" for task in TASKS),
+                Path("launch/moving_digits/report.html.j2"),
+            ),
             outputs=(page,),
-            after=("media", "vqgan", "bpe", "tokenize", "pretrain", "generate", "score"),
+            after=BEFORE_PAGE,
             environment=environment,
         ),
     ]
@@ -218,6 +219,49 @@ def _replaced(value: Any, old: Path, new: Path) -> Any:
     return value
 
 
+def without_guidance(sampling: tuple[str, ...], task: str) -> tuple[str, ...]:
+    """The sampling options of a task: guidance belongs to those that read a text."""
+    if task.startswith("t"):
+        return sampling
+    place = sampling.index("--guidance")
+    return sampling[:place] + sampling[place + 2 :]
+
+
+def _given(size: Size, task: str, media: Path) -> tuple[str, ...]:
+    """What the command of a task starts from."""
+    images = [str(media / f"heldout-images/{number:06d}") for number in range(SHOWN_ITEMS)]
+    if task == "s2i":
+        return _repeat("--sketch", [f"{image}-sketch.png" for image in images])
+    if task in ("i2i", "ti2i"):
+        prompt = ("--prompt", image_caption(CHANGED.digit)) if task == "ti2i" else ()
+        return (*_repeat("--image", [f"{image}.png" for image in images]), *LOWER_HALF, *prompt)
+    clips = _held_out_clips(size, media, CHANGED.digit if task == "tv2v" else None)
+    if task == "s2v":
+        return _repeat("--sketch", [f"{clip}.npy" for clip in clips])
+    given = _repeat("--clip", [f"{clip}.mp4" for clip in clips])
+    if task == "v2v":
+        return (*given, "--keep-frames", "2")
+    # The first frame stays, the rest is made new after another caption.
+    return (*given, "--prompt", CHANGED.caption, "--region-frames", "1:")
+
+
+def _held_out_clips(size: Size, media: Path, digit: int | None) -> list[str]:
+    """Held-out clips without their endings, of one digit or of as many as there are."""
+    among = scenes(held_out=True)
+    numbers = [
+        number
+        for number in range(size.held_out)
+        if digit is None or among[number % len(among)].digit == digit
+    ]
+    # Scenes come digit by digit.
+    step = len(among) // SHOWN_ITEMS if digit is None else 1
+    return [str(media / f"heldout-clips/{number:06d}") for number in numbers[::step][:SHOWN_ITEMS]]
+
+
+def _repeat(flag: str, values: list[str]) -> tuple[str, ...]:
+    return tuple(word for value in values for word in (flag, value))
+
+
 def _media(size: Size, world: World, media: Path) -> tuple[str, ...]:
     counts = ("--clips", str(size.train), "--images", str(size.train))
     held_out = ("--held-out-clips", str(size.held_out), "--held-out-images", str(size.held_out))
@@ -236,14 +280,17 @@ def _train_bpe(manifests: dict[str, Path], bpe: Path) -> tuple[str, ...]:
 
 
 def _tokenize(
-    world: World, manifest: Path, corpus: Path, vqgan: Path, bpe: Path
+    world: World, manifest: Path, corpus: Path, tokenizers: tuple[Path, Path, Path]
 ) -> tuple[str, ...]:
     launcher = ("mpirun", "-n", str(PROCESSES), "--bind-to", "none", "--oversubscribe")
     command = ("python", "-m", "preprocessing", "tokenize", str(manifest), "--output", str(corpus))
-    tokenizers = ("--vqgan", str(vqgan), "--bpe", str(bpe))
+    flags = ("--vqgan", "--sketch-vqgan", "--bpe")
+    readers = tuple(
+        w for flag, path in zip(flags, tokenizers, strict=True) for w in (flag, str(path))
+    )
     # Small enough that both MPI ranks get work from every corpus.
     shards = ("--items-per-shard", "240")
     frames = ("--frames", str(world.frames), "--fps", str(world.frames_per_second))
     decoder = ("--decoder", "pyav")
     is_clips = manifest.stem.endswith("clips")
-    return (*launcher, *command, *tokenizers, *shards, *((*frames, *decoder) if is_clips else ()))
+    return (*launcher, *command, *readers, *shards, *((*frames, *decoder) if is_clips else ()))

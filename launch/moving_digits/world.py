@@ -14,11 +14,16 @@ _SKETCH_INK = 0.25
 
 
 class World(Settings):
-    """Sizes in pixels, and the length of a clip: an odd number of frames, `step` pixels apart."""
+    """Sizes in pixels, and the length of a clip: an odd number of frames, `step` pixels apart.
+
+    Digits start at multiples of `raster` pixels: with that of the tokenizer's patches a token shows
+    one and the same part of a digit in every frame, which a small model learns much sooner.
+    """
 
     side: int = Field(32, ge=16)
-    digit: int = Field(14, ge=8)
+    digit: int = Field(16, ge=8)
     step: int = Field(4, ge=1)
+    raster: int = Field(4, ge=1)
     frames: int = Field(5, ge=3)
     frames_per_second: int = Field(4, ge=1)
 
@@ -28,6 +33,8 @@ class World(Settings):
             raise ValueError(
                 f"frames must be odd, so that both motions have as many steps, not {self.frames}"
             )
+        if self.step % self.raster:
+            raise ValueError(f"step {self.step} must be a multiple of raster {self.raster}")
         reach = self.digit + (self.frames - 1) * self.step
         if reach > self.side:
             raise ValueError(
@@ -37,8 +44,8 @@ class World(Settings):
         return self
 
 
-def world_of(recipe: Recipe) -> World:
-    """The world of a recipe's frames and clips: digits fill it as far as their paths allow.
+def world_of(recipe: Recipe, digit: int, raster: int) -> World:
+    """The world of a recipe's frames and clips, with steps as long as the paths allow.
 
     Raises `UserError` for a recipe without VQ-GAN or model, and for sizes in which no path fits.
     """
@@ -46,11 +53,11 @@ def world_of(recipe: Recipe) -> World:
     assert recipe.vqgan is not None
     assert recipe.model is not None
     side, frames = recipe.vqgan.model.image_size, recipe.model.position_grid[2]
-    digit = side * 7 // 16
     sizes = {
         "side": side,
         "digit": digit,
-        "step": (side - digit) // max(1, frames - 1),
+        "step": (side - digit) // max(1, frames - 1) // raster * raster,
+        "raster": raster,
         "frames": frames,
         "frames_per_second": recipe.vqgan.data.frames_per_second,
     }
@@ -60,13 +67,21 @@ def world_of(recipe: Recipe) -> World:
 def path(world: World, motion: tuple[str, str], random: np.random.Generator) -> np.ndarray:
     """Upper left corners of the digit, int (frames, 2): a random start, always inside the frame."""
     moved = offsets(motion, world.frames, world.step)
-    lowest, highest = -moved.min(0), world.side - world.digit - moved.max(0)
-    return random.integers(lowest, highest, endpoint=True) + moved
+    return _start(world, -moved.min(0), world.side - world.digit - moved.max(0), random) + moved
 
 
 def place(world: World, random: np.random.Generator) -> np.ndarray:
     """A path of one place, (1, 2), anywhere in the frame."""
-    return random.integers(0, world.side - world.digit, (1, 2), endpoint=True)
+    highest = np.full(2, world.side - world.digit)
+    return _start(world, np.zeros(2, int), highest, random)[None]
+
+
+def _start(
+    world: World, lowest: np.ndarray, highest: np.ndarray, random: np.random.Generator
+) -> np.ndarray:
+    """A place on the raster between two corners, both among them: int (2,), rows and columns."""
+    first, last = -(-lowest // world.raster), highest // world.raster
+    return random.integers(first, last, endpoint=True) * world.raster
 
 
 def draw(world: World, ink: np.ndarray, corners: np.ndarray) -> np.ndarray:

@@ -58,10 +58,11 @@ class CachedDecoder:
             rows = [row for context in alike for row in encoded_rows(model, context)]
             contexts.append(EncodedContext(rows, attention))
         own, _ = model.decoder_geometries(grid, branches[0])
-        lists = layers[0].self_attention.pattern.lists(own)
+        self._lists = lists = layers[0].self_attention.pattern.lists(own)
         looks_back = cell_attention(
             lists, like, scale=scale, parts=own_parts, part=own_part, static=static
         )
+        self._attentions = [looks_back, *(context.attention for context in contexts)]
         kept_dim = head_dim_of(like, head_dim, static)
         self._layers = [
             CachedLayer(layer, contexts, looks_back, lists.slots, kept_dim) for layer in layers
@@ -117,9 +118,9 @@ class CachedDecoder:
             self._inputs.index_copy_(1, self._place, tokens.unsqueeze(1))
         self._position += 1
 
-    def went_on(self) -> None:
-        """Count a step that the device has taken by itself."""
-        self._position += 1
+    def went_on(self, cells: int = 1) -> None:
+        """Count cells that the device has taken in by itself."""
+        self._position += cells
 
     @torch.no_grad()
     def skip(self, steps: int) -> None:
@@ -148,8 +149,11 @@ class CachedDecoder:
         x = x.flatten(0, 1)
         count = len(x)
         x = F.pad(x, (0, 0, 0, padded_rows(count, self.device) - count))
+        for attention in self._attentions:
+            attention.go_to(place)
+        slots = self._lists.slots_of(place)
         for layer in self._layers:
-            x = layer.step(x, count, place)
+            x = layer.step(x, count, slots)
         return x
 
 

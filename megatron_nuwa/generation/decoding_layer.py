@@ -85,20 +85,23 @@ class CachedLayer:
         self._expand = RowLinear(feed_forward.expand.weight, feed_forward.expand.bias, gelu=True)
         self._contract = RowLinear(feed_forward.contract.weight, feed_forward.contract.bias)
 
-    def step(self, x: Tensor, count: int, place: Place) -> Tensor:
-        """(padded rows, width) → the same; the first `count` rows are (batch · steps) vectors."""
+    def step(self, x: Tensor, count: int, slots: Place) -> Tensor:
+        """(padded rows, width) → the same; the first `count` rows are (batch · steps) vectors.
+
+        `slots` is where the cells' keys and values go; the attentions know the cells already.
+        """
 
         def look_back(h: Tensor) -> Tensor:
             assert self._back is not None
-            return self._back(h, count, place)
+            return self._back(h, count, slots)
 
         def look_across(h: Tensor) -> Tensor:
             assert self._across is not None
-            return self._across(h, count, place)
+            return self._across(h, count, slots)
 
         def look_both(h: Tensor) -> Tensor:
             assert self._both is not None
-            return self._both(h, count, place)
+            return self._both(h, count, slots)
 
         return self._layer.combine(x, look_back, look_across, look_both, self._feed_forward)
 
@@ -131,22 +134,23 @@ class _Looking:
         self._inward = RowLinear(*_stacked(inputs, heads, head_dim))
         self._outward = RowLinear(*_side_by_side(outputs, heads, head_dim))
 
-    def __call__(self, h: Tensor, count: int, place: Place) -> Tensor:
+    def __call__(self, h: Tensor, count: int, slots: Place) -> Tensor:
         parts, heads, size = self._parts, self._heads, self._head_dim
         projected = self._inward(h)
-        mixed = torch.zeros_like(projected)
+        mixed = torch.empty_like(projected)
+        mixed[count:].zero_()
         batch = self._batch
         shape = (batch, count // batch * parts, heads, size)
         query, out = (t[:count].view(shape) for t in (projected, mixed))
         if self._past is not None:
             new = query.view(batch, -1, parts, heads, size)[:, :, -2:]
-            self._past.write(new.permute(2, 0, 1, 3, 4), place)
+            self._past.write(new.permute(2, 0, 1, 3, 4), slots)
         for attention, cache, rows in self._looks:
             if rows is None:
-                attention.attend(query, cache, place, out)
+                attention.attend(query, cache, out)
             else:
-                attention.attend(query[rows], cache, place, out[rows])
-        return self._outward(mixed[:, : self._mixed].contiguous())
+                attention.attend(query[rows], cache, out[rows])
+        return self._outward(mixed[:, : self._mixed])
 
 
 def _stacked(layers: Sequence[nn.Linear], heads: int, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-_DEVIATION = 0.02
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -60,8 +58,10 @@ def assign(parameter: Tensor, whole: Tensor) -> None:
         parameter.copy_(whole if shard is None else shard.of(whole))
 
 
-def initialise(parameters: Iterable[tuple[str, nn.Parameter]], seed: int, depth: int) -> None:
-    """Normal of 0.02, smaller where a branch joins the residual stream (GPT-2's rule).
+def initialise(
+    parameters: Iterable[tuple[str, nn.Parameter]], seed: int, depth: int, deviation: float
+) -> None:
+    """Normal of `deviation`, smaller where a branch joins the residual stream (GPT-2's rule).
 
     `depth` is the number of branches that are added one after the other. Weights on the meta
     device are left alone.
@@ -75,11 +75,11 @@ def initialise(parameters: Iterable[tuple[str, nn.Parameter]], seed: int, depth:
             assign(parameter, torch.ones(whole_shape(parameter)))
         else:
             joins = name.endswith(("output.weight", "contract.weight"))
-            deviation = _DEVIATION / depth**0.5 if joins else _DEVIATION
+            spread = deviation / depth**0.5 if joins else deviation
             digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
             whole = torch.empty(whole_shape(parameter))
-            assign(parameter, whole.normal_(0.0, deviation, generator=generator))
+            assign(parameter, whole.normal_(0.0, spread, generator=generator))
 
     here = [named for named in parameters if not named[1].is_meta]
     # One thread draws one weight, however many there are: a billion numbers take 10 s on one.

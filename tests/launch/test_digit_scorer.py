@@ -27,7 +27,8 @@ from launch.moving_digits.motions import MOTIONS, Scene, scenes
 from launch.moving_digits.report import render_report
 from launch.moving_digits.results import read_goals
 from launch.moving_digits.scorer import Scorer, Share, main, score_all
-from launch.moving_digits.stages import SIZES, digit_stages, folder_of, moved
+from launch.moving_digits.sizes import SIZES
+from launch.moving_digits.stages import TASKS, digit_stages, folder_of, moved
 from launch.moving_digits.world import World, draw, path, world_of
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
@@ -112,6 +113,20 @@ def write_samples(folder: Path, media: Path, captions: Sequence[str]) -> None:
     (folder / "samples.json").write_text(json.dumps(entries))
 
 
+def write_task(folder: Path, media: Path) -> None:
+    """One sample of a task: a real item, said to be made of itself or of its sketch."""
+    folder.mkdir()
+    is_clip = folder.name.endswith("v")
+    item = "heldout-clips/000000" if is_clip else "heldout-images/000000"
+    made, map_ = ("0.mp4", ".npy") if is_clip else ("0.png", "-sketch.png")
+    source = media / f"{item}{Path(made).suffix}"
+    shutil.copy(source, folder / made)
+    reads_sketch = folder.name.startswith("s")
+    given = {"sketch": f"{media / item}{map_}"} if reads_sketch else {"given": str(source)}
+    entry = {"prompt": "none", "files": [made], **given}
+    (folder / "samples.json").write_text(json.dumps([entry]))
+
+
 @pytest.fixture(scope="module")
 def run(
     world: World, classifier: DigitClassifier, tmp_path_factory: pytest.TempPathFactory
@@ -129,6 +144,8 @@ def run(
         shutil.copy(output / f"media/heldout-images/{number:06d}.png", images / f"{number}.png")
     entries = [{"prompt": f"the digit {n}", "files": [f"{n}.png"]} for n in range(10)]
     (images / "samples.json").write_text(json.dumps(entries))
+    for task in TASKS:
+        write_task(output / "samples" / task, output / "media")
     torch.manual_seed(0)
     config = VqganConfig(
         image_size=32, downsampling=4, base_channels=8, codebook_size=16, attention=False
@@ -171,8 +188,9 @@ def test_the_page_shows_samples_confusions_and_commands(run: Path) -> None:
     record_path(run, "media").parent.mkdir()
     record_path(run, "media").write_text(record.model_dump_json())
     page = render_report(SIZES["cpu"], run)
-    assert page.count("data:image/webp") == 32 + 2 * 8
-    assert page.count("data:image/png") == 10
+    clips = sum(task.endswith("v") for task in TASKS)
+    assert page.count("data:image/webp") == 32 + 2 * 8 + 2 * clips
+    assert page.count("data:image/png") == 10 + 2 * (len(TASKS) - clips)
     assert "a &lt;command&gt;" in page
     assert "the digit 0 moves left<" in page
     assert "http" not in page.replace("http://www.w3.org", "")
@@ -196,7 +214,7 @@ def test_stages_fit_together_and_their_recipes_load(name: str) -> None:
     size = SIZES[name]
     recipe = load_recipe(size.recipe)
     assert recipe.run == size.output / "pretrain"
-    assert world_of(recipe).side == recipe.vqgan.model.image_size  # type: ignore[union-attr]
+    assert world_of(recipe, size.digit, size.raster).side == recipe.vqgan.model.image_size  # type: ignore[union-attr]
     written = {size.recipe, Path("launch/moving_digits/report.html.j2")}
     for stage in digit_stages(size, size.output):
         assert set(stage.inputs) <= written
@@ -218,9 +236,9 @@ def test_another_output_folder_reaches_every_command(name: str) -> None:
 def test_a_recipe_whose_digits_cannot_move_is_refused() -> None:
     recipe = load_recipe(SIZES["cpu"].recipe, ["model.position_grid=[8,8,4]"])
     with pytest.raises(UserError, match="frames must be odd"):
-        world_of(recipe)
+        world_of(recipe, 16, 4)
     with pytest.raises(UserError, match="has no 'vqgan'"):
-        world_of(Recipe(name="empty"))
+        world_of(Recipe(name="empty"), 16, 4)
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_train_and_held_out_digits_are_different_samples_of_all_digits() -> None
     assert not seen & {sample.tobytes() for sample in held_out.ink}
 
 
-@pytest.mark.parametrize("sizes", [{}, {"side": 64, "digit": 28, "frames": 9}])
+@pytest.mark.parametrize("sizes", [{}, {"side": 64, "digit": 28, "frames": 9, "raster": 1}])
 def test_every_path_stays_inside_and_goes_the_asked_way(sizes: dict[str, int]) -> None:
     world = World(**sizes)
     random = np.random.default_rng(0)
@@ -97,7 +97,8 @@ def test_every_path_stays_inside_and_goes_the_asked_way(sizes: dict[str, int]) -
             assert (moves[:half] == DIRECTIONS[motion[0]]).all()
             assert (moves[half:] == DIRECTIONS[motion[1]]).all()
             starts.add(tuple(corners[0]))
-    assert len(starts) > 100
+    assert (np.array(list(starts)) % world.raster == 0).all()
+    assert len(starts) > (20 if world.raster > 1 else 500)
 
 
 def test_a_world_in_which_no_path_fits_is_refused() -> None:
@@ -105,6 +106,8 @@ def test_a_world_in_which_no_path_fits_is_refused() -> None:
         World(digit=18)
     with pytest.raises(ValueError, match="frames must be odd"):
         World(frames=4)
+    with pytest.raises(ValueError, match="step 4 must be a multiple of raster 3"):
+        World(raster=3)
 
 
 def test_the_same_seed_writes_the_same_bytes(media: Path, world: World, tmp_path: Path) -> None:

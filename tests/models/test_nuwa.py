@@ -120,6 +120,22 @@ def test_a_model_that_reads_sketches_is_the_one_that_does_not_with_a_table_more(
     before, now = without.parameter_counts(), reading.parameter_counts()
     assert now == before | {"sketch_embedding": 30 * 6 + 6 * 32, "total": sum(now.values()) // 2}
     assert set(before) == {"transformer", "text_table", "head", "total"}
+    # What runs of models without sketches have written of themselves stays comparable.
+    told, more_told = small().description(), small(sketch_codebook_size=30).description()
+    assert not any("sketch" in field for field in told)
+    assert more_told == told | {"sketch_codebook_size": 30, "sketch_code_dim": 256}
+    assert NuwaConfig.model_validate(told) == small()
+
+
+def test_starting_weights_are_as_wide_as_asked_and_a_trained_model_does_not_remember() -> None:
+    narrow, wide = Nuwa(small()), Nuwa(small(initial_deviation=0.06))
+    for model in (narrow, wide):
+        model.initialise(7)
+    weights = wide.state_dict()
+    for name, weight in narrow.state_dict().items():
+        factor = 1 if "norm" in name or name.endswith("bias") else 3
+        torch.testing.assert_close(weights[name], factor * weight)
+    assert wide.config.description() == narrow.config.description()
 
 
 @pytest.mark.parametrize("changes", [{}, {"visual_embedding": "direct", "tie_head": True}], ids=str)
