@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt demo-media.txt $(NATIVE)
 	# torch first: the kernels are compiled against the torch that is installed.
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt setuptools wheel torch
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation \
-		-e '.[mpi,parquet,demo,dev]'
+		-e '.[mpi,parquet,demo,app,dev]'
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r demo-media.txt
 	touch $@
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nuwa.data.batches import IMAGE_TASKS, SKETCH_TASKS
 from megatron_nuwa.data.shards import (
     FORMAT_VERSION,
     CorpusManifest,
@@ -37,29 +38,45 @@ def make_inputs(folder: Path, recipe: Recipe, items: int) -> list[str]:
     bpe.save(folder / "bpe.json")
     overrides = [f"tokenizers.vqgan={folder / 'vqgan.safetensors'}"]
     overrides.append(f"tokenizers.bpe={folder / 'bpe.json'}")
+    sketch_vqgan = None
+    if recipe.sketch_vqgan is not None:
+        sketch_vqgan = Vqgan(recipe.sketch_vqgan.model)
+        save_vqgan(sketch_vqgan, folder / "sketch_vqgan.safetensors")
+        overrides.append(f"tokenizers.sketch_vqgan={folder / 'sketch_vqgan.safetensors'}")
     h, w, frames = recipe.model.position_grid
     for task in recipe.data.tasks:
-        grid = (h, w, 1 if task == "t2i" else min(frames, _CLIP_FRAMES))
-        _write_corpus(folder / task, grid, items, bpe, vqgan)
+        grid = (h, w, 1 if task in IMAGE_TASKS else min(frames, _CLIP_FRAMES))
+        seg = sketch_vqgan if task in SKETCH_TASKS else None
+        _write_corpus(folder / task, grid, items, bpe, vqgan, seg)
         overrides.append(f"data.tasks.{task}.corpora=[{folder / task}]")
         overrides.append(f"data.tasks.{task}.corpus_weights=null")
     return overrides
 
 
 def _write_corpus(
-    folder: Path, grid: tuple[int, int, int], items: int, bpe: TextTokenizer, vqgan: Vqgan
+    folder: Path,
+    grid: tuple[int, int, int],
+    items: int,
+    bpe: TextTokenizer,
+    vqgan: Vqgan,
+    sketch_vqgan: Vqgan | None,
 ) -> None:
     folder.mkdir()
     random = np.random.default_rng(0)
     codes = vqgan.config.codebook_size
+    sketch_codes = None if sketch_vqgan is None else sketch_vqgan.config.codebook_size
+    cells = int(np.prod(grid))
     shard = [
         ShardItem(
             f"item-{number}",
-            random.integers(0, codes, int(np.prod(grid))).astype(np.uint16),
+            random.integers(0, codes, cells).astype(np.uint16),
             np.stack([bpe.encode(caption) for caption in _CAPTIONS]),
             tuple(_CAPTIONS),
             grid[2],
             f"{number}.mp4",
+            sketch=None
+            if sketch_codes is None
+            else random.integers(0, sketch_codes, cells).astype(np.uint16),
         )
         for number in range(items)
     ]
@@ -69,8 +86,14 @@ def _write_corpus(
         grid=grid,
         frames_per_second=None if grid[2] == 1 else 8.0,
         codebook_size=codes,
+        sketch_codebook_size=sketch_codes,
         text_vocabulary_size=bpe.vocabulary_size,
-        fingerprints=Fingerprints(vqgan=fingerprint(vqgan), bpe=bpe.fingerprint, decode="0" * 64),
+        fingerprints=Fingerprints(
+            vqgan=fingerprint(vqgan),
+            bpe=bpe.fingerprint,
+            decode="0" * 64,
+            sketch=None if sketch_vqgan is None else fingerprint(sketch_vqgan),
+        ),
         counts=Counts(items=sidecar.items, captions=sidecar.captions, failed=0),
         shards=(sidecar.entry(),),
     )

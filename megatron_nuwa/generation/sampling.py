@@ -29,10 +29,11 @@ def generate_tokens(
     known: Tensor | None = None,
     is_known: Tensor | None = None,
     first_cell: int = 0,
+    frames: int | None = None,
     on_token: OnToken | None = None,
     on_frame: OnFrame | None = None,
 ) -> Tensor:
-    """Tokens int64 (batch, grid cells) in generation order.
+    """Tokens int64 (batch, grid cells) in generation order, or those of the first `frames` frames.
 
     A sample depends on its own seed, context and given cells alone: its tokens are the same, bit
     for bit, in a batch of any size and at any place of it. That is promised on the same machine
@@ -48,6 +49,7 @@ def generate_tokens(
             are known in all rows are taken in as blocks.
         first_cell: the place of cell 0 in the seeds' streams of random numbers, for windows of
             something longer.
+        frames: how many frames of the grid to make; all when left out.
         on_token: called after every cell, for a progress bar.
         on_frame: called with a frame's number and its tokens (batch, h · w) when it is complete.
     """
@@ -62,17 +64,21 @@ def generate_tokens(
     uniforms = uniform_numbers(seeds, first_cell, grid.cells)
     sampler = Sampler(decoder, settings, uniforms, given)
     frame = grid.h * grid.w
-    for first, stop in sampler.run():
+    last = grid.cells if frames is None else min(frames, grid.s) * frame
+    for first, stop in sampler.run(last):
         for cell in range(first, stop):
             if on_token is not None:
                 on_token()
             if on_frame is not None and (cell + 1) % frame == 0:
                 on_frame(cell // frame, decoder.tokens(cell + 1 - frame, cell + 1).clone())
-    return decoder.tokens(0, grid.cells).clone()
+    return decoder.tokens(0, last).clone()
 
 
 class Sampler:
-    """Draws the cells of a decoder one after another, around those that are given."""
+    """Draws the cells of a decoder one after another, around those that are given.
+
+    `advance` is `step`, on a GPU as a graph.
+    """
 
     def __init__(
         self,
@@ -82,9 +88,13 @@ class Sampler:
         given: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """`uniforms` (batch, cells) in [0, 1); `given` is (tokens, whether known), alike."""
-        self._decoder, self._settings = decoder, settings
+        self.decoder, self._settings = decoder, settings
         self._uniforms = uniforms.to(decoder.device)
         self._given = given
+        on_gpu = decoder.device.type == "cuda"
+        self.advance: Callable[[], None] = (
+            StepGraph(decoder, self.step).run if on_gpu else self.step
+        )
         self._all_known = torch.zeros(decoder.grid.cells, dtype=torch.bool)
         self._mixed = False
         if given is not None:
@@ -93,25 +103,21 @@ class Sampler:
             self._all_known = is_known.all(0).cpu()
             self._mixed = bool((is_known.any(0).cpu() != self._all_known).any())
 
-    def run(self) -> Iterator[tuple[int, int]]:
-        """Fill the cells; yields (first, stop) of those that are done since."""
-        step = (
-            StepGraph(self._decoder, self.step).run
-            if self._decoder.device.type == "cuda"
-            else self.step
-        )
-        for first, stop, known in _runs(self._all_known.tolist(), self._decoder.grid):
+    def run(self, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """Fill the cells before `stop`; yields (first, stop) of those that are done since."""
+        all_known = self._all_known[:stop].tolist()
+        for first, end, known in _runs(all_known, self.decoder.grid):
             if known:
-                self._decoder.skip(stop - first)
-                yield first, stop
+                self.decoder.skip(end - first)
+                yield first, end
                 continue
-            for cell in range(first, stop):
-                step()
+            for cell in range(first, end):
+                self.advance()
                 yield cell, cell + 1
 
     def step(self) -> None:
         """Draw the next cell in every row that does not know it."""
-        decoder = self._decoder
+        decoder = self.decoder
         logits = guided(decoder.logits(), self._settings.guidance)
         tokens = draw(logits, self._settings, decoder.here(self._uniforms))
         if self._mixed:
@@ -144,8 +150,8 @@ def _checked(
 
 def _runs(all_known: list[bool], grid: Grid) -> Iterator[tuple[int, int, bool]]:
     """(first, stop, whether known) of the longest runs of one kind, cut where frames end."""
-    frame, first = grid.h * grid.w, 0
-    for cell in range(1, grid.cells + 1):
-        if cell == grid.cells or cell % frame == 0 or all_known[cell] != all_known[first]:
+    frame, first, cells = grid.h * grid.w, 0, len(all_known)
+    for cell in range(1, cells + 1):
+        if cell == cells or cell % frame == 0 or all_known[cell] != all_known[first]:
             yield first, cell, all_known[first]
             first = cell

@@ -103,8 +103,8 @@ class VqganStep:
             output = self._parallel_model(given, step >= self.recipe.codebook.start_step)
             judged, figures = self._reconstruction.loss(output.reconstruction, frames)
             loss = judged + self._codebook_terms(step, output, figures)
-            shown = self._reconstruction.shown(output.reconstruction)
             if adversarial:
+                shown = self._reconstruction.shown(output.reconstruction)
                 loss = loss + self._adversarial_term(loss, shown, figures)
         figures["train/loss/total"] = loss.detach()
         figures["train/lr"] = torch.tensor(self.optimizer.param_groups[0]["lr"])

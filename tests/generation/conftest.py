@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 import pytest
-from helpers import SmallWorld, lone_process
+import torch
+from helpers import CAPTIONS, SmallWorld, lone_process
 from PIL import Image
 
+from megatron_nuwa.data.text import train_bpe
+from megatron_nuwa.generation.trained import Generator, make_generator
+from megatron_nuwa.grid import Grid
+from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
+from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.recipe import load_recipe
+
+
+@pytest.fixture(scope="session")
+def generator() -> Generator:
+    """A small random model that reads texts and sketches: pictures of 16², clips of 3 frames."""
+    torch.manual_seed(0)
+    bpe = train_bpe(CAPTIONS * 4, 540)
+    common = {"image_size": 16, "downsampling": 4, "base_channels": 8, "residual_blocks": 1}
+    common |= {"attention": False, "codebook_size": 40, "code_dim": 8, "lookup_dim": 4}
+    model = Nuwa(
+        NuwaConfig(
+            width=32,
+            heads=2,
+            encoder_layers=1,
+            decoder_layers=2,
+            codebook_size=40,
+            code_dim=8,
+            text_vocabulary=bpe.vocabulary_size,
+            position_grid=(4, 4, 3),
+            sketch_codebook_size=40,
+            sketch_code_dim=8,
+        )
+    )
+    with torch.no_grad():
+        # Initial weights are so small that every context would give nearly the same logits.
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    vqgan = Vqgan(VqganConfig(**common))
+    made = make_generator(model.eval(), vqgan.eval(), bpe, [Grid(4, 4, 1), Grid(4, 4, 3)], 8.0)
+    return replace(made, sketch_vqgan=Vqgan(VqganConfig(**common, classes=5)).eval())
 
 
 def train(world: SmallWorld, folder: Path, *overrides: str) -> Path:

@@ -10,9 +10,9 @@ from PIL import Image, ImageOps
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.media import read_clip
-from megatron_nuwa.generation.palette import classes_of, colours
+from megatron_nuwa.generation.palette import classes_of, coloured
 from megatron_nuwa.generation.regions import check_fits, touched
-from megatron_nuwa.generation.tasks import Request, Task, grid_of
+from megatron_nuwa.generation.tasks import Request, Task
 from megatron_nuwa.generation.trained import Generator
 
 # Editors show pictures at least this large.
@@ -30,9 +30,7 @@ def enlarged(picture: np.ndarray) -> np.ndarray:
 
 def blank_sketch(side: int) -> np.ndarray:
     """An empty sketch, all of class 0, to be drawn on: uint8 (rows, columns, 3)."""
-    first = colours(1)[0]
-    colour = [int(first[place : place + 2], 16) for place in (1, 3, 5)]
-    return enlarged(np.full((side, side, 3), colour, np.uint8))
+    return enlarged(coloured(np.zeros((side, side), np.uint8), 1))
 
 
 def first_frame(generator: Generator, clip: Path) -> np.ndarray:
@@ -51,8 +49,12 @@ def read_request(
     clip: Path | None,
     sketch: Drawing | None,
     keep_frames: int,
+    frames: int,
 ) -> Request:
-    """One request from what the page holds; `UserError` where the task lacks something."""
+    """One request from what the page holds; `UserError` where the task lacks something.
+
+    `frames` is the length of a video, of which `keep_frames` are given to be continued.
+    """
     prompt = {"prompt": prompt} if task.reads == "text" else {}  # type: ignore[assignment]
     size = generator.picture_size
     drawn = _read_sketch(generator, sketch) if task.reads == "sketch" else None
@@ -62,8 +64,8 @@ def read_request(
     elif task.media == "clip":
         if clip is None:
             raise UserError("upload a video first")
-        frames = keep_frames if task.given == "frames" else grid_of(generator, task).s
-        pixels = read_clip(clip, frames, generator.frames_per_second, size)
+        count = keep_frames if task.given == "frames" else frames
+        pixels = read_clip(clip, count, generator.frames_per_second, size)
     if task.given == "region":
         region = touched(_painted(picture), *size)[None]
     return Request(task, seed, **prompt, pixels=pixels, region=region, sketch=drawn)  # type: ignore[arg-type]
