@@ -23,13 +23,14 @@ from launch.moving_digits.classifier import DigitClassifier, train_classifier
 from launch.moving_digits.handwriting import read_handwriting
 from launch.moving_digits.media import write_media
 from launch.moving_digits.motion_reading import read_motion
-from launch.moving_digits.motions import MOTIONS, Scene, scenes
+from launch.moving_digits.motions import DIGITS, MOTIONS, Scene, image_caption, scenes
 from launch.moving_digits.report import render_report
 from launch.moving_digits.results import read_goals
 from launch.moving_digits.scorer import Scorer, Share, main, score_all
 from launch.moving_digits.sizes import SIZES
-from launch.moving_digits.stages import TASKS, digit_stages, folder_of, moved
+from launch.moving_digits.stages import BPE_VOCABULARY, TASKS, digit_stages, folder_of, moved
 from launch.moving_digits.world import World, draw, path, world_of
+from megatron_nuwa.data.text import train_bpe
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
 from megatron_nuwa.training.recipe import Recipe, load_recipe
@@ -217,6 +218,10 @@ def test_stages_fit_together_and_their_recipes_load(name: str) -> None:
     assert (
         world_of(recipe, size.digit, size.step, size.raster).side == recipe.vqgan.model.image_size
     )  # type: ignore[union-attr]
+    captions = [scene.caption for scene in scenes(held_out=False)]
+    captions += [image_caption(digit) for digit in range(DIGITS)]
+    bpe = train_bpe(captions, BPE_VOCABULARY)
+    assert recipe.model.text_vocabulary == bpe.vocabulary_size  # type: ignore[union-attr]
     written = {size.recipe, Path("launch/moving_digits/report.html.j2")}
     for stage in digit_stages(size, size.output):
         assert set(stage.inputs) <= written
