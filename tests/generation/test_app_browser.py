@@ -123,17 +123,35 @@ def generate(browser: Chrome) -> str:
     return str(wait(browser, lambda: browser.execute_script(FINAL)))
 
 
+def has_changed(browser: Chrome, editor: str) -> bool:
+    undo = f'{editor} button[aria-label="Undo"]:not([disabled])'
+    return bool(browser.find_elements("css selector", undo))
+
+
+def upload(browser: Chrome, editor: str, path: Path) -> None:
+    """Give an editor a picture, again where it was not ready to take it."""
+
+    def uploaded() -> bool:
+        browser.find_element("css selector", f"{editor} input[type=file]").send_keys(str(path))
+        time.sleep(1)
+        return has_changed(browser, editor)
+
+    wait(browser, uploaded)
+
+
 def paint(browser: Chrome, editor: str) -> None:
-    """Draw a stroke in an editor, once it is there."""
+    """Draw a stroke in an editor, again where it was not ready to take it."""
     from selenium.webdriver import ActionChains
 
-    wait(browser, lambda: browser.find_elements("css selector", f"{editor} canvas"))
-    time.sleep(2)
-    canvas = browser.find_element("css selector", f"{editor} canvas")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    stroke = ActionChains(browser).move_to_element_with_offset(canvas, -60, -40).pause(0.2)
-    stroke.click_and_hold().move_by_offset(60, 30).move_by_offset(30, 40).release().perform()
-    time.sleep(1)
+    def painted() -> bool:
+        canvas = browser.find_element("css selector", f"{editor} canvas")
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
+        stroke = ActionChains(browser).move_to_element_with_offset(canvas, -60, -40).pause(0.2)
+        stroke.click_and_hold().move_by_offset(60, 30).move_by_offset(30, 40).release().perform()
+        time.sleep(1)
+        return has_changed(browser, editor)
+
+    wait(browser, painted)
 
 
 def test_one_types_and_sees_a_picture(browser: Chrome) -> None:
@@ -162,9 +180,7 @@ def test_one_paints_over_a_picture(browser: Chrome, tmp_path: Path) -> None:
     Image.new("RGB", (480, 400), "teal").save(tmp_path / "photo.png")
     choose(browser, "i2i")
     assert generate(browser) == "upload a picture first."
-    upload = "#picture input[type=file]"
-    wait(browser, lambda: browser.find_elements("css selector", upload))
-    browser.find_element("css selector", upload).send_keys(str(tmp_path / "photo.png"))
+    upload(browser, "#picture", tmp_path / "photo.png")
     paint(browser, "#picture")
     assert generate(browser) == "Done."
     assert wait(browser, lambda: browser.execute_script(WIDTHS) == [16])
