@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from launch.moving_digits.handwriting import Handwriting
 from launch.moving_digits.motion_reading import centres, ink_of
 from launch.moving_digits.motions import DIGITS
-from launch.moving_digits.world import World, draw, place
+from launch.moving_digits.world import World, anywhere, draw
 
 # Pixels around the digit that the network sees too.
 _MARGIN = 3
@@ -81,7 +81,7 @@ def train_classifier(
 ) -> DigitClassifier:
     """Train on digits drawn anywhere in a frame, a little turned, stretched, shifted and noisy."""
     random = np.random.default_rng(seed)
-    frames = np.concatenate([draw(world, ink, place(world, random)) for ink in digits.ink])
+    frames = np.concatenate([draw(world, ink, anywhere(world, random)[None]) for ink in digits.ink])
     ink = ink_of(frames)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

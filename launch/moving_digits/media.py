@@ -22,7 +22,7 @@ from PIL import Image
 from launch.demo.media import replaced_folder
 from launch.moving_digits.handwriting import Handwriting, read_handwriting
 from launch.moving_digits.motions import DIGITS, image_caption, scenes
-from launch.moving_digits.world import World, draw, path, place, sketch
+from launch.moving_digits.world import World, anywhere, draw, path, sketch, start
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError, run_command
 
@@ -64,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts = {
         "train-clips": options.clips,
         "train-images": options.images,
+        "train-frames": options.images,
         "heldout-clips": options.held_out_clips,
         "heldout-images": options.held_out_images,
+        "heldout-frames": options.held_out_images,
     }
     write_media(options.output, world, counts, options.seed)
     made = ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -122,8 +124,8 @@ def _write_scenes(
     media.mkdir()
     among = scenes(held_out=held_out)
     rows: list[dict[str, object]] = []
-    for start in range(0, count, _CLIPS_A_BATCH):
-        numbers = range(start, min(start + _CLIPS_A_BATCH, count))
+    for first in range(0, count, _CLIPS_A_BATCH):
+        numbers = range(first, min(first + _CLIPS_A_BATCH, count))
         clips = []
         for number in numbers:
             scene = among[number % len(among)]
@@ -144,13 +146,17 @@ def _write_images(
     held_out: bool,
     random: np.random.Generator,
 ) -> list[dict[str, object]]:
-    """Stills of all digits in turn anywhere in the frame, each with its sketch."""
+    """Stills of all digits in turn, each with its sketch.
+
+    Images are first frames of clips; "frames", for the tokenizers, show digits anywhere.
+    """
+    place = anywhere if name.endswith("frames") else start
     media = folder / name
     media.mkdir()
     rows = []
     for number in range(count):
         digit = number % DIGITS
-        [frame] = draw(world, digits.random_sample(digit, random), place(world, random))
+        [frame] = draw(world, digits.random_sample(digit, random), place(world, random)[None])
         Image.fromarray(frame).save(media / f"{number:06d}.png")
         Image.fromarray(sketch(frame, digit)).save(media / f"{number:06d}-sketch.png")
         rows.append(_row(name, number, "png", "-sketch.png", image_caption(digit)))

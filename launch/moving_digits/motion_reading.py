@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launch.moving_digits.motions import DIRECTIONS
+from launch.moving_digits.motions import MOTIONS, STEPS, directions
 from launch.moving_digits.world import World
 
 # Darker pixels count as background: a tokenizer's reconstruction is not quite black there.
@@ -19,19 +19,17 @@ _TOLERANCE = 0.5
 
 @dataclass(frozen=True)
 class Motion:
-    """What was seen: the direction of every step, None where it is none of the four."""
+    """What was seen: the direction of every step, None where it is none, nor standing still."""
 
     steps: tuple[str | None, ...]
 
     @property
     def motion(self) -> tuple[str, str] | None:
-        """The two directions, where every step agrees with them."""
-        half = len(self.steps) // 2
-        first, second = self.steps[0], self.steps[-1]
-        expected = (first,) * half + (second,) * (len(self.steps) - half)
-        if first is None or second is None or self.steps != expected:
-            return None
-        return first, second
+        """The motion of which every single step is, if there is one."""
+        for motion in MOTIONS:
+            if tuple(directions(motion, len(self.steps))) == self.steps:
+                return motion
+        return None
 
 
 def ink_of(frames: np.ndarray) -> np.ndarray:
@@ -58,7 +56,7 @@ def read_motion(frames: np.ndarray, world: World) -> Motion:
 
 def _direction(step: np.ndarray) -> str | None:
     """The direction of a step in units of the true length, None where none is near."""
-    names = list(DIRECTIONS)
-    distances = np.linalg.norm(np.array([DIRECTIONS[name] for name in names]) - step, axis=1)
+    names = list(STEPS)
+    distances = np.linalg.norm(np.array([STEPS[name] for name in names]) - step, axis=1)
     nearest = int(np.nan_to_num(distances, nan=np.inf).argmin())
     return names[nearest] if distances[nearest] <= _TOLERANCE else None

@@ -10,9 +10,12 @@ import numpy as np
 from megatron_nuwa.errors import UserError
 
 DIGITS = 10
-# Steps (rows, columns) of each direction.
+# Steps (rows, columns) of each direction, and of standing still.
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
-MOTIONS = tuple((first, second) for first in DIRECTIONS for second in DIRECTIONS)
+STOP = "stops"
+STEPS = {**DIRECTIONS, STOP: (0, 0)}
+# First one way, then another way or no further.
+MOTIONS = tuple((first, second) for first in DIRECTIONS for second in STEPS if second != first)
 # One caption in so many is never trained on.
 _HELD_OUT_PERIOD = 5
 # Coprime to the period, so that the held-out digits of neighbouring motions differ.
@@ -21,7 +24,7 @@ _HELD_OUT_STRIDE = 2
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption asks for: a digit that goes one way and then another, or the same way on."""
+    """What a caption asks for: a digit that goes one way, and then another or no further."""
 
     digit: int
     first: str
@@ -45,9 +48,9 @@ class Scene:
 
 
 def motion_text(motion: tuple[str, str]) -> str:
-    """Two directions as a caption says them."""
+    """Two motions as a caption says them."""
     first, second = motion
-    return first if first == second else f"{first}, then {second}"
+    return f"{first}, then {second}"
 
 
 def scenes(*, held_out: bool | None = None) -> list[Scene]:
@@ -86,5 +89,5 @@ def directions(motion: tuple[str, str], transitions: int) -> Iterator[str]:
 
 def offsets(motion: tuple[str, str], frames: int, step: int) -> np.ndarray:
     """Where the digit is in each frame, from its start: int (frames, 2), rows and columns."""
-    moves = [DIRECTIONS[name] for name in directions(motion, frames - 1)]
+    moves = [STEPS[name] for name in directions(motion, frames - 1)]
     return np.concatenate([np.zeros((1, 2), int), np.cumsum(moves, axis=0)]) * step

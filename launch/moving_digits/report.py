@@ -98,6 +98,7 @@ def render_report(size: Size, output: Path) -> str:
         goals=read_goals(size, output),
         scores=_score_rows(scores),
         world=world,
+        example=asked[len(asked) // 2].caption,
         clips=_shown(world, _spread(asked, _SHOWN)),
         images=_shown(world, _spread(_images(scores), _SHOWN_IMAGES)),
         others=[_other_task(world, output, task) for task in TASKS],

@@ -14,8 +14,9 @@ class Size:
     recipe: Path
     # The folder that the recipe names.
     output: Path
-    # Pixels: a digit's side, and the raster of its places.
+    # Pixels: a digit's side, its step from frame to frame, the raster of its places.
     digit: int
+    step: int
     raster: int
     # Items to train on and held out, clips and images each.
     train: int
@@ -35,11 +36,12 @@ SIZES = {
         recipe=Path("launch/recipes/moving_digits_cpu.yaml"),
         output=Path("runs/moving_digits"),
         digit=16,
+        step=4,
         raster=4,
         train=6000,
         held_out=480,
         samples=(8, 1, 10),
-        sampling=("--temperature", "0.7", "--top-k", "32", "--guidance", "2"),
+        sampling=("--temperature", "0.6", "--top-k", "32", "--guidance", "1.5"),
         batch_size=32,
         goal=0.8,
         minutes=30,
@@ -48,7 +50,8 @@ SIZES = {
         name="gpu",
         recipe=Path("launch/recipes/moving_digits_gpu.yaml"),
         output=Path("runs/moving_digits_gpu"),
-        digit=28,
+        digit=24,
+        step=4,
         raster=1,
         train=40_000,
         held_out=960,

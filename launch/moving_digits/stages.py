@@ -49,13 +49,14 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
     does not describe moving digits.
     """
     recipe = load_recipe(size.recipe)
-    world = world_of(recipe, size.digit, size.raster)
+    world = world_of(recipe, size.digit, size.step, size.raster)
     media, corpus = output / "media", output / "corpus"
     vqgan, sketch_vqgan = output / "vqgan", output / "sketch_vqgan"
     pretrain, samples = output / "pretrain", output / "samples"
     tokenizers = (vqgan / "vqgan.safetensors", sketch_vqgan / "vqgan.safetensors")
     bpe, scores, page = output / "bpe.json", output / "scores.json", output / "report.html"
     manifests = {name: media / f"{name}.jsonl" for name in CORPORA}
+    frames = tuple(media / f"{name}.jsonl" for name in ("train-frames", "heldout-frames"))
     corpora = tuple(corpus / name / "corpus.json" for name in CORPORA)
     processes = accelerators or PROCESSES
     environment = {} if accelerators else process_environment(0)
@@ -91,13 +92,13 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
             "media",
             "Draw handwritten digits that move over a frame",
             (_media(size, world, media),),
-            outputs=(media / WORLD_FILE, *manifests.values()),
+            outputs=(media / WORLD_FILE, *manifests.values(), *frames),
         ),
         Stage(
             "vqgan",
             "Train the VQ-GAN that turns frames into tokens",
             (deepspeed("launch/train_vqgan.py"),),
-            inputs=(size.recipe, *manifests.values()),
+            inputs=(size.recipe, *frames),
             outputs=(vqgan / "vqgan.safetensors", vqgan / "evaluation.json"),
             clears=(vqgan,),
             after=("media",),
@@ -107,7 +108,7 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
             "sketch-vqgan",
             "Train the VQ-GAN that turns sketches into tokens",
             (deepspeed("launch/train_vqgan.py", "--section", "sketch_vqgan"),),
-            inputs=(size.recipe, *manifests.values()),
+            inputs=(size.recipe, *frames),
             outputs=(sketch_vqgan / "vqgan.safetensors", sketch_vqgan / "evaluation.json"),
             clears=(sketch_vqgan,),
             after=("media",),

@@ -16,11 +16,12 @@ _SKETCH_INK = 0.25
 class World(Settings):
     """Sizes in pixels, and the length of a clip: an odd number of frames, `step` pixels apart.
 
+    Every motion has room from every start, so that a start says nothing about what comes.
     Digits start at multiples of `raster` pixels: with that of the tokenizer's patches a token shows
     one and the same part of a digit in every frame, which a small model learns much sooner.
     """
 
-    side: int = Field(32, ge=16)
+    side: int = Field(36, ge=16)
     digit: int = Field(16, ge=8)
     step: int = Field(4, ge=1)
     raster: int = Field(4, ge=1)
@@ -35,30 +36,34 @@ class World(Settings):
             )
         if self.step % self.raster:
             raise ValueError(f"step {self.step} must be a multiple of raster {self.raster}")
-        reach = self.digit + (self.frames - 1) * self.step
-        if reach > self.side:
+        needed = self.digit + 2 * self.reach
+        if needed > self.side:
             raise ValueError(
-                f"a digit of {self.digit} pixels that moves {self.frames - 1} times {self.step} "
-                f"pixels needs {reach} pixels; the side is {self.side}"
+                f"a digit of {self.digit} pixels that moves {self.reach} pixels any way needs "
+                f"{needed} pixels; the side is {self.side}"
             )
         return self
 
+    @property
+    def reach(self) -> int:
+        """How far a digit goes one way, in pixels."""
+        return (self.frames - 1) // 2 * self.step
 
-def world_of(recipe: Recipe, digit: int, raster: int) -> World:
-    """The world of a recipe's frames and clips, with steps as long as the paths allow.
+
+def world_of(recipe: Recipe, digit: int, step: int, raster: int) -> World:
+    """The world of a recipe's frames and clips.
 
     Raises `UserError` for a recipe without VQ-GAN or model, and for sizes in which no path fits.
     """
     recipe.require("vqgan", "model")
     assert recipe.vqgan is not None
     assert recipe.model is not None
-    side, frames = recipe.vqgan.model.image_size, recipe.model.position_grid[2]
     sizes = {
-        "side": side,
+        "side": recipe.vqgan.model.image_size,
         "digit": digit,
-        "step": (side - digit) // max(1, frames - 1) // raster * raster,
+        "step": step,
         "raster": raster,
-        "frames": frames,
+        "frames": recipe.model.position_grid[2],
         "frames_per_second": recipe.vqgan.data.frames_per_second,
     }
     return parse_settings(World, sizes, f"recipe '{recipe.name}'")
@@ -66,22 +71,24 @@ def world_of(recipe: Recipe, digit: int, raster: int) -> World:
 
 def path(world: World, motion: tuple[str, str], random: np.random.Generator) -> np.ndarray:
     """Upper left corners of the digit, int (frames, 2): a random start, always inside the frame."""
-    moved = offsets(motion, world.frames, world.step)
-    return _start(world, -moved.min(0), world.side - world.digit - moved.max(0), random) + moved
+    return start(world, random) + offsets(motion, world.frames, world.step)
 
 
-def place(world: World, random: np.random.Generator) -> np.ndarray:
-    """A path of one place, (1, 2), anywhere in the frame."""
-    highest = np.full(2, world.side - world.digit)
-    return _start(world, np.zeros(2, int), highest, random)[None]
+def start(world: World, random: np.random.Generator) -> np.ndarray:
+    """Where a digit may be when a clip begins: int (2,), rows and columns."""
+    return _place(world, world.reach, random)
 
 
-def _start(
-    world: World, lowest: np.ndarray, highest: np.ndarray, random: np.random.Generator
-) -> np.ndarray:
-    """A place on the raster between two corners, both among them: int (2,), rows and columns."""
-    first, last = -(-lowest // world.raster), highest // world.raster
-    return random.integers(first, last, endpoint=True) * world.raster
+def anywhere(world: World, random: np.random.Generator) -> np.ndarray:
+    """Where a digit may be in any frame: int (2,), rows and columns."""
+    return _place(world, 0, random)
+
+
+def _place(world: World, margin: int, random: np.random.Generator) -> np.ndarray:
+    """A place on the raster, `margin` pixels or more away from the frame's border."""
+    first = -(-margin // world.raster)
+    last = (world.side - world.digit - margin) // world.raster
+    return random.integers(first, last, 2, endpoint=True) * world.raster
 
 
 def draw(world: World, ink: np.ndarray, corners: np.ndarray) -> np.ndarray:

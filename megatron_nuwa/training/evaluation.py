@@ -9,11 +9,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_nuwa.data.batches import TaskBatches, TaskName, TokenBatch
+from megatron_nuwa.data.batches import IMAGE_TASKS, TaskBatches, TaskName, TokenBatch
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.sampling import Pick
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.training.engine import Engine, Loss
+from megatron_nuwa.training.inputs import Inputs
+from megatron_nuwa.training.recipe import Recipe
 
 
 class HeldOut:
@@ -58,6 +60,27 @@ class HeldOut:
         return batches
 
 
+def held_out_items(
+    recipe: Recipe, inputs: Inputs, replica: int, replicas: int
+) -> dict[TaskName, HeldOut]:
+    """The held-out items of all tasks that the recipe evaluates."""
+    settings = recipe.evaluation
+    if settings is None:
+        return {}
+    return {
+        task: HeldOut(
+            task,
+            corpora,
+            inputs.bpe,
+            batch_size=settings.batch_size,
+            items=settings.items,
+            replica=replica,
+            replicas=replicas,
+        )
+        for task, corpora in inputs.held_out.items()
+    }
+
+
 def unigram_entropy(counts: np.ndarray) -> float:
     """Entropy in nats of the distribution that a histogram of tokens describes."""
     probabilities = counts[counts > 0] / counts.sum()
@@ -81,6 +104,25 @@ def evaluate(
             "below_unigram": 1 - loss / entropy,
         }
     return result
+
+
+def summary(result: Mapping[TaskName, Mapping[str, float]]) -> dict[str, object]:
+    """The tasks' figures, and beside them those of the clip task that gains least on the unigrams.
+
+    Without tasks of clips it is any task that gains least.
+    """
+    clips = [figures for task, figures in result.items() if task not in IMAGE_TASKS]
+    worst = min(clips or result.values(), key=lambda figures: figures["below_unigram"])
+    return {**worst, "tasks": result}
+
+
+def in_words(result: Mapping[TaskName, Mapping[str, float]]) -> str:
+    """The tasks' figures for the console."""
+    return ", ".join(
+        f"{task} {figures['loss_nats']:.3f} nats a token "
+        f"({figures['below_unigram']:.1%} below unigram)"
+        for task, figures in result.items()
+    )
 
 
 def _mean(losses: Sequence[Loss], device: torch.device) -> float:

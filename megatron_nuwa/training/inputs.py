@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_nuwa.data.batches import IMAGE_TASKS, SKETCH_TASKS, TaskName
+from megatron_nuwa.data.batches import IMAGE_TASKS, SKETCH_TASKS, TaskBatches, TaskName
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.nuwa import NuwaConfig
-from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
+from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan, save_vqgan
 from megatron_nuwa.training.recipe import DataSettings, Recipe
+from megatron_nuwa.training.run_folder import (
+    BPE_FILE,
+    SKETCH_VQGAN_FILE,
+    VQGAN_FILE,
+    prepare_run_folder,
+)
 
 
 @dataclass(frozen=True)
@@ -111,6 +117,38 @@ def _open_sketch_vqgan(recipe: Recipe, vqgan: Vqgan) -> Vqgan | None:
             f"{recipe.tokenizers.vqgan} has {vqgan.grid_side}²; they must have the same"
         )
     return sketch_vqgan
+
+
+def task_batches(recipe: Recipe, inputs: Inputs) -> dict[TaskName, TaskBatches]:
+    """The batches of all tasks that the recipe trains."""
+    data = recipe.data
+    assert data is not None
+    return {
+        task: TaskBatches(
+            task,
+            inputs.train[task],
+            inputs.bpe,
+            seed=recipe.seed,
+            batch_size=settings.batch_size,
+            caption_dropout=data.caption_dropout,
+            corpus_weights=settings.corpus_weights,
+            micro_batch_tokens=data.micro_batch_tokens,
+            accumulation=data.accumulation,
+            shuffle_window=data.shuffle_window,
+            read_ahead=data.read_ahead,
+        )
+        for task, settings in data.tasks.items()
+    }
+
+
+def write_run_folder(run: Path, recipe: Recipe, inputs: Inputs) -> None:
+    """Everything that generation needs later lies in the run, whatever becomes of the originals."""
+    prepare_run_folder(run, recipe)
+    (run / VQGAN_FILE).parent.mkdir(exist_ok=True)
+    save_vqgan(inputs.vqgan, run / VQGAN_FILE)
+    if inputs.sketch_vqgan is not None:
+        save_vqgan(inputs.sketch_vqgan, run / SKETCH_VQGAN_FILE)
+    inputs.bpe.save(run / BPE_FILE)
 
 
 def _check_batches(data: DataSettings, replicas: int) -> None:

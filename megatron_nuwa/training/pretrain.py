@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from megatron_nuwa.config import dump_settings
-from megatron_nuwa.data.batches import IMAGE_TASKS, TaskBatches, TaskName, TokenBatch, interleave
+from megatron_nuwa.data.batches import TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import try_to_write, write_text_atomically
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
-from megatron_nuwa.models.vqgan import save_vqgan
 from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
@@ -27,12 +26,17 @@ from megatron_nuwa.training.checkpoint import STATE_FILE, Checkpoints, read_stat
 from megatron_nuwa.training.compiling import check_compile
 from megatron_nuwa.training.costs import unit_costs
 from megatron_nuwa.training.engine import Engine
-from megatron_nuwa.training.evaluation import HeldOut, evaluate
+from megatron_nuwa.training.evaluation import evaluate, held_out_items, in_words, summary
 from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.fine_tuning import StartWeights, find_source, fit
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
-from megatron_nuwa.training.inputs import Inputs, open_inputs
+from megatron_nuwa.training.inputs import (
+    Inputs,
+    open_inputs,
+    task_batches,
+    write_run_folder,
+)
 from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.name_patterns import check_frozen
 from megatron_nuwa.training.prefetch import prefetched
@@ -41,15 +45,7 @@ from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.relayout import load
-from megatron_nuwa.training.run_folder import (
-    BPE_FILE,
-    ENVIRONMENT_FILE,
-    RECIPE_FILE,
-    SKETCH_VQGAN_FILE,
-    VQGAN_FILE,
-    describe_environment,
-    prepare_run_folder,
-)
+from megatron_nuwa.training.run_folder import ENVIRONMENT_FILE, RECIPE_FILE, describe_environment
 from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
@@ -110,7 +106,7 @@ def pretrain(
         for line in (*start.messages, *([] if weights is None else [weights.summary()])):
             print(line, flush=True)
         clear_faults(recipe.run)
-        _write_run_folder(recipe.run, recipe, inputs)
+        write_run_folder(recipe.run, recipe, inputs)
     samples = start.step * sum(task.batch_size for task in recipe.data.tasks.values())
     with Monitor(
         recipe.run, enabled=processes.is_first, step=start.step, samples=samples
@@ -141,24 +137,9 @@ class Pretraining:
         self.processes, self.monitor = processes, monitor
         self.folder = recipe.run
         self.description = resume.describe(recipe, layout, config, inputs)
-        self.tasks: dict[TaskName, TaskBatches] = {
-            task: TaskBatches(
-                task,
-                inputs.train[task],
-                inputs.bpe,
-                seed=recipe.seed,
-                batch_size=settings.batch_size,
-                caption_dropout=recipe.data.caption_dropout,
-                corpus_weights=settings.corpus_weights,
-                micro_batch_tokens=recipe.data.micro_batch_tokens,
-                accumulation=recipe.data.accumulation,
-                shuffle_window=recipe.data.shuffle_window,
-                read_ahead=recipe.data.read_ahead,
-            )
-            for task, settings in recipe.data.tasks.items()
-        }
+        self.tasks = task_batches(recipe, inputs)
         self.place = find_place(layout)
-        self.held_out = _held_out(recipe, inputs, self.place.replica, layout.data)
+        self.held_out = held_out_items(recipe, inputs, self.place.replica, layout.data)
         full_config = complete_config(
             config,
             sum(task.micro_batch_count(layout.data) for task in self.tasks.values()),
@@ -347,15 +328,9 @@ class Pretraining:
         }
         self.monitor.scalars(self.step, self.figures.samples(self.step), values)
         if self.processes.is_first:
-            summary = {"step": self.step, "heldout": {**_worst_on_clips(result), "tasks": result}}
-            text = json.dumps(summary, indent=2)
+            text = json.dumps({"step": self.step, "heldout": summary(result)}, indent=2)
             try_to_write(lambda: write_text_atomically(self.folder / "evaluation.json", text))
-            scores = ", ".join(
-                f"{task} {figures['loss_nats']:.3f} nats a token "
-                f"({figures['below_unigram']:.1%} below unigram)"
-                for task, figures in result.items()
-            )
-            print(f"held out after step {self.step}: {scores}", flush=True)
+            print(f"held out after step {self.step}: {in_words(result)}", flush=True)
 
     def _show(self, show_samples: ShowSamples) -> None:
         model = self._whole_model()
@@ -411,39 +386,3 @@ def _saver(
     )
     copy_bytes = None if settings.copy_gib is None else int(settings.copy_gib * 2**30)
     return Saver(checkpoints, engine, processes, copy_bytes, on_progress)
-
-
-def _worst_on_clips(result: dict[TaskName, dict[str, float]]) -> dict[str, float]:
-    """The figures of the clip task that gains least on the unigrams; of any without clips."""
-    clips = [figures for task, figures in result.items() if task not in IMAGE_TASKS]
-    return min(clips or result.values(), key=lambda figures: figures["below_unigram"])
-
-
-def _held_out(
-    recipe: Recipe, inputs: Inputs, replica: int, replicas: int
-) -> dict[TaskName, HeldOut]:
-    settings = recipe.evaluation
-    if settings is None:
-        return {}
-    return {
-        task: HeldOut(
-            task,
-            corpora,
-            inputs.bpe,
-            batch_size=settings.batch_size,
-            items=settings.items,
-            replica=replica,
-            replicas=replicas,
-        )
-        for task, corpora in inputs.held_out.items()
-    }
-
-
-def _write_run_folder(run: Path, recipe: Recipe, inputs: Inputs) -> None:
-    """Everything that generation needs later lies in the run, whatever becomes of the originals."""
-    prepare_run_folder(run, recipe)
-    (run / VQGAN_FILE).parent.mkdir(exist_ok=True)
-    save_vqgan(inputs.vqgan, run / VQGAN_FILE)
-    if inputs.sketch_vqgan is not None:
-        save_vqgan(inputs.sketch_vqgan, run / SKETCH_VQGAN_FILE)
-    inputs.bpe.save(run / BPE_FILE)

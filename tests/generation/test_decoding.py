@@ -19,7 +19,7 @@ from megatron_nuwa.generation.sampling import Sampler, generate_tokens
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
 
-CODES, WORDS = 60, 40
+CODES, WORDS, SKETCH_CODES = 60, 40, 30
 LARGEST = Grid(5, 4, 6)
 Given = tuple[Tensor, Tensor]
 
@@ -35,6 +35,8 @@ def make_model(**changes: object) -> Nuwa:
         "code_dim": 8,
         "text_vocabulary": WORDS,
         "position_grid": tuple(LARGEST),
+        "sketch_codebook_size": SKETCH_CODES,
+        "sketch_code_dim": 8,
         **changes,
     }
     model = Nuwa(NuwaConfig(**config)).eval()  # type: ignore[arg-type]
@@ -59,6 +61,12 @@ def visual(batch: int, grid: Grid, seed: int = 2) -> Context:
     )
 
 
+def sketch(batch: int, grid: Grid) -> Context:
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, SKETCH_CODES, (batch, grid.cells), generator=generator)
+    return Context("sketch", tokens, grid)
+
+
 def rows_of(context: Context, rows: list[int]) -> Context:
     mask = None if context.mask is None else context.mask[rows]
     return replace(context, tokens=context.tokens[rows], mask=mask)
@@ -69,6 +77,8 @@ CONTEXTS: list[Callable[[int], Context]] = [
     lambda batch: visual(batch, Grid(3, 3, 1)),
     lambda batch: visual(batch, Grid(5, 4, 6)),
     lambda batch: visual(batch, Grid(2, 4, 3)),
+    lambda batch: sketch(batch, Grid(5, 4, 1)),
+    lambda batch: sketch(batch, Grid(4, 4, 5)),
 ]
 
 
@@ -105,6 +115,26 @@ def test_blocks_and_single_cells_equal_the_full_forward_pass(
         if torch.rand((), generator=generator) < 0.5:
             decoder.skip(int(torch.randint(1, left + 1, (), generator=generator)))
             continue
+        cell = decoder.position
+        torch.testing.assert_close(decoder.logits(), expected[:, cell], rtol=0, atol=1e-4)
+        decoder.append(tokens[:, cell])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_whole_clip_of_the_papers_grid_equals_the_full_forward_pass() -> None:
+    grid = Grid(21, 21, 10)
+    model = make_model(position_grid=tuple(grid), codebook_size=500, width=128, heads=2)
+    generator = torch.Generator().manual_seed(8)
+    tokens = torch.randint(0, 500, (1, grid.cells), generator=generator)
+    expected = model(text(1), tokens, grid)
+    decoder = CachedDecoder(model, [text(1)], grid)
+    decoder.write(0, tokens)
+    decoder.skip(441 + 100)
+    while decoder.position < grid.cells:
+        # Regions: some cells of every row are given.
+        if decoder.position % 21 == 6:
+            decoder.skip(9)
         cell = decoder.position
         torch.testing.assert_close(decoder.logits(), expected[:, cell], rtol=0, atol=1e-4)
         decoder.append(tokens[:, cell])
@@ -204,6 +234,10 @@ def test_a_row_of_a_linear_layer_has_the_same_bits_among_any_others(
         padded = torch.zeros(padded_rows(count, x.device), inputs, dtype=dtype)
         padded[:count] = x[rows]
         assert torch.equal(layer(padded)[:count], whole[rows]), count
+    # A frame of given cells in four rows is a product of many rows.
+    frame = x.repeat(37, 1)[: padded_rows(4 * 441, x.device)]
+    assert torch.equal(layer(frame)[:48], whole)
+    assert torch.equal(layer(frame)[1680:1728], whole)
 
 
 def test_given_cells_do_not_shift_the_random_numbers_of_others() -> None:

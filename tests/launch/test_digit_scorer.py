@@ -23,19 +23,20 @@ from launch.moving_digits.classifier import DigitClassifier, train_classifier
 from launch.moving_digits.handwriting import read_handwriting
 from launch.moving_digits.media import write_media
 from launch.moving_digits.motion_reading import read_motion
-from launch.moving_digits.motions import MOTIONS, Scene, scenes
+from launch.moving_digits.motions import DIGITS, MOTIONS, Scene, image_caption, scenes
 from launch.moving_digits.report import render_report
 from launch.moving_digits.results import read_goals
 from launch.moving_digits.scorer import Scorer, Share, main, score_all
 from launch.moving_digits.sizes import SIZES
-from launch.moving_digits.stages import TASKS, digit_stages, folder_of, moved
+from launch.moving_digits.stages import BPE_VOCABULARY, TASKS, digit_stages, folder_of, moved
 from launch.moving_digits.world import World, draw, path, world_of
+from megatron_nuwa.data.text import train_bpe
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
-COUNTS = {"train-clips": 2, "train-images": 2, "heldout-clips": 64, "heldout-images": 10}
+COUNTS = {"train-clips": 2, "heldout-clips": 64, "heldout-images": 10}
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def run(
         write_task(output / "samples" / task, output / "media")
     torch.manual_seed(0)
     config = VqganConfig(
-        image_size=32, downsampling=4, base_channels=8, codebook_size=16, attention=False
+        image_size=36, downsampling=4, base_channels=8, codebook_size=16, attention=False
     )
     (output / "vqgan").mkdir()
     save_vqgan(Vqgan(config), output / "vqgan/vqgan.safetensors")
@@ -192,7 +193,7 @@ def test_the_page_shows_samples_confusions_and_commands(run: Path) -> None:
     assert page.count("data:image/webp") == 32 + 2 * 8 + 2 * clips
     assert page.count("data:image/png") == 10 + 2 * (len(TASKS) - clips)
     assert "a &lt;command&gt;" in page
-    assert "the digit 0 moves left<" in page
+    assert f"{scenes(held_out=True)[0].caption}<" in page
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
@@ -214,7 +215,13 @@ def test_stages_fit_together_and_their_recipes_load(name: str) -> None:
     size = SIZES[name]
     recipe = load_recipe(size.recipe)
     assert recipe.run == size.output / "pretrain"
-    assert world_of(recipe, size.digit, size.raster).side == recipe.vqgan.model.image_size  # type: ignore[union-attr]
+    assert (
+        world_of(recipe, size.digit, size.step, size.raster).side == recipe.vqgan.model.image_size
+    )  # type: ignore[union-attr]
+    captions = [scene.caption for scene in scenes(held_out=False)]
+    captions += [image_caption(digit) for digit in range(DIGITS)]
+    bpe = train_bpe(captions, BPE_VOCABULARY)
+    assert recipe.model.text_vocabulary == bpe.vocabulary_size  # type: ignore[union-attr]
     written = {size.recipe, Path("launch/moving_digits/report.html.j2")}
     for stage in digit_stages(size, size.output):
         assert set(stage.inputs) <= written
@@ -234,11 +241,11 @@ def test_another_output_folder_reaches_every_command(name: str) -> None:
 
 
 def test_a_recipe_whose_digits_cannot_move_is_refused() -> None:
-    recipe = load_recipe(SIZES["cpu"].recipe, ["model.position_grid=[8,8,4]"])
+    recipe = load_recipe(SIZES["cpu"].recipe, ["model.position_grid=[9,9,4]"])
     with pytest.raises(UserError, match="frames must be odd"):
-        world_of(recipe, 16, 4)
+        world_of(recipe, 16, 4, 4)
     with pytest.raises(UserError, match="has no 'vqgan'"):
-        world_of(Recipe(name="empty"), 16, 4)
+        world_of(Recipe(name="empty"), 16, 4, 4)
 
 
 @pytest.mark.slow

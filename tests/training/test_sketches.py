@@ -66,7 +66,7 @@ def test_its_file_carries_all_that_a_sketch_needs(
         ours = fingerprint(generator.sketch_vqgan)
         assert ours == fingerprint(load_vqgan(small_world.sketch_vqgan))
         prepared = prepare(generator, [request])
-        assert prepared.context.kind == "sketch"
+        assert [context.kind for context in prepared.contexts] == ["sketch"]
         tokens.append(generate(generator, prepared, SamplingSettings()))
     assert tokens[0].shape == (1, 48)
     assert tokens[0].equal(tokens[1])
