@@ -4,7 +4,7 @@ python launch/generate.py t2i --run RUN --prompt "a rocket" --samples 4 --guidan
 python launch/generate.py s2i --run RUN --sketch map.png
 python launch/generate.py i2i --run RUN --image photo.jpg --region 0.5,0,1,1
 python launch/generate.py ti2i --run RUN --image photo.jpg --mask mask.png --prompt "a red door"
-python launch/generate.py t2v --run RUN --prompt "a dog runs" --prompt "a cat sleeps"
+python launch/generate.py t2v --run RUN --prompt "a dog runs" --prompt "a cat sleeps" --frames 30
 python launch/generate.py s2v --run RUN --sketch maps.npy
 python launch/generate.py v2v --run RUN --clip my.mp4 --keep-frames 2
 python launch/generate.py tv2v --run RUN --clip my.mp4 --region 0,0,0.5,1 --region-frames 3:8 \\
@@ -21,7 +21,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.generation.outputs import origin_of, write_samples
+from megatron_nuwa.generation.ranking import ClipRanker, Ranker, best_of
 from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import (
@@ -113,6 +114,15 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
     how.add_argument("--top-p", type=float, help="draw among the likeliest of this total mass")
     how.add_argument("--guidance", type=float, default=1.0, help="towards the text; 1 is none")
+    how.add_argument("--frames", type=int, help="length of a clip (default: the model's own)")
+    how.add_argument(
+        "--overlap", type=int, help="frames that a sliding window takes along (default: half)"
+    )
+    how.add_argument(
+        "--best-of", type=int, metavar="N", help="draw N and keep the best --samples by CLIP"
+    )
+    how.add_argument("--clip-weights", type=Path, metavar="FILE", help="CLIP, for --best-of")
+    how.add_argument("--clip-architecture", default="ViT-B-32", help="(default %(default)s)")
     how.add_argument("--batch-size", type=int, default=8, help="samples at once (default 8)")
     return parser.parse_args()
 
@@ -133,22 +143,28 @@ def main() -> None:
         (arguments.run, "--run") if arguments.model is None else (arguments.model, "--model")
     )
     generator = open_generator(source, field)
-    starts = read_starts(arguments, task, generator)
+    ranker = None
+    if arguments.best_of is not None:
+        weights, architecture = arguments.clip_weights, arguments.clip_architecture
+        ranker = ClipRanker.load(weights, architecture, generator.device)
+    drawn = arguments.best_of or arguments.samples
     requests, origins = [], []
     for start, prompt, number in itertools.product(
-        starts, prompts or [NO_CAPTION], range(arguments.samples)
+        read_starts(arguments, task, generator), prompts or [NO_CAPTION], range(drawn)
     ):
         seed = arguments.seed + number
         requests.append(Request(task, seed, prompt, start.pixels, start.region, start.sketch))
         origin = origin_of(generator, requests[-1], settings)
-        origins.append(origin | {"run": str(source)} | start.origin)
-    clips = sample(generator, requests, settings, arguments.batch_size)
+        origins.append(origin | length_of(arguments) | {"run": str(source)} | start.origin)
+    clips = sample(generator, requests, settings, arguments)
     if arguments.keep_pixels:
         clips = [
             composite(clip, request.pixels, request.region)
             for clip, request in zip(clips, requests, strict=True)
         ]
     samples = [Sample(*row) for row in zip(requests, clips, origins, strict=True)]
+    if ranker is not None:
+        samples = best_samples(samples, arguments, ranker)
     folder = source if source.is_dir() else source.parent
     output = arguments.output or folder / "generated" / task.name
     classes = 0 if generator.sketch_vqgan is None else generator.sketch_vqgan.config.classes or 0
@@ -173,7 +189,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence[str]) -> None:
     """`UserError` for arguments that do not belong to the task, and for those that are missing."""
-    for name in ("samples", "batch_size", "keep_frames"):
+    for name in ("samples", "batch_size", "keep_frames", "frames", "best_of"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
     media = {"image": bool(arguments.image), "clip": bool(arguments.clip)}
@@ -191,7 +207,10 @@ def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence
         ("region-frames", bool(arguments.region_frames), is_video_region, False),
         ("keep-frames", arguments.keep_frames is not None, task.given == "frames", False),
         ("keep-pixels", arguments.keep_pixels, task.given == "region", False),
-        ("guidance", arguments.guidance != 1, task.reads == "text", False),
+        ("guidance", arguments.guidance != 1, task.reads != "none", False),
+        ("frames", arguments.frames is not None, task.target == "clip", False),
+        ("overlap", arguments.overlap is not None, task.target == "clip", False),
+        ("best-of", arguments.best_of is not None, task.reads == "text", False),
     ):
         if is_there and not belongs:
             raise UserError(f"task {task.name} ({task.title}) takes no --{name}")
@@ -199,23 +218,27 @@ def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence
             raise UserError(f"task {task.name} ({task.title}) needs --{name}")
     if task.given == "region" and not has_region:
         raise UserError(f"task {task.name} needs --region or --mask, which say what is made new")
+    if (arguments.best_of is None) != (arguments.clip_weights is None):
+        raise UserError("--best-of ranks by CLIP: give it and --clip-weights together")
+    if arguments.best_of is not None and arguments.best_of < arguments.samples:
+        raise UserError(f"--best-of {arguments.best_of} cannot yield --samples {arguments.samples}")
     if arguments.region and arguments.mask:
         raise UserError("--region and --mask say the same: give one of them")
 
 
 def read_starts(arguments: argparse.Namespace, task: Task, generator: Generator) -> list[Start]:
     """What each row of samples starts from; one that starts from nothing where nothing is given."""
-    grid = grid_of(generator, task)
+    length = arguments.frames or grid_of(generator, task).s
     if task.reads == "sketch":
-        return [_read_sketch(path, generator, grid.s) for path in arguments.sketch]
+        return [_read_sketch(path, generator, length) for path in arguments.sketch]
     if task.given == "nothing":
         return [Start({})]
     keep = arguments.keep_frames or 1
-    if task.given == "frames" and keep >= grid.s:
+    if task.given == "frames" and keep >= length:
         raise UserError(
-            f"--keep-frames {keep} leaves nothing to generate in a clip of {grid.s} frames"
+            f"--keep-frames {keep} leaves nothing to generate in a clip of {length} frames"
         )
-    frames = keep if task.given == "frames" else grid.s
+    frames = keep if task.given == "frames" else length
     starts = []
     media: list[tuple[Path, MediaKind, int]] = [
         *((path, "image", 1) for path in arguments.image),
@@ -274,13 +297,14 @@ def sample(
     generator: Generator,
     requests: Sequence[Request],
     settings: SamplingSettings,
-    batch_size: int,
+    arguments: argparse.Namespace,
 ) -> list[np.ndarray]:
     """Pixels uint8 (frames, rows, columns, 3) of each request."""
+    size, length = arguments.batch_size, (arguments.frames, arguments.overlap)
     # All of them are looked at before the first one is generated.
     batches = [
-        prepare(generator, requests[start : start + batch_size])
-        for start in range(0, len(requests), batch_size)
+        prepare(generator, requests[start : start + size], *length)
+        for start in range(0, len(requests), size)
     ]
     clips: list[np.ndarray] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -291,6 +315,31 @@ def sample(
             tokens = generate(generator, batch, settings, on_token=lambda: progress.advance(bar))
             clips += list(generator.pixels(tokens, batch.grid))
     return clips
+
+
+def best_samples(
+    samples: Sequence[Sample], arguments: argparse.Namespace, ranker: Ranker
+) -> list[Sample]:
+    """The best `--samples` of every `--best-of` that began alike, the best first."""
+    kept = []
+    for first in range(0, len(samples), arguments.best_of):
+        group = samples[first : first + arguments.best_of]
+        pixels = np.stack([each.frames for each in group])
+        prompts = [each.request.prompt for each in group]
+        for number, score in best_of(pixels, prompts, arguments.samples, ranker):
+            ranked = {
+                "best_of": arguments.best_of,
+                "clip": arguments.clip_architecture,
+                "clip_score": round(score, 6),
+            }
+            kept.append(replace(group[number], origin=group[number].origin | ranked))
+    return kept
+
+
+def length_of(arguments: argparse.Namespace) -> dict[str, object]:
+    """What was asked of a clip's length, for the files."""
+    asked = {"frames": arguments.frames, "overlap": arguments.overlap}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _task_list() -> str:

@@ -37,7 +37,7 @@ class TokenizeOptions(Settings):
     vqgan: Path
     bpe: Path
     sketch_vqgan: Path | None = None
-    sketch_unlabelled: int | None = None
+    sketch_unlabelled: int | None = Field(default=None, ge=0)
     frames: int | None = Field(default=None, ge=1)
     frames_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     short_clips: Literal["skip", "pad", "faster"] = "skip"

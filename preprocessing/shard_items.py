@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_nuwa.data.shards import ITEMS, SKETCH, TEXT, VISUAL, Group, ShardItem, Sidecar
+from megatron_nuwa.data.shard_tar import ITEMS, SKETCH, TEXT, VISUAL, Group, ShardItem
+from megatron_nuwa.data.shards import Sidecar
 
 
 def shard_item(

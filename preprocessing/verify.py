@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from megatron_nuwa.data.corpus import Corpus, check_shard
+from megatron_nuwa.data.shard_tar import ITEMS
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
-    ITEMS,
     CorpusManifest,
     ShardEntry,
     Sidecar,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 from unittest.mock import MagicMock, patch
 
 from torch import Tensor, nn
@@ -58,12 +59,18 @@ def sparse_3dna_call(case: Case, load: Load) -> Call:
 
 
 def _sparse_3dna_class() -> type[nn.Module]:
+    module: type[nn.Module] = import_nuwa_pytorch().Sparse3DNA
+    return module
+
+
+def import_nuwa_pytorch() -> Any:
+    """The module of nuwa-pytorch's layers and sampler; `UnavailableError` where there is none."""
     # The package imports torchvision for its VQ-GAN; a placeholder serves where that is missing
-    # or does not fit this torch, since the attention never touches it.
+    # or does not fit this torch, since attention and sampler never touch it.
     stands_in = {name: MagicMock() for name in _TORCHVISION if name not in sys.modules}
     try:
         with patch.dict(sys.modules, stands_in):
-            from nuwa_pytorch.nuwa_pytorch import Sparse3DNA
+            from nuwa_pytorch import nuwa_pytorch
     except ImportError as error:
         raise UnavailableError(f"nuwa-pytorch cannot be imported: {error}") from error
-    return Sparse3DNA
+    return nuwa_pytorch

@@ -18,15 +18,10 @@ import numpy as np
 
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.data.cache import ShardCache
+from megatron_nuwa.data.shard_tar import ITEMS, SKETCH, TEXT, TOKEN_DTYPE, VISUAL, Member
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
-    ITEMS,
-    SKETCH,
-    TEXT,
-    TOKEN_DTYPE,
-    VISUAL,
     CorpusManifest,
-    Member,
     ShardEntry,
     Sidecar,
     parse_json,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_nuwa.generation.decoding_layer import CachedLayer, parts_of
+from megatron_nuwa.generation.decoding_layer import CachedLayer, EncodedContext, parts_of
 from megatron_nuwa.generation.row_linear import RowLinear, padded_rows
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.attention import Nearby
@@ -21,7 +21,8 @@ from megatron_nuwa.ops.decode import CellLists, Place, Span, cell_attention, hea
 class CachedDecoder:
     """The decoder of a model over fixed contexts, a few cells at a time.
 
-    All branches, such as a text and "None", decode the same tokens. `position` is the next cell.
+    All branches, such as a sketch and "None", decode the same tokens; their contexts may be of
+    different kinds and sizes. `position` is the next cell.
     A `static` decoder reads its position from a tensor on the device instead of asking the host;
     on a GPU it always does, so that a graph of one step serves all cells.
     """
@@ -30,36 +31,41 @@ class CachedDecoder:
     def __init__(
         self, model: Nuwa, branches: Sequence[Context], grid: Grid, *, static: bool = False
     ) -> None:
-        self.grid, self.batch = grid, branches[0].tokens.shape[0]
-        encoded = [row for context in branches for row in encoded_rows(model, context)]
-        like = encoded[0]
-        self.device, self._model, self._rows = like.device, model, len(encoded)
-        static = static or like.device.type != "cpu"
-        own, across = model.decoder_geometries(grid, branches[0])
+        self.grid, self.batch, self._model = grid, branches[0].tokens.shape[0], model
+        self._rows = self.batch * len(branches)
+        self.device = branches[0].tokens.device
+        static = static or self.device.type != "cpu"
         layers: list[DecoderLayer] = list(model.decoder)  # type: ignore[arg-type]
+        like = model.begin.vector
         head_dim = like.shape[-1] // layers[0].self_attention.heads
-        kept_dim, scale = head_dim_of(like, head_dim, static), head_dim**-0.5
-        own_lists = layers[0].self_attention.pattern.lists(own)
+        scale = head_dim**-0.5
+        (own_parts, own_part), (cross_parts, cross_part) = parts_of(layers[0])
         # Cross-attention is nearby or full, never of lines.
         cross_pattern = layers[0].cross_attention.pattern
         assert isinstance(cross_pattern, Nearby)
-        across_lists = CellLists.nearby(cross_pattern.window(across))
-        (own_parts, own_part), (cross_parts, cross_part) = parts_of(layers[0])
+        contexts = []
+        for alike in _groups(branches):
+            _, across = model.decoder_geometries(grid, alike[0])
+            attention = cell_attention(
+                CellLists.nearby(cross_pattern.window(across)),
+                like,
+                mask=_joined_mask(alike),
+                scale=scale,
+                parts=cross_parts,
+                part=cross_part,
+                static=static,
+            )
+            rows = [row for context in alike for row in encoded_rows(model, context)]
+            contexts.append(EncodedContext(rows, attention))
+        own, _ = model.decoder_geometries(grid, branches[0])
+        self._lists = lists = layers[0].self_attention.pattern.lists(own)
         looks_back = cell_attention(
-            own_lists, like, scale=scale, parts=own_parts, part=own_part, static=static
+            lists, like, scale=scale, parts=own_parts, part=own_part, static=static
         )
-        looks_across = cell_attention(
-            across_lists,
-            like,
-            mask=_joined_mask(branches),
-            scale=scale,
-            parts=cross_parts,
-            part=cross_part,
-            static=static,
-        )
+        self._attentions = [looks_back, *(context.attention for context in contexts)]
+        kept_dim = head_dim_of(like, head_dim, static)
         self._layers = [
-            CachedLayer(layer, encoded, looks_back, looks_across, own_lists.slots, kept_dim)
-            for layer in layers
+            CachedLayer(layer, contexts, looks_back, lists.slots, kept_dim) for layer in layers
         ]
         embedding = model.visual_embedding
         codes = embedding.projection(embedding.codes.weight)
@@ -112,9 +118,9 @@ class CachedDecoder:
             self._inputs.index_copy_(1, self._place, tokens.unsqueeze(1))
         self._position += 1
 
-    def went_on(self) -> None:
-        """Count a step that the device has taken by itself."""
-        self._position += 1
+    def went_on(self, cells: int = 1) -> None:
+        """Count cells that the device has taken in by itself."""
+        self._position += cells
 
     @torch.no_grad()
     def skip(self, steps: int) -> None:
@@ -143,8 +149,11 @@ class CachedDecoder:
         x = x.flatten(0, 1)
         count = len(x)
         x = F.pad(x, (0, 0, 0, padded_rows(count, self.device) - count))
+        for attention in self._attentions:
+            attention.go_to(place)
+        slots = self._lists.slots_of(place)
         for layer in self._layers:
-            x = layer.step(x, count, place)
+            x = layer.step(x, count, slots)
         return x
 
 
@@ -169,6 +178,22 @@ def encoded_rows(model: Nuwa, context: Context) -> list[Tensor]:
             made[key] = model.encode(alone)[0]
         rows.append(made[key])
     return rows
+
+
+def _groups(branches: Sequence[Context]) -> list[list[Context]]:
+    """Successive branches whose contexts are alike, and so fit into one cache."""
+    groups: list[list[Context]] = []
+    for context in branches:
+        last = groups[-1][0] if groups else None
+        if last is not None and (last.kind, last.grid, last.mask is None) == (
+            context.kind,
+            context.grid,
+            context.mask is None,
+        ):
+            groups[-1].append(context)
+        else:
+            groups.append([context])
+    return groups
 
 
 def _joined_mask(branches: Sequence[Context]) -> Tensor | None:

@@ -42,7 +42,12 @@ class RowLinear:
         """(rows, in) → (rows, out); `rows` from `padded_rows`."""
         if self._packed is not None:
             return torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self._bias, "gelu" if self._gelu else "none", [], "none"
+                x.contiguous(),
+                self._packed,
+                self._bias,
+                "gelu" if self._gelu else "none",
+                [],
+                "none",
             )
         y = F.linear(x, self._weight, self._bias)
         return F.gelu(y) if self._gelu else y

@@ -75,7 +75,10 @@ def generate_tokens(
 
 
 class Sampler:
-    """Draws the cells of a decoder one after another, around those that are given."""
+    """Draws the cells of a decoder one after another, around those that are given.
+
+    `advance` is `step`, on a GPU as a graph.
+    """
 
     def __init__(
         self,
@@ -85,9 +88,13 @@ class Sampler:
         given: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         """`uniforms` (batch, cells) in [0, 1); `given` is (tokens, whether known), alike."""
-        self._decoder, self._settings = decoder, settings
+        self.decoder, self._settings = decoder, settings
         self._uniforms = uniforms.to(decoder.device)
         self._given = given
+        on_gpu = decoder.device.type == "cuda"
+        self.advance: Callable[[], None] = (
+            StepGraph(decoder, self.step).run if on_gpu else self.step
+        )
         self._all_known = torch.zeros(decoder.grid.cells, dtype=torch.bool)
         self._mixed = False
         if given is not None:
@@ -98,21 +105,19 @@ class Sampler:
 
     def run(self, stop: int | None = None) -> Iterator[tuple[int, int]]:
         """Fill the cells before `stop`; yields (first, stop) of those that are done since."""
-        on_gpu = self._decoder.device.type == "cuda"
-        step = StepGraph(self._decoder, self.step).run if on_gpu else self.step
         all_known = self._all_known[:stop].tolist()
-        for first, end, known in _runs(all_known, self._decoder.grid):
+        for first, end, known in _runs(all_known, self.decoder.grid):
             if known:
-                self._decoder.skip(end - first)
+                self.decoder.skip(end - first)
                 yield first, end
                 continue
             for cell in range(first, end):
-                step()
+                self.advance()
                 yield cell, cell + 1
 
     def step(self) -> None:
         """Draw the next cell in every row that does not know it."""
-        decoder = self._decoder
+        decoder = self.decoder
         logits = guided(decoder.logits(), self._settings.guidance)
         tokens = draw(logits, self._settings, decoder.here(self._uniforms))
         if self._mixed:

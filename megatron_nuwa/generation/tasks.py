@@ -22,8 +22,9 @@ from torch import Tensor
 
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.longer import generate_long, window_starts
 from megatron_nuwa.generation.regions import touched
-from megatron_nuwa.generation.sampling import SamplingSettings, generate_tokens
+from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.trained import Generator
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context
@@ -92,11 +93,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Requests of one task, as the sampler takes them; cells where `is_known` is True are kept."""
+    """Requests of one task, as the sampler takes them; cells where `is_known` is True are kept.
+
+    `grid` is of the whole picture, `window` the model's own; a longer video is made by a window
+    that slides on with `overlap` frames of what it has made. There is a context for each window.
+    """
 
     grid: Grid
+    window: Grid
+    overlap: int
     seeds: list[int]
-    context: Context
+    contexts: list[Context]
     without_text: Context
     known: Tensor | None
     is_known: Tensor | None
@@ -117,26 +124,34 @@ def grid_of(generator: Generator, task: Task) -> Grid:
     return generator.image_grid if task.target == "image" else generator.clip_grid
 
 
-def prepare(generator: Generator, requests: Sequence[Request]) -> Prepared:
+def prepare(
+    generator: Generator,
+    requests: Sequence[Request],
+    frames: int | None = None,
+    overlap: int | None = None,
+) -> Prepared:
     """What the sampler needs for requests of the same task.
 
-    Raises `UserError` for a prompt that is empty or too long, for media of another size or length
-    than the model's, for a region that keeps everything or nothing, and for sketches that the
-    model cannot read.
+    `frames` is the length of a video, the model's own unless it is given; `overlap` how many frames
+    a sliding window takes along, half of the model's unless it is given. Raises `UserError` for a
+    prompt that is empty or too long, for media of another size or length than asked for, for a
+    region that keeps everything or nothing, and for sketches that the model cannot read.
     """
     task = requests[0].task
-    grid = grid_of(generator, task)
+    window = grid_of(generator, task)
+    grid, starts, overlap = _whole(task, window, frames, overlap)
     known = is_known = None
     if task.given != "nothing":
         given = [_given(generator, grid, request) for request in requests]
         known = torch.stack([tokens for tokens, _ in given])
         is_known = torch.stack([kept for _, kept in given])
-    nothing = generator.text_context([NO_CAPTION] * len(requests))
     return Prepared(
         grid,
+        window,
+        overlap,
         [request.seed for request in requests],
-        _context(generator, grid, requests),
-        nothing,
+        _contexts(generator, grid, window, starts, requests),
+        generator.text_context([NO_CAPTION] * len(requests)),
         known,
         is_known,
     )
@@ -150,14 +165,16 @@ def generate(
     on_token: Callable[[], object] | None = None,
     on_frame: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
-    """Tokens int64 (batch, cells) of prepared requests; see `generate_tokens`."""
-    return generate_tokens(
+    """Tokens int64 (batch, cells) of prepared requests; see `generate_long`."""
+    return generate_long(
         generator.model,
-        prepared.context,
+        prepared.contexts,
         prepared.without_text,
-        prepared.grid,
+        prepared.window,
         prepared.seeds,
         settings,
+        frames=prepared.grid.s,
+        overlap=prepared.overlap,
         known=prepared.known,
         is_known=prepared.is_known,
         on_token=on_token,
@@ -202,7 +219,7 @@ def _given(generator: Generator, grid: Grid, request: Request) -> tuple[Tensor, 
     else:
         if len(pixels) != grid.s:
             raise UserError(
-                f"the {task.target} has {len(pixels)} frames, and the model changes {grid.s}"
+                f"the {task.target} has {len(pixels)} frames, and {grid.s} are to be changed"
             )
         if request.region is None:
             raise UserError(f"task {task.name} needs a region that is made new")
@@ -218,20 +235,45 @@ def _given(generator: Generator, grid: Grid, request: Request) -> tuple[Tensor, 
     return tokens, torch.from_numpy(~cells).to(generator.device)
 
 
-def _context(generator: Generator, grid: Grid, requests: Sequence[Request]) -> Context:
+def _whole(
+    task: Task, window: Grid, frames: int | None, overlap: int | None
+) -> tuple[Grid, list[int], int]:
+    """The grid of a whole video, the first frame of each window of it, and their overlap."""
+    frames = window.s if frames is None else frames
+    if frames != window.s and task.target == "image":
+        raise UserError(f"task {task.name} writes images, which have no number of frames")
+    if frames < 1 + (task.given == "frames"):
+        raise UserError(f"{frames} frames are too few for task {task.name}")
+    overlap = max(1, window.s // 2) if overlap is None else overlap
+    try:
+        return window._replace(s=frames), window_starts(frames, window, overlap), overlap
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _contexts(
+    generator: Generator,
+    grid: Grid,
+    window: Grid,
+    starts: Sequence[int],
+    requests: Sequence[Request],
+) -> list[Context]:
+    """What the encoder reads for each window."""
     task = requests[0].task
     if task.reads != "sketch":
-        return generator.text_context([request.prompt for request in requests])
+        return [generator.text_context([request.prompt for request in requests])] * len(starts)
     if generator.sketch_vqgan is None:
         raise UserError(
             f"task {task.name} needs a model that was trained on sketches, which this one was not"
         )
-    return generator.sketch_context(
-        np.stack([_sketch(generator, grid, request) for request in requests])
-    )
+    maps = np.stack([_sketch(grid, request) for request in requests])
+    # The last window may reach beyond the video's end.
+    missing = max(0, starts[-1] + window.s - grid.s)
+    maps = np.concatenate([maps, maps[:, -1:].repeat(missing, axis=1)], axis=1)
+    return [generator.sketch_context(maps[:, start : start + window.s]) for start in starts]
 
 
-def _sketch(generator: Generator, grid: Grid, request: Request) -> np.ndarray:
+def _sketch(grid: Grid, request: Request) -> np.ndarray:
     """The class numbers of all frames, (frames, rows, columns); one map stands for them all."""
     maps, task = request.sketch, request.task
     if maps is None:

@@ -52,6 +52,12 @@ class CellLists(NamedTuple):
             return False
         return bool(self.table.valid.all())
 
+    def slots_of(self, place: Place) -> Place:
+        """Where these cells, all of one frame, lie in the cache."""
+        if isinstance(place, Tensor):
+            return place % self.slots
+        return Span(place.first % self.slots, place.steps)
+
     @classmethod
     def nearby(cls, geometry: Geometry) -> CellLists:
         """Those of a window: a ring of the frames in reach where causal, else the whole context."""
@@ -80,7 +86,6 @@ class KeyValueCache:
     def __init__(self, storage: Tensor) -> None:
         self._storage = storage
         self.keys, self.values = storage.unbind(0)
-        self._slots = storage.shape[2]
 
     @classmethod
     def empty(
@@ -94,37 +99,39 @@ class KeyValueCache:
         """(2, batch, slots, heads, head_dim): keys, then values."""
         return self._storage
 
-    def write(self, new: Tensor, place: Place) -> None:
-        """Store `new` (2, batch, steps, heads, head_dim) in the slots of these cells.
+    def write(self, new: Tensor, slots: Place) -> None:
+        """Store `new` (2, batch, steps, heads, head_dim) in these slots; see `CellLists.slots_of`.
 
-        A span must lie within one frame: the next one takes the place of one still looked at.
+        The cells must lie within one frame: the next one takes the place of one still looked at.
         """
-        if isinstance(place, Tensor):
-            self._storage.index_copy_(2, place % self._slots, new)
-            return
-        slot = place.first % self._slots
-        self._storage[:, :, slot : slot + place.steps] = new
+        if isinstance(slots, Tensor):
+            self._storage.index_copy_(2, slots, new)
+        else:
+            self._storage[:, :, slots.first : slots.first + slots.steps] = new
 
 
 class CellAttention(ABC):
     """Attention of cells to a cache, the same for all layers.
 
     Queries lie where a fused projection left them: every cell has `parts` vectors, of which the
-    one with number `part` is the query.
+    one with number `part` is the query. `mask` bool (batch, slots), False = padding, hides slots.
     """
 
     def __init__(self, lists: CellLists, mask: Tensor | None, scale: float, parts: int, part: int):
         self._lists, self._scale = lists, scale
         self._parts, self._part = parts, part
-        self._mask = mask
+        self._mask = None if mask is None else mask.contiguous()
 
     @abstractmethod
-    def attend(self, query: Tensor, cache: KeyValueCache, place: Place, out: Tensor) -> None:
+    def go_to(self, place: Place) -> None:
+        """Have the calls that follow look from these cells: once a step, for all layers."""
+
+    @abstractmethod
+    def attend(self, query: Tensor, cache: KeyValueCache, out: Tensor) -> None:
         """Write each query's mixture of values into its own place of `out`.
 
         `query` and `out` are contiguous, (batch, steps · parts, heads, head_dim); a query that
-        sees no key gets zeros. With the mask (bool (batch, slots), False = padding) given at the
-        start, hidden slots are not seen.
+        sees no key gets zeros.
         """
 
 
@@ -139,8 +146,9 @@ def cell_attention(
     static: bool = False,
 ) -> CellAttention:
     """The kernel's way where it takes tensors like this one, else (or if asked for) the static."""
-    kind = StaticAttention if static or cpu.why_not(like) else KernelAttention
-    return kind(lists, mask, scale, parts, part)
+    if static or cpu.why_not(like):
+        return StaticAttention(lists, mask, scale, parts, part)
+    return KernelAttention(lists, mask, scale, parts, part)
 
 
 def head_dim_of(like: Tensor, head_dim: int, static: bool) -> int:
@@ -152,11 +160,10 @@ class KernelAttention(CellAttention):
     """By the C++ kernel. A cell's result has the same bits alone, in a block and in any batch."""
 
     def __init__(self, lists: CellLists, mask: Tensor | None, scale: float, parts: int, part: int):
-        super().__init__(lists, None if mask is None else mask.contiguous(), scale, parts, part)
+        super().__init__(lists, mask, scale, parts, part)
         self._forward = operators("cpu").cpu_forward
         self._instructions = cpu.instruction_number()
-        self._log_sums: dict[int, Tensor] = {}
-        self._latest: tuple[Place | None, Tensor | None] = (None, None)
+        self._log_sum = torch.empty(0)
         if lists.table is not None:
             self._entries, self._counts = _entries(lists.table)
             rows, width = self._entries.shape
@@ -165,52 +172,38 @@ class KernelAttention(CellAttention):
                 [head.expand(rows, -1), self._counts.unsqueeze(1), self._entries], 1
             ).unbind(0)
 
-    def attend(self, query: Tensor, cache: KeyValueCache, place: Place, out: Tensor) -> None:
+    def go_to(self, place: Place) -> None:
+        """Have the packed table of `block_tables` at hand, every cell in a block of its own."""
         assert isinstance(place, Span)
-        log_sum = self._log_sums.get(query.numel())
-        if log_sum is None:
-            batch, rows, heads, _ = query.shape
-            log_sum = torch.empty(batch, heads, rows)
-            self._log_sums = {query.numel(): log_sum}
+        first, steps = place
+        if self._lists.table is None:
+            self._table = self._packed(*_entries_up_to(first, steps))
+        elif steps == 1:
+            self._table = self._single[first % len(self._single)]
+        else:
+            shared = len(self._entries) == 1
+            rows = slice(0, 1) if shared else slice(first, first + steps)
+            entries = self._entries[rows].expand(steps, -1)
+            self._table = self._packed(entries, self._counts[rows].expand(steps))
+
+    def attend(self, query: Tensor, cache: KeyValueCache, out: Tensor) -> None:
+        batch, rows, heads, _ = query.shape
+        if self._log_sum.numel() != batch * rows * heads:
+            self._log_sum = torch.empty(batch, heads, rows)
         self._forward(
             query,
             cache.keys,
             cache.values,
             self._mask,
             out,
-            log_sum,
-            self._table(place),
+            self._log_sum,
+            self._table,
             self._scale,
             self._instructions,
         )
 
-    def _table(self, place: Span) -> Tensor:
-        """The packed table of `block_tables` with every cell in a block of its own."""
-        latest, table = self._latest
-        if table is None or place != latest:
-            table = self._built(place)
-            self._latest = place, table
-        return table
-
-    def _built(self, place: Span) -> Tensor:
-        first, steps = place
-        if self._lists.table is None:
-            width = -(-(first + steps) // LIST_PADDING) * LIST_PADDING
-            # Padding must name slots that exist; no row sees it.
-            entries = torch.arange(width, dtype=torch.int32).clamp_(max=first) << ENTRY_BITS
-            entries = entries.expand(steps, -1)
-            counts = torch.arange(first + 1, first + steps + 1, dtype=torch.int32)
-            places = torch.arange(width, dtype=torch.int32)
-            seen = places < counts.unsqueeze(1)
-            entries = torch.where(seen, places << ENTRY_BITS | 1, entries)
-        elif steps == 1:
-            return self._single[first % len(self._single)]
-        else:
-            shared = len(self._entries) == 1
-            rows = slice(0, 1) if shared else slice(first, first + steps)
-            entries = self._entries[rows].expand(steps, -1)
-            counts = self._counts[rows].expand(steps)
-        width = entries.shape[1]
+    def _packed(self, entries: Tensor, counts: Tensor) -> Tensor:
+        steps, width = entries.shape
         blocks = torch.full((steps, BLOCK_ROWS), -1, dtype=torch.int32)
         blocks[:, 0] = torch.arange(steps) * self._parts + self._part
         starts = torch.arange(steps + 1, dtype=torch.int32) * width
@@ -224,77 +217,105 @@ class StaticAttention(CellAttention):
     def __init__(self, lists: CellLists, mask: Tensor | None, scale: float, parts: int, part: int):
         super().__init__(lists, mask, scale, parts, part)
         self._sees_all = lists.table is None or lists.are_shared
-        self._moved: tuple[Tensor, Tensor] | None = None
+        self._table: NeighbourTable | None = None
+        if lists.table is not None and not self._sees_all:
+            missing = -lists.table.width % LIST_PADDING
+            self._table = NeighbourTable(*(F.pad(t, (0, missing)) for t in lists.table))
+        self._may_see_nothing = self._asked_whether_blind()
 
-    def attend(self, query: Tensor, cache: KeyValueCache, place: Place, out: Tensor) -> None:
-        queries, outs = (t.unflatten(1, (-1, self._parts))[:, :, self._part] for t in (query, out))
-        cells = (
-            place
-            if isinstance(place, Tensor)
-            else torch.arange(place.first, place.first + place.steps, device=query.device)
-        )
-        if self._sees_all:
-            outs.copy_(self._all_slots(queries, cache, cells))
+    def go_to(self, place: Place) -> None:
+        self._index: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._blind: Tensor | None = None
+        cells = place if isinstance(place, Tensor) else torch.arange(*_ends(place))
+        if self._table is not None:
+            self._table = self._table.to(cells.device)
+            index, visible = (t.index_select(0, cells) for t in self._table)
+            self._index, visible = index, visible.unsqueeze(0)
+            if self._mask is not None:
+                seen = self._mask.index_select(1, index.flatten())
+                visible = visible & seen.unflatten(1, index.shape)
+        elif self._lists.table is None:
+            slots = torch.arange(self._lists.slots, device=cells.device)
+            visible = (slots <= cells.unsqueeze(1)).unsqueeze(0)
+        elif self._mask is not None:
+            visible = self._mask.unsqueeze(1)
+        else:
             return
-        table = self._lists.table
-        assert table is not None
-        batch, steps, heads, size = queries.shape
-        most = max(1, _MOST_GATHERED // (2 * batch * heads * size * table.width))
+        if self._may_see_nothing:
+            # A row without keys would be NaN: let it see everything, and zeros take its place.
+            self._blind = ~visible.any(-1, keepdim=True)
+            visible = visible | self._blind
+        self._bias = torch.zeros(visible.shape, device=visible.device)
+        self._bias = self._bias.masked_fill_(~visible, -torch.inf)
+
+    def attend(self, query: Tensor, cache: KeyValueCache, out: Tensor) -> None:
+        queries, outs = (t.unflatten(1, (-1, self._parts))[:, :, self._part] for t in (query, out))
+        if self._bias is not None and self._bias.dtype != query.dtype:
+            self._bias = self._bias.to(query.dtype)
+        if self._index is None:
+            bias = None if self._bias is None else self._bias.unsqueeze(1)
+            mixed = _attention(queries, cache.keys, cache.values, bias, self._scale)
+        else:
+            mixed = self._listed(queries, cache, self._index)
+        if self._blind is not None:
+            mixed = mixed.masked_fill(self._blind.unsqueeze(-1), 0)
+        outs.copy_(mixed)
+
+    def _listed(self, query: Tensor, cache: KeyValueCache, index: Tensor) -> Tensor:
+        """Where every cell sees its own list, and so becomes a batch row of one query."""
+        assert self._bias is not None
+        batch, steps, heads, size = query.shape
+        bias = self._bias.expand(batch, -1, -1)
+        most = max(1, _MOST_GATHERED // (2 * batch * heads * size * index.shape[1]))
+        outputs = []
         for first in range(0, steps, most):
             part = slice(first, first + most)
-            outs[:, part] = self._listed(queries[:, part], cache, cells[part])
+            here = index[part]
+            seen = cache.both.index_select(2, here.flatten()).unflatten(2, here.shape)
+            keys, values = seen.flatten(1, 2).unbind(0)
+            rows = query[:, part].flatten(0, 1).unsqueeze(1)
+            hidden = bias[:, part].flatten(0, 1).unsqueeze(1).unsqueeze(1)
+            mixed = _attention(rows, keys, values, hidden, self._scale)
+            outputs.append(mixed.view(batch, -1, heads, size))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
-    def _table_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._moved is None:
+    def _asked_whether_blind(self) -> bool:
+        """Whether some query may see no key; asks the device, once."""
+        if self._mask is None:
             table = self._lists.table
-            assert table is not None
-            self._moved = table.index.to(device), table.valid.to(device)
-        return self._moved
-
-    def _all_slots(self, query: Tensor, cache: KeyValueCache, cells: Tensor) -> Tensor:
-        """Where a cell sees all slots, or all up to its own."""
-        visible: Tensor | None = None
-        if self._lists.table is None:
-            places = torch.arange(cache.keys.shape[1], device=query.device)
-            visible = (places <= cells.unsqueeze(1)).view(1, 1, len(cells), -1)
-        elif self._mask is not None:
-            visible = self._mask.unsqueeze(1).unsqueeze(1)
-        return _attention(query, cache.keys, cache.values, visible, self._scale)
-
-    def _listed(self, query: Tensor, cache: KeyValueCache, cells: Tensor) -> Tensor:
-        """Where a cell sees its own list: every cell becomes a batch row of one query."""
-        batch, steps, _, _ = query.shape
-        index, valid = (t.index_select(0, cells) for t in self._table_on(query.device))
-        seen = cache.both.index_select(2, index.flatten()).unflatten(2, index.shape)
-        keys, values = seen.flatten(1, 2).unbind(0)
-        visible = valid.unsqueeze(0).expand(batch, -1, -1)
-        if self._mask is not None:
-            visible = visible & self._mask.index_select(1, index.flatten()).view_as(visible)
-        visible = visible.reshape(batch * steps, 1, 1, -1)
-        mixed = _attention(query.flatten(0, 1).unsqueeze(1), keys, values, visible, self._scale)
-        return mixed.view_as(query)
+            return table is not None and not bool(table.valid.any(1).all())
+        if self._sees_all:
+            return not bool(self._mask.any(1).all())
+        return True
 
 
 def _attention(
-    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float
+    query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
-    """PyTorch's attention in (batch, tokens, heads, head_dim), zeros for a query without keys."""
-    if visible is None:
-        allowed = hidden = None
-    else:
-        hidden = ~visible.any(-1, keepdim=True)
-        # A row without keys would be NaN: let it see everything, and then put zeros in its place.
-        allowed = visible | hidden
+    """PyTorch's attention, in (batch, tokens, heads, head_dim)."""
     mixed = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
-        attn_mask=allowed,
+        attn_mask=bias,
         scale=scale,
     )
-    if hidden is not None:
-        mixed = mixed.masked_fill(hidden, 0)
     return mixed.transpose(1, 2)
+
+
+def _ends(place: Span) -> tuple[int, int]:
+    return place.first, place.first + place.steps
+
+
+def _entries_up_to(first: int, steps: int) -> tuple[Tensor, Tensor]:
+    """The kernel's entries of cells that see all slots up to their own, and their numbers."""
+    width = -(-(first + steps) // LIST_PADDING) * LIST_PADDING
+    slots = torch.arange(width, dtype=torch.int32)
+    counts = torch.arange(first + 1, first + steps + 1, dtype=torch.int32)
+    seen = slots < counts.unsqueeze(1)
+    # Padding must name slots that exist; no row sees it.
+    return torch.where(seen, slots << ENTRY_BITS | 1, slots.clamp(max=first) << ENTRY_BITS), counts
 
 
 def _entries(table: NeighbourTable) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ the kernels only walk a table.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -61,6 +62,9 @@ class NeighbourTable:
     def pairs(self) -> int:
         """Number of (row, neighbour) pairs."""
         return int(self.valid.sum())
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.index, self.valid))
 
     def to(self, device: torch.device) -> NeighbourTable:
         """The same table on another device."""

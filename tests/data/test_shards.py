@@ -18,11 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.shard_tar import ITEMS, SKETCH, TEXT, VISUAL
 from megatron_nuwa.data.shards import (
-    ITEMS,
-    SKETCH,
-    TEXT,
-    VISUAL,
     CorpusManifest,
     Counts,
     Failure,
@@ -93,7 +90,7 @@ def write_corpus(
 GRIDS = st.builds(Grid, st.integers(1, 5), st.integers(1, 5), st.integers(1, 4))
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(
     grid=GRIDS,
     sizes=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from helpers import run_command_line
+from PIL import Image
 
 from megatron_nuwa.generation.app.__main__ import OFFLINE
 from megatron_nuwa.generation.trained import Generator
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 SECONDS = 60
 # A picture that has arrived, and its width in pixels.
 WIDTHS = "return [...document.querySelectorAll('.finished img')].map(image => image.naturalWidth)"
+# What a finished run says, or nothing yet.
+FINAL = """
+const status = document.querySelector('#status .status:not([data-old])');
+const said = status ? status.innerText.trim() : '';
+return said === 'Done.' || status?.classList.contains('wrong') ? said : null;
+"""
 
 
 def reason_against() -> str | None:
@@ -84,9 +91,12 @@ def browser(address: str) -> Iterator[Chrome]:
 
 
 def wait(browser: Chrome, there: Callable[[], object]) -> object:
+    from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, SECONDS, 0.1).until(lambda _: there())
+    # Parts of the page come and go while it changes.
+    passing = (NoSuchElementException, StaleElementReferenceException)
+    return WebDriverWait(browser, SECONDS, 0.1, passing).until(lambda _: there())
 
 
 def choose(browser: Chrome, task: str) -> None:
@@ -95,29 +105,22 @@ def choose(browser: Chrome, task: str) -> None:
 
 
 def write(browser: Chrome, text: str) -> None:
+    def typed() -> bool:
+        field = browser.find_element("css selector", "#prompt textarea")
+        field.clear()
+        field.send_keys(text)
+        return field.get_attribute("value") == text
+
     # A part that is not shown is not there.
-    wait(browser, lambda: browser.find_elements("css selector", "#prompt textarea"))
-    field = browser.find_element("css selector", "#prompt textarea")
-    field.clear()
-    field.send_keys(text)
+    wait(browser, typed)
 
 
 def generate(browser: Chrome) -> str:
     """Press the button; what the status says in the end."""
+    # What was said before is marked, and the first thing that a new run says replaces it.
+    browser.execute_script("document.querySelector('#status .status').dataset.old = ''")
     browser.find_element("css selector", "#generate").click()
-    wait(browser, lambda: status(browser) not in ("", "Done."))
-    said = wait(
-        browser,
-        lambda: (
-            (status(browser) == "Done." or browser.find_elements("css selector", ".status.wrong"))
-            and status(browser)
-        ),
-    )
-    return str(said)
-
-
-def status(browser: Chrome) -> str:
-    return str(browser.execute_script("return document.querySelector('#status').innerText.trim()"))
+    return str(wait(browser, lambda: browser.execute_script(FINAL)))
 
 
 def paint(browser: Chrome, editor: str) -> None:
@@ -138,8 +141,7 @@ def test_one_types_and_sees_a_picture(browser: Chrome) -> None:
     write(browser, "a red square moves left")
     assert generate(browser) == "Done."
     assert wait(browser, lambda: browser.execute_script(WIDTHS) == [16])
-    files = browser.find_element("css selector", "#files").text
-    assert "t2i-0" in files
+    assert wait(browser, lambda: "t2i-0" in browser.find_element("css selector", "#files").text)
 
 
 def test_one_watches_frames_arrive(browser: Chrome) -> None:
@@ -156,12 +158,13 @@ def test_one_watches_frames_arrive(browser: Chrome) -> None:
     assert wait(browser, lambda: browser.execute_script(WIDTHS) == [16])
 
 
-def test_one_paints_over_a_picture(browser: Chrome, media: Path) -> None:
+def test_one_paints_over_a_picture(browser: Chrome, tmp_path: Path) -> None:
+    Image.new("RGB", (480, 400), "teal").save(tmp_path / "photo.png")
     choose(browser, "i2i")
     assert generate(browser) == "upload a picture first."
     upload = "#picture input[type=file]"
     wait(browser, lambda: browser.find_elements("css selector", upload))
-    browser.find_element("css selector", upload).send_keys(str(media / "photo.png"))
+    browser.find_element("css selector", upload).send_keys(str(tmp_path / "photo.png"))
     paint(browser, "#picture")
     assert generate(browser) == "Done."
     assert wait(browser, lambda: browser.execute_script(WIDTHS) == [16])

@@ -34,6 +34,12 @@ def test_frames_arrive_one_by_one_and_are_those_of_the_sampler(generator: Genera
     assert np.array_equal(seen[-1].frames, expected)
 
 
+def test_a_longer_video_arrives_to_its_end(generator: Generator) -> None:
+    last = list(stream.stream(generator, [request("t2v")], PLAIN, 7))[-1]
+    assert last.frames.shape[:2] == (1, last.wanted_frames) == (1, 7)
+    assert last.cells == last.wanted_cells == 7 * 16
+
+
 def test_what_is_wrong_is_said_before_anything_is_generated(generator: Generator) -> None:
     with pytest.raises(UserError, match="at most 77"):
         next(stream.stream(generator, [request("t2i", prompt="word " * 90)], PLAIN))
@@ -83,7 +89,7 @@ def drawing_of(background: np.ndarray | None, painted: np.ndarray | None) -> dra
 
 def read(generator: Generator, name: str, **parts: object) -> Request:
     given = {"prompt": "a red square", "picture": None, "clip": None, "sketch": None}
-    fields = {**given, "keep_frames": 1, **parts}
+    fields = {**given, "keep_frames": 1, "frames": 3, **parts}
     return drawing.read_request(generator, task_named(name), 3, **fields)  # type: ignore[arg-type]
 
 

@@ -110,15 +110,24 @@ def test_blocks_and_single_cells_equal_the_full_forward_pass(
         decoder.append(tokens[:, cell])
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["host", "static"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"cross_attention": "sequential"}, {"decoder_attention": "full"}], ids=str
+)
+@pytest.mark.parametrize("read", CONTEXTS)
 @torch.no_grad()
-def test_both_branches_of_guidance_equal_their_own_forward_passes() -> None:
-    model, grid = make_model(), Grid(4, 4, 3)
+def test_both_branches_of_guidance_equal_their_own_forward_passes(
+    static: bool, changes: dict[str, object], read: Callable[[int], Context]
+) -> None:
+    """The branch without the text may read something else than a text, of another size."""
+    model, grid = make_model(**changes), Grid(4, 4, 3)
     tokens = torch.randint(0, CODES, (3, grid.cells))
-    with_text, without = text(3), text(3, seed=9)
+    with_text, without = read(3), text(3, seed=9)
     expected = torch.cat([model(with_text, tokens, grid), model(without, tokens, grid)])
-    decoder = CachedDecoder(model, [with_text, without], grid)
+    decoder = CachedDecoder(model, [with_text, without], grid, static=static)
     decoder.write(0, tokens)
-    for cell in range(grid.cells):
+    decoder.skip(5)
+    for cell in range(5, grid.cells):
         logits = decoder.logits()
         torch.testing.assert_close(logits, expected[:, cell], rtol=0, atol=1e-4)
         mixed = expected[3:, cell] + 2.5 * (expected[:3, cell] - expected[3:, cell])

@@ -227,6 +227,43 @@ def test_batches_of_prompts_and_pictures_are_all_combined(
     assert sheet.shape == (1, 32, 32, 3)
 
 
+def test_a_longer_clip_has_as_many_frames_as_asked_for(
+    generate, media: Path, tmp_path: Path
+) -> None:
+    for task, start in (("t2v", WITH_PROMPT), ("v2v", ("--clip", media / "clip.mp4"))):
+        (entry,) = generate(task, *start, "--frames", 7, "--overlap", 2)
+        assert imageio_ffmpeg.count_frames_and_secs(str(tmp_path / "out/0000.mp4"))[0] == 7
+        assert text_of(tmp_path / "out/0000.gif")["frames"] == 7
+        assert entry["overlap"] == 2
+
+
+def test_the_best_of_many_are_kept_and_say_their_score(
+    generate, command: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Brightness:
+        def scores(self, pixels: np.ndarray, prompts: list[str]) -> list[float]:
+            assert len(pixels) == len(prompts) == 5
+            return [float(sample.mean()) for sample in pixels]
+
+    asked = []
+    monkeypatch.setattr(
+        command.ClipRanker, "load", lambda *arguments: asked.append(arguments) or Brightness()
+    )
+    prompts = ("--prompt", PROMPT, "--prompt", OTHER)
+    generate("t2i", *prompts, "--samples", 5)
+    light = [float(pictures(tmp_path / f"out/000{n}.png").mean()) for n in range(10)]
+    weights = ("--clip-weights", "clip.safetensors")
+    entries = generate("t2i", *prompts, "--samples", 2, "--best-of", 5, *weights)
+    assert asked[0][:2] == (Path("clip.safetensors"), "ViT-B-32")
+    seeds = [entry["seed"] for entry in entries]
+    expected = [sorted(range(5), key=lambda n: -light[n + first])[:2] for first in (0, 5)]
+    assert seeds == [*expected[0], *expected[1]]
+    said = text_of(tmp_path / "out/0000.png")
+    assert float(said["clip_score"]) == pytest.approx(max(light[:5]))
+    assert said["best_of"] == "5"
+    assert f"CLIP {max(light[:5]):.3f}" in Page((tmp_path / "out/index.html").read_text()).words
+
+
 def test_the_gallery_shows_what_was_given_beside_what_came_of_it(
     generate, media: Path, tmp_path: Path
 ) -> None:
@@ -262,6 +299,13 @@ def test_the_gallery_shows_what_was_given_beside_what_came_of_it(
         (("t2v", "--prompt", " "), "is empty"),
         (("t2v", "--prompts", "gone.txt"), "--prompts gone.txt cannot be read"),
         (("t2v", "--prompt", "x", "--top-p", "2"), "--top-p must be"),
+        (("t2i", "--prompt", "x", "--frames", "4"), "takes no --frames"),
+        (("t2v", "--prompt", "x", "--frames", "9", "--overlap", "3"), "overlap must be 1 to 2"),
+        (("t2i", "--prompt", "x", "--best-of", "4"), "give it and --clip-weights together"),
+        (
+            ("t2i", "--prompt", "x", "--best-of", "4", "--clip-weights", "gone.pt"),
+            "there is no file of CLIP weights gone.pt",
+        ),
         (("t2i", "--prompt", "x", "--samples", "0"), "--samples must be 1 or more"),
         (("v2v", "--clip", "gone.mp4"), "gone.mp4 does not exist"),
         (("v2v", "--clip", "clip.mp4", "--keep-frames", "3"), "--keep-frames 3 leaves nothing"),

@@ -105,7 +105,7 @@ def test_the_given_frames_are_kept_token_for_token(generator: Generator) -> None
 def test_the_encoder_reads_text_a_sketch_or_none(generator: Generator) -> None:
     none = generator.text_context([NO_CAPTION])
     for name, task in TASKS.items():
-        context = prepare(generator, [request(name)]).context
+        (context,) = prepare(generator, [request(name)]).contexts
         assert context.kind == ("sketch" if task.reads == "sketch" else "text")
         if task.reads == "none":
             assert torch.equal(context.tokens, none.tokens)
@@ -131,6 +131,50 @@ def test_one_sketch_or_mask_stands_for_all_frames(generator: Generator) -> None:
     assert torch.equal(sample(generator, request("tv2v")), sample(generator, moving))
 
 
+@pytest.mark.parametrize("name", ["t2v", "s2v", "v2v", "tv2v"])
+@pytest.mark.parametrize("frames", [2, 8])
+def test_a_video_may_have_another_length_than_the_models(
+    generator: Generator, name: str, frames: int
+) -> None:
+    random = np.random.default_rng(7)
+    pixels = random.integers(0, 256, (frames, SIDE, SIDE, 3), dtype=np.uint8)
+    sketch = random.integers(0, CLASSES, (frames, SIDE, SIDE)).astype(np.uint8)
+    changes: dict[str, object] = {}
+    if name == "tv2v":
+        changes = {"pixels": pixels, "region": random.random((frames, SIDE, SIDE)) < 0.03}
+    if name == "s2v":
+        changes = {"sketch": sketch}
+    prepared = prepare(generator, [request(name, **changes)], frames, overlap=1)
+    assert prepared.grid == Grid(4, 4, frames)
+    tokens = generate(generator, prepared, SamplingSettings())
+    assert tokens.shape == (1, 16 * frames)
+    if prepared.is_known is not None and prepared.known is not None:
+        assert torch.equal(tokens[prepared.is_known], prepared.known[prepared.is_known])
+    if name == "s2v":
+        windows = [context.tokens for context in prepared.contexts]
+        assert len(windows) == (1 if frames == 2 else 4)
+        whole = generator.sketch_context(np.concatenate([sketch, sketch[-1:]])[None, :9]).tokens
+        for place, window in enumerate(windows):
+            assert torch.equal(window[0, :32], whole[0, 32 * place : 32 * place + 32])
+
+
+@pytest.mark.parametrize(
+    ("name", "frames", "overlap", "message"),
+    [
+        ("t2i", 3, None, "task t2i writes images"),
+        ("v2v", 1, None, "1 frames are too few for task v2v"),
+        ("t2v", 9, 3, "overlap must be 1 to 2 frames"),
+        ("s2v", 9, None, "the sketch has 3 frames: give one for all, or one for each of the 9"),
+        ("tv2v", 9, None, "the clip has 3 frames, and 9 are to be changed"),
+    ],
+)
+def test_a_wrong_length_is_one_clear_sentence(
+    generator: Generator, name: str, frames: int, overlap: int | None, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare(generator, [request(name)], frames, overlap)
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
@@ -139,7 +183,7 @@ def test_one_sketch_or_mask_stands_for_all_frames(generator: Generator) -> None:
         ("i2i", {"pixels": None}, "task i2i needs an image to start from"),
         ("tv2v", {"pixels": None}, "task tv2v needs a clip to start from"),
         ("i2i", {"pixels": PICTURE[:, :12]}, "the image is 16 × 12 pixels, and the model's"),
-        ("tv2v", {"pixels": CLIP[:2]}, "the clip has 2 frames, and the model changes 3"),
+        ("tv2v", {"pixels": CLIP[:2]}, "the clip has 2 frames, and 3 are to be changed"),
         ("v2v", {"pixels": CLIP}, "3 given frames leave nothing to generate in a clip of 3"),
         ("i2i", {"region": None}, "task i2i needs a region that is made new"),
         ("i2i", {"region": ~RIGHT_HALF & RIGHT_HALF}, "the mask keeps everything"),

@@ -120,6 +120,11 @@ def test_a_model_that_reads_sketches_is_the_one_that_does_not_with_a_table_more(
     before, now = without.parameter_counts(), reading.parameter_counts()
     assert now == before | {"sketch_embedding": 30 * 6 + 6 * 32, "total": sum(now.values()) // 2}
     assert set(before) == {"transformer", "text_table", "head", "total"}
+    # What runs of models without sketches have written of themselves stays comparable.
+    told, more_told = small().description(), small(sketch_codebook_size=30).description()
+    assert not any("sketch" in field for field in told)
+    assert more_told == told | {"sketch_codebook_size": 30, "sketch_code_dim": 256}
+    assert NuwaConfig.model_validate(told) == small()
 
 
 @pytest.mark.parametrize("changes", [{}, {"visual_embedding": "direct", "tie_head": True}], ids=str)

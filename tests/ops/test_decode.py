@@ -56,7 +56,8 @@ def attended(
     fused[:, :, PART] = here
     out = torch.zeros_like(fused)
     place = torch.arange(span.first, span.first + span.steps) if on_device else span
-    attention.attend(fused.flatten(1, 2), cache, place, out.flatten(1, 2))
+    attention.go_to(place)
+    attention.attend(fused.flatten(1, 2), cache, out.flatten(1, 2))
     assert not out[:, :, [0, 2]].any()
     return out[:, :, PART]
 
@@ -72,7 +73,7 @@ def decoded(
         here = slice(span.first, span.first + span.steps)
         on_device = way is StaticAttention and number % 2 == 0
         place = torch.arange(here.start, here.stop) if on_device else span
-        cache.write(torch.stack([key[:, here], value[:, here]]), place)
+        cache.write(torch.stack([key[:, here], value[:, here]]), lists.slots_of(place))
         outputs.append(attended(attention, query, cache, span, on_device))
     return torch.cat(outputs, 1)
 

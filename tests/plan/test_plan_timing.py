@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from helpers import ROOT
 
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
-from megatron_nuwa.models.flops import training_flops
+from megatron_nuwa.models.flops import forward_flops, training_flops
 from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.parallel.layout import Layout, ParallelSettings, check_layout
 from megatron_nuwa.parallel.units import Recomputation
@@ -19,9 +20,10 @@ from megatron_nuwa.plan.communication import Links, boundary_bytes, communicatio
 from megatron_nuwa.plan.devices import DEVICES, GIB
 from megatron_nuwa.plan.memory import Step
 from megatron_nuwa.plan.parameters import parameter_counts
+from megatron_nuwa.plan.report import task_figures
 from megatron_nuwa.plan.timing import days, pipelined, step_flops
 from megatron_nuwa.plan.workload import MicroBatch, micro_batches
-from megatron_nuwa.training.recipe import Recipe
+from megatron_nuwa.training.recipe import Recipe, load_recipe
 
 A100 = DEVICES["a100-80gb"]
 CLUSTER = Machine(A100, 64, 8)
@@ -99,6 +101,19 @@ def test_a_sketch_sends_its_own_cells_and_no_mask(deepspeed: dict[str, Any]) -> 
     found = {k.kind: k for k in communication(step, bounds, Links(split, A100, 8))}
     looked_up = 2 * 4410 * (256 + 64) * 2
     assert found["tensor_parallel"].bytes == 12 * 4 * x + 24 * 5 * x + looked_up + x
+
+
+def test_the_recipe_for_sketches_trains_the_papers_model_further(paper: Recipe) -> None:
+    recipe = load_recipe(ROOT / "launch/recipes/nuwa_870m_sketches.yaml")
+    assert recipe.model is not None
+    assert recipe.model.model_copy(update={"sketch_codebook_size": None}) == paper.model
+    figures = task_figures(recipe)
+    clip = forward_flops(recipe.model, "sketch", VIDEO, VIDEO)
+    assert figures["s2v"]["forward"] == 64 * clip
+    image = Grid(21, 21, 1)
+    assert figures["s2i"]["forward"] == 128 * forward_flops(recipe.model, "sketch", image, image)
+    # Encoder and cross-attention work on as many cells as the decoder writes, not on 77 words.
+    assert clip > 1.3 * forward_flops(recipe.model, "text", TEXT_GRID, VIDEO)
 
 
 def test_step_time_and_mfu_of_one_gpu(paper: Recipe, deepspeed: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from megatron_nuwa.data.batches import TaskBatches
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.text import TextTokenizer
+from megatron_nuwa.grid import Grid
+from megatron_nuwa.models.flops import training_flops
 from megatron_nuwa.training.engine import Loss
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.own_time import ratios_to_peers
@@ -29,13 +32,22 @@ LAST_STAGE = 1
 SECONDS = [0.01, 0.05, 0.25]
 
 
-def figures_of(recipe_path: Path, processes: Processes, stage: int = 0) -> StepFigures:
-    recipe = load_recipe(recipe_path)
+def figures_of(
+    recipe_path: Path, processes: Processes, stage: int = 0, overrides: Sequence[str] = ()
+) -> StepFigures:
+    recipe = load_recipe(recipe_path, overrides)
     assert recipe.data is not None
     assert recipe.tokenizers is not None
     bpe = TextTokenizer.load(recipe.tokenizers.bpe)
     tasks = {
-        task: TaskBatches(task, [Corpus(s.corpora[0])], bpe, seed=0, batch_size=s.batch_size)
+        task: TaskBatches(
+            task,
+            [Corpus(s.corpora[0])],
+            bpe,
+            seed=0,
+            batch_size=s.batch_size,
+            caption_dropout=recipe.data.caption_dropout,
+        )
         for task, s in recipe.data.tasks.items()
     }
     return StepFigures(recipe, tasks, processes, stage)
@@ -147,3 +159,21 @@ def test_only_training_is_watched(small_world: SmallWorld) -> None:
     model(0.02)
     assert figures._own_time.take() >= 0.02
     assert figures._own_time.take() == 0
+
+
+def test_flops_are_those_of_what_the_encoder_read_in_each_step(small_world: SmallWorld) -> None:
+    overrides = [*small_world.sketch_overrides("s2v"), "data.caption_dropout=0.4"]
+    recipe = load_recipe(small_world.recipe, overrides)
+    assert recipe.model is not None
+    figures = figures_of(small_world.recipe, lone_process(), overrides=overrides)
+    read = next(task for task in figures._tasks if task.task == "s2v")
+    assert {read.reads_sketches(step) for step in range(20)} == {False, True}
+    text, clip, image = Grid(1, 1, 77), Grid(4, 4, 3), Grid(4, 4, 1)
+    always = 4 * training_flops(recipe.model, "text", text, image)
+    always += 4 * training_flops(recipe.model, "text", text, clip)
+    of_sketch = 2 * training_flops(recipe.model, "sketch", clip, clip)
+    of_text = 2 * training_flops(recipe.model, "text", text, clip)
+    assert of_sketch != of_text
+    for step in range(20):
+        own = of_sketch if read.reads_sketches(step) else of_text
+        assert figures._flops(range(step, step + 1)) == always + own

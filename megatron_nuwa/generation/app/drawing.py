@@ -12,7 +12,7 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.media import read_clip
 from megatron_nuwa.generation.palette import classes_of, coloured
 from megatron_nuwa.generation.regions import check_fits, touched
-from megatron_nuwa.generation.tasks import Request, Task, grid_of
+from megatron_nuwa.generation.tasks import Request, Task
 from megatron_nuwa.generation.trained import Generator
 
 # Editors show pictures at least this large.
@@ -49,8 +49,12 @@ def read_request(
     clip: Path | None,
     sketch: Drawing | None,
     keep_frames: int,
+    frames: int,
 ) -> Request:
-    """One request from what the page holds; `UserError` where the task lacks something."""
+    """One request from what the page holds; `UserError` where the task lacks something.
+
+    `frames` is the length of a video, of which `keep_frames` are given to be continued.
+    """
     prompt = {"prompt": prompt} if task.reads == "text" else {}  # type: ignore[assignment]
     size = generator.picture_size
     drawn = _read_sketch(generator, sketch) if task.reads == "sketch" else None
@@ -60,8 +64,8 @@ def read_request(
     elif task.media == "clip":
         if clip is None:
             raise UserError("upload a video first")
-        frames = keep_frames if task.given == "frames" else grid_of(generator, task).s
-        pixels = read_clip(clip, frames, generator.frames_per_second, size)
+        count = keep_frames if task.given == "frames" else frames
+        pixels = read_clip(clip, count, generator.frames_per_second, size)
     if task.given == "region":
         region = touched(_painted(picture), *size)[None]
     return Request(task, seed, **prompt, pixels=pixels, region=region, sketch=drawn)  # type: ignore[arg-type]

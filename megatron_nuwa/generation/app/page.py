@@ -25,6 +25,8 @@ from megatron_nuwa.generation.trained import Generator
 
 _PAINT = "#ff2d78"
 _MOST_SAMPLES = 8
+# How many times the model's own length a video may have.
+_LONGEST = 6
 # Pairs, since the page shows them in two columns: what is read, for an image and for a video.
 _PAIRS = (("t2i", "t2v"), ("s2i", "s2v"), ("i2i", "v2v"), ("ti2i", "tv2v"))
 _EMPTY = '<div class="empty">What is generated appears here.</div>'
@@ -95,6 +97,13 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                 keep_pixels = gr.Checkbox(
                     label="Put the original pixels back outside the painted region", visible=False
                 )
+                frames = gr.Slider(
+                    *(2, _LONGEST * generator.clip_grid.s),
+                    value=generator.clip_grid.s,
+                    step=1,
+                    label="Frames of the video; beyond the model's own, a window slides on",
+                    visible=False,
+                )
                 with gr.Accordion("How tokens are drawn", open=False):
                     seed = gr.Number(0, label="Seed", precision=0, elem_id="seed")
                     samples = gr.Slider(1, _MOST_SAMPLES, value=1, step=1, label="Samples")
@@ -107,7 +116,11 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                     )
                     top_p = gr.Slider(0.05, 1, value=1.0, step=0.05, label="Top-p (1 is off)")
                     guidance = gr.Slider(
-                        0, 10, value=1.0, step=0.5, label="Guidance towards the text (1 is none)"
+                        0,
+                        10,
+                        value=1.0,
+                        step=0.5,
+                        label="Guidance towards what is read (1 is none)",
                     )
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate")
@@ -130,7 +143,8 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                 gr.update(visible=chosen.reads == "sketch"),
                 gr.update(visible=chosen.given == "frames"),
                 gr.update(visible=is_region),
-                gr.update(visible=chosen.reads == "text"),
+                gr.update(visible=chosen.target == "clip"),
+                gr.update(visible=chosen.reads != "none"),
             )
 
         def show_first_frame(path: str | None, name: str) -> tuple[Any, str]:
@@ -151,6 +165,7 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
             drawn: drawing.Drawing | None,
             frames_kept: float,
             pixels_kept: bool,
+            length: float,
             first_seed: float | None,
             count: float,
             *drawing_settings: float,
@@ -167,11 +182,13 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                     clip=None if path is None else Path(path),
                     sketch=drawn,
                     keep_frames=int(frames_kept),
+                    frames=int(length),
                 )
                 requests = [replace(request, seed=request.seed + n) for n in range(int(count))]
-                if request.task.reads != "text":
+                if request.task.reads == "none":
                     settings = replace(settings, guidance=1.0)
-                for progress in stream(generator, requests, settings):
+                asked = int(length) if request.task.target == "clip" else None
+                for progress in stream(generator, requests, settings, asked):
                     yield _counted(progress), _arrived(progress, requests), gr.update()
                 clips = progress.frames
                 if pixels_kept and request.region is not None and request.pixels is not None:
@@ -182,22 +199,32 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
             except UserError as error:
                 yield _status(_sentence(error), wrong=True), _EMPTY, gr.update()
 
-        parts = [prompt, clip, picture, frame, sketch, legend, keep, keep_pixels, guidance]
-        task.change(choose, task, [hint, *parts], api_visibility="private")
-        clip.change(show_first_frame, [clip, task], [frame, status], api_visibility="private")
-        given = [task, prompt, clip, picture, frame, sketch, keep, keep_pixels, seed, samples]
+        parts = [prompt, clip, picture, frame, sketch, legend, keep, keep_pixels, frames, guidance]
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        task.change(choose, task, [hint, *parts], **quiet)
+        clip.change(show_first_frame, [clip, task], [frame, status], **quiet)
+        given = [
+            task,
+            prompt,
+            clip,
+            picture,
+            frame,
+            sketch,
+            keep,
+            keep_pixels,
+            frames,
+            seed,
+            samples,
+        ]
         running = gr.on(
             [start.click, prompt.submit],
             run,
             [*given, temperature, top_k, top_p, guidance],
             [status, result, files],
-            api_visibility="private",
-            show_progress="hidden",
             concurrency_limit=1,
+            **quiet,
         )
-        stop.click(
-            lambda: _status("Stopped."), None, status, cancels=[running], api_visibility="private"
-        )
+        stop.click(lambda: _status("Stopped."), None, status, cancels=[running], **quiet)
     return page
 
 

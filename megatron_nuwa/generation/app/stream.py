@@ -34,13 +34,17 @@ class _StoppedError(Exception):
 
 
 def stream(
-    generator: Generator, requests: Sequence[Request], settings: SamplingSettings
+    generator: Generator,
+    requests: Sequence[Request],
+    settings: SamplingSettings,
+    frames: int | None = None,
 ) -> Iterator[Progress]:
     """Progress at every frame and a few times a second, the last with all frames.
 
-    Closing the iterator ends the sampling. Raises `UserError` as `prepare` does.
+    `frames` is the length of a video. Closing the iterator ends the sampling. Raises `UserError`
+    as `prepare` does.
     """
-    prepared = prepare(generator, requests)
+    prepared = prepare(generator, requests, frames)
     grid = prepared.grid
     told: SimpleQueue[Tensor | int | BaseException | None] = SimpleQueue()
     stopped = Event()
@@ -66,7 +70,7 @@ def stream(
             told.put(error)
 
     rows, columns = generator.picture_size
-    frames = np.zeros((len(requests), 0, rows, columns, 3), np.uint8)
+    shown = np.zeros((len(requests), 0, rows, columns, 3), np.uint8)
     cells = 0
     thread = Thread(target=work, daemon=True)
     thread.start()
@@ -78,9 +82,9 @@ def stream(
                 cells = event
             else:
                 arrived = generator.pixels(event, grid._replace(s=1))
-                frames = np.concatenate([frames, arrived], axis=1)
-                cells = max(cells, frames.shape[1] * grid.h * grid.w)
-            yield Progress(frames, grid.s, cells, grid.cells)
+                shown = np.concatenate([shown, arrived], axis=1)
+                cells = max(cells, shown.shape[1] * grid.h * grid.w)
+            yield Progress(shown, grid.s, cells, grid.cells)
     finally:
         stopped.set()
         thread.join()
