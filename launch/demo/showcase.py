@@ -12,13 +12,20 @@ import torch
 from launch.demo.media import STILL_SUFFIX
 from launch.demo.pictures import read_frames
 from launch.demo.results import read_json, read_json_lines
+from launch.demo.sketches import CLASSES
 from launch.demo.stages import CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.media import animation, still
+from megatron_nuwa.generation.gallery import shown_given
+from megatron_nuwa.generation.media import address, animation, still
+from megatron_nuwa.generation.palette import coloured
+from megatron_nuwa.generation.regions import composite, rectangle
+from megatron_nuwa.generation.tasks import TASKS, Request
 from megatron_nuwa.models.vqgan import Vqgan, load_vqgan
-from preprocessing.decoders import DecodeSettings, decode
+from preprocessing.decoders import DecodeSettings, decode, decode_sketch
 
 RECONSTRUCTIONS = 12
+# The grey of what was not given.
+_MISSING = 128
 
 
 def generated_images(output: Path) -> list[dict[str, Any]]:
@@ -43,29 +50,95 @@ def generated_clips(output: Path) -> list[dict[str, Any]]:
 
 def continuations(output: Path) -> list[dict[str, Any]]:
     """Every V2V sample: the given frame, what was generated, what really followed."""
-    folder = output / "samples" / "v2v"
-    captions = {
-        Path(row["media"]).name: row["captions"][0]
-        for row in read_json_lines(output / "media" / "heldout-clips.jsonl")
-    }
     rows = []
-    for sample, frames in _samples(folder, ".gif"):
-        given = _find(sample.get("given"), folder)
-        settings = DecodeSettings(
-            image_size=frames.shape[1],
-            frames=CLIP_FRAMES,
-            frames_per_second=CLIP_FRAMES_PER_SECOND,
-        )
-        truth, _ = decode(given, settings)
-        rows.append(
-            {
-                "caption": captions.get(given.name, given.stem),
-                "given": still(truth[0]),
-                "generated": animation(frames, CLIP_FRAMES_PER_SECOND),
-                "truth": animation(truth, CLIP_FRAMES_PER_SECOND),
-            }
-        )
+    for sample, frames in _samples(output / "samples" / "v2v", ".gif"):
+        truth = _truth(_given(output, sample), frames)
+        rows.append(_row(output, sample, "Given", truth[:1], frames, truth))
     return rows
+
+
+def completions(output: Path) -> list[dict[str, Any]]:
+    """Every I2I sample: what was kept of a held-out image, what was generated, the whole image."""
+    rows = []
+    for sample, frames in _samples(output / "samples" / "i2i", ".png"):
+        truth = _truth(_given(output, sample), frames)
+        kept = composite(np.full_like(truth, _MISSING), truth, _region(sample, truth))
+        rows.append(_row(output, sample, "Given", kept, frames, truth))
+    return rows
+
+
+def manipulations(output: Path) -> list[dict[str, Any]]:
+    """Every TI2I and TV2V sample: what was given, its region outlined, and what was generated."""
+    rows = []
+    for task, suffix in (("ti2i", ".png"), ("tv2v", ".gif")):
+        for sample, frames in _samples(output / "samples" / task, suffix):
+            truth = _truth(_given(output, sample), frames)
+            request = Request(TASKS[task], pixels=truth, region=_region(sample, truth))
+            outlined = shown_given(request)
+            assert outlined is not None
+            rows.append(_row(output, sample, "Given", outlined, frames, None))
+    return rows
+
+
+def from_sketches(output: Path) -> list[dict[str, Any]]:
+    """Every S2I and S2V sample: the sketch, what was generated, what was sketched."""
+    rows = []
+    for task, suffix in (("s2i", ".png"), ("s2v", ".gif")):
+        for sample, frames in _samples(output / "samples" / task, suffix):
+            maps, _ = decode_sketch(_given(output, sample, "sketch"), _settings(frames), CLASSES)
+            truth = _truth(output / "media" / _item(output, sample)["media"], frames)
+            rows.append(_row(output, sample, "Sketch", coloured(maps, CLASSES), frames, truth))
+    return rows
+
+
+def _row(
+    output: Path,
+    sample: dict[str, Any],
+    label: str,
+    given: np.ndarray,
+    generated: np.ndarray,
+    truth: np.ndarray | None,
+) -> dict[str, Any]:
+    """One row of pictures under its caption: the asked text, or that of the held-out item."""
+    asked = TASKS[sample["task"]].reads == "text"
+    rate = CLIP_FRAMES_PER_SECOND
+    return {
+        "caption": sample["prompt"] if asked else _item(output, sample)["captions"][0],
+        "label": label,
+        "given": address(given, rate, lossless=True),
+        "generated": address(generated, rate),
+        "truth": None if truth is None else address(truth, rate),
+    }
+
+
+def _item(output: Path, sample: dict[str, Any]) -> dict[str, Any]:
+    """The held-out item that a sample starts from."""
+    field, name = ("sketch", sample["sketch"]) if "sketch" in sample else ("media", sample["given"])
+    for manifest in ("heldout-clips.jsonl", "heldout-images.jsonl"):
+        for item in read_json_lines(output / "media" / manifest):
+            if Path(item.get(field) or "").name == Path(name).name:
+                return item
+    raise UserError(f"{output / 'media'}: no held-out item has the {field} {name}")
+
+
+def _truth(path: Path, frames: np.ndarray) -> np.ndarray:
+    """A held-out image or clip at the size and length of what was generated."""
+    return decode(path, _settings(frames))[0]
+
+
+def _settings(frames: np.ndarray) -> DecodeSettings:
+    return DecodeSettings(
+        image_size=frames.shape[1],
+        # A GIF's writer leaves frames out that equal the one before.
+        frames=1 if len(frames) == 1 else CLIP_FRAMES,
+        frames_per_second=CLIP_FRAMES_PER_SECOND,
+    )
+
+
+def _region(sample: dict[str, Any], pixels: np.ndarray) -> np.ndarray:
+    """The pixels that were made new: bool (1, rows, columns)."""
+    rows, columns = pixels.shape[1:3]
+    return rectangle(sample["region"], columns, rows, "region")[None]
 
 
 @torch.no_grad()
@@ -140,11 +213,15 @@ def _samples(folder: Path, suffix: str) -> Iterable[tuple[dict[str, Any], np.nda
                 yield sample, read_frames(folder / name)
 
 
-def _find(name: object, folder: Path) -> Path:
-    """The clip that a continuation was given, named from the working folder or the samples'."""
+def _given(output: Path, sample: dict[str, Any], field: str = "given") -> Path:
+    """The file that a sample starts from, named from the working folder or the samples'."""
+    folder = output / "samples" / sample["task"]
+    name = sample.get(field)
     if not isinstance(name, str):
-        raise UserError(f"{folder / 'samples.json'}: a sample lacks 'given', the clip it continues")
+        raise UserError(f"{folder / 'samples.json'}: a sample lacks '{field}', what it starts from")
     for place in (Path(name), folder / name):
         if place.is_file():
             return place
-    raise UserError(f"{folder / 'samples.json'}: the given clip {name} does not exist")
+    raise UserError(
+        f"{folder / 'samples.json'}: {name}, which a sample starts from, does not exist"
+    )

@@ -44,6 +44,27 @@ CONTINUED_CLIPS = (
     "passenger-man-02870",
     "street-centre-08600",
 )
+# Held-out images and clips of which half is made new, the same text or another one in its place.
+HALVED_IMAGES = (
+    "globe-whole-27000-still",
+    "rabbit-scene-04080-still",
+    "cheetah-0-0-256",
+    "street-centre-08600-still",
+)
+HALF = "0.5,0,1,1"
+CHANGED_IMAGES = ("rabbit-scene-04080-still", "street-centre-08600-still")
+CHANGED_CLIPS = ("rabbit-scene-04080", "street-centre-08600")
+CHANGES = (
+    "the lights of the united states shine on the dark globe",
+    "a young man in a suit with a red bow tie talks in a car",
+)
+SKETCHED_IMAGES = (
+    "globe-whole-27000-still",
+    "rabbit-scene-04080-still",
+    "passenger-man-02870-still",
+    "cheetah-0-0-256",
+)
+TASKS = ("t2i", "t2v", "s2i", "s2v", "i2i", "v2v", "ti2i", "tv2v")
 
 
 @dataclass(frozen=True)
@@ -162,20 +183,10 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
         ),
         Stage(
             "generate",
-            "Generate images, clips and continuations",
-            (
-                generate("t2i", *_repeat("--prompt", IMAGE_PROMPTS), *GUIDANCE),
-                generate("t2v", *_repeat("--prompt", CLIP_PROMPTS), *GUIDANCE),
-                generate(
-                    "v2v",
-                    *_repeat(
-                        "--clip", [str(media / f"clips/{name}.mp4") for name in CONTINUED_CLIPS]
-                    ),
-                    *("--keep-frames", "1"),
-                ),
-            ),
+            "Generate with all eight tasks, from texts and from what was held out",
+            tuple(generate(task, *_starts(task, media)) for task in TASKS),
             inputs=(provenance, *corpora),
-            outputs=tuple(samples / task / "samples.json" for task in ("t2i", "t2v", "v2v")),
+            outputs=tuple(samples / task / "samples.json" for task in TASKS),
             clears=(samples,),
             after=("resume",),
             environment=processes,
@@ -187,7 +198,7 @@ def demo_stages(output: Path, accelerators: int = 0, recipe: Path = RECIPE) -> l
             inputs=(
                 vqgan / "evaluation.json",
                 pretrain / "evaluation.json",
-                *(samples / task / "samples.json" for task in ("t2i", "t2v", "v2v")),
+                *(samples / task / "samples.json" for task in TASKS),
                 Path("launch/demo/report.html.j2"),
             ),
             outputs=(page,),
@@ -260,6 +271,26 @@ def _tokenize(
     shards = ("--items-per-shard", str(CORPORA[name]))
     frames = ("--frames", str(CLIP_FRAMES), "--fps", str(CLIP_FRAMES_PER_SECOND))
     return (*launcher, *command, *named, *shards, *(frames if "clips" in name else ()))
+
+
+def _starts(task: str, media: Path) -> tuple[str, ...]:
+    """What `launch/generate.py` is given for a task of the demo."""
+
+    def files(flag: str, folder: str, names: tuple[str, ...], suffix: str) -> tuple[str, ...]:
+        return _repeat(flag, [str(media / folder / f"{name}{suffix}") for name in names])
+
+    changes = (*_repeat("--prompt", CHANGES), "--region", HALF, *GUIDANCE)
+    starts = {
+        "t2i": (*_repeat("--prompt", IMAGE_PROMPTS), *GUIDANCE),
+        "t2v": (*_repeat("--prompt", CLIP_PROMPTS), *GUIDANCE),
+        "s2i": files("--sketch", "sketches", SKETCHED_IMAGES, ".png"),
+        "s2v": files("--sketch", "sketches", CONTINUED_CLIPS, ".gif"),
+        "i2i": (*files("--image", "images", HALVED_IMAGES, ".jpg"), "--region", HALF),
+        "v2v": (*files("--clip", "clips", CONTINUED_CLIPS, ".mp4"), "--keep-frames", "1"),
+        "ti2i": (*files("--image", "images", CHANGED_IMAGES, ".jpg"), *changes),
+        "tv2v": (*files("--clip", "clips", CHANGED_CLIPS, ".mp4"), *changes),
+    }
+    return starts[task]
 
 
 def _repeat(flag: str, values: tuple[str, ...] | list[str]) -> tuple[str, ...]:

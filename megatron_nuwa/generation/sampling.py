@@ -36,9 +36,10 @@ def generate_tokens(
     """Tokens int64 (batch, grid cells) in generation order, or those of the first `frames` frames.
 
     A sample depends on its own seed, context and given cells alone: its tokens are the same, bit
-    for bit, in a batch of any size and at any place of it. That is promised on the same machine
-    with the same dtype and the same number of threads; on a GPU, for batches of up to 16 rows (8
-    with guidance), beyond which the matrix library may choose other kernels.
+    for bit, in a batch of any size and at any place of it. That is promised for fp32 and bf16 on
+    a CPU with the compiled kernels, on the same machine, with the same dtype and number of
+    threads. On a GPU it is meant to hold for batches of up to 16 rows (8 with guidance) without
+    given cells; beyond that the matrix library may choose kernels by the number of rows.
 
     Args:
         context, without_text: the encoder's input with the text, and with "None" in its place;

@@ -20,7 +20,7 @@ from megatron_nuwa.generation.trained import Generator
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
-SECONDS = 60
+SECONDS = 120
 # A picture that has arrived, and its width in pixels.
 WIDTHS = "return [...document.querySelectorAll('.finished img')].map(image => image.naturalWidth)"
 # What a finished run says, or nothing yet.
@@ -123,9 +123,15 @@ def generate(browser: Chrome) -> str:
     return str(wait(browser, lambda: browser.execute_script(FINAL)))
 
 
-def has_changed(browser: Chrome, editor: str) -> bool:
+def changes(browser: Chrome, editor: str) -> bool:
+    """Whether an editor takes what it was given, which a busy machine needs some time for."""
     undo = f'{editor} button[aria-label="Undo"]:not([disabled])'
-    return bool(browser.find_elements("css selector", undo))
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        if browser.find_elements("css selector", undo):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def upload(browser: Chrome, editor: str, path: Path) -> None:
@@ -133,8 +139,7 @@ def upload(browser: Chrome, editor: str, path: Path) -> None:
 
     def uploaded() -> bool:
         browser.find_element("css selector", f"{editor} input[type=file]").send_keys(str(path))
-        time.sleep(1)
-        return has_changed(browser, editor)
+        return changes(browser, editor)
 
     wait(browser, uploaded)
 
@@ -148,8 +153,9 @@ def paint(browser: Chrome, editor: str) -> None:
         browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
         stroke = ActionChains(browser).move_to_element_with_offset(canvas, -60, -40).pause(0.2)
         stroke.click_and_hold().move_by_offset(60, 30).move_by_offset(30, 40).release().perform()
+        # A picture could be undone before; what was painted on it needs a moment, too.
         time.sleep(1)
-        return has_changed(browser, editor)
+        return changes(browser, editor)
 
     wait(browser, painted)
 

@@ -234,6 +234,10 @@ def test_a_row_of_a_linear_layer_has_the_same_bits_among_any_others(
         padded = torch.zeros(padded_rows(count, x.device), inputs, dtype=dtype)
         padded[:count] = x[rows]
         assert torch.equal(layer(padded)[:count], whole[rows]), count
+    # A frame of given cells in four rows is a product of many rows.
+    frame = x.repeat(37, 1)[: padded_rows(4 * 441, x.device)]
+    assert torch.equal(layer(frame)[:48], whole)
+    assert torch.equal(layer(frame)[1680:1728], whole)
 
 
 def test_given_cells_do_not_shift_the_random_numbers_of_others() -> None:

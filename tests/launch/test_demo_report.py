@@ -24,6 +24,7 @@ from launch.demo import report
 from launch.demo.results import read_goals, skipped_items
 from launch.demo.runner import StageRecord, record_path
 from launch.demo.showcase import peak_signal_to_noise
+from launch.demo.sketches import draw_sketch
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
 
@@ -43,20 +44,23 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_media(folder: Path) -> None:
     (folder / "clips").mkdir(parents=True)
+    (folder / "sketches").mkdir()
     clip = folder / "clips/ball-00000.mp4"
     source = ["-f", "lavfi", "-i", "testsrc2=size=64x64:rate=25:duration=1.2"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, str(clip)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "still.png")
-    write_lines(
-        folder / "heldout-clips.jsonl",
-        [{"id": "ball-00000", "media": "clips/ball-00000.mp4", "captions": [HOSTILE]}],
-    )
-    write_lines(
-        folder / "heldout-images.jsonl",
-        [{"id": "still", "media": "still.png", "captions": ["coloured noise"]}],
-    )
+    items = []
+    for name, media, suffix, captions in (
+        ("ball-00000", "clips/ball-00000.mp4", ".gif", [HOSTILE]),
+        ("still", "still.png", ".png", ["coloured noise"]),
+    ):
+        sketch = f"sketches/{name}{suffix}"
+        draw_sketch(folder / media, folder / sketch)
+        items.append({"id": name, "media": media, "captions": captions, "sketch": sketch})
+    write_lines(folder / "heldout-clips.jsonl", items[:1])
+    write_lines(folder / "heldout-images.jsonl", items[1:])
     source_file = {"package": "gradio", "version": "6.31.0", "path": "gradio/world.mp4"}
     write_lines(folder / "provenance.jsonl", [{"id": "ball-00000", **source_file}])
 
@@ -109,21 +113,26 @@ def write_corpora(output: Path) -> None:
 
 def write_samples(output: Path) -> None:
     frames = [Image.new("RGB", (SIDE, SIDE), (20 * k, 90, 200 - 20 * k)) for k in range(8)]
-    for task, suffix in (("t2i", "png"), ("t2v", "gif"), ("v2v", "gif")):
+    clip, still = output / "media/clips/ball-00000.mp4", output / "media/still.png"
+    starts: dict[str, dict[str, Any]] = {
+        "t2i": {},
+        "t2v": {},
+        "s2i": {"sketch": str(output / "media/sketches/still.png")},
+        "s2v": {"sketch": str(output / "media/sketches/ball-00000.gif")},
+        "i2i": {"given": str(still), "region": "0.5,0,1,1"},
+        "v2v": {"given": str(clip)},
+        "ti2i": {"given": str(still), "region": "0.5,0,1,1"},
+        "tv2v": {"given": str(clip), "region": "0.5,0,1,1"},
+    }
+    for task, start in starts.items():
         folder = output / "samples" / task
         folder.mkdir(parents=True)
+        suffix = "png" if task.endswith("i") else "gif"
         if suffix == "png":
             frames[0].save(folder / "0.png")
         else:
             frames[0].save(folder / "0.gif", save_all=True, append_images=frames[1:], duration=125)
-        sample: dict[str, Any] = {
-            "task": task,
-            "prompt": HOSTILE,
-            "seed": 0,
-            "files": [f"0.{suffix}"],
-        }
-        if task == "v2v":
-            sample["given"] = str(output / "media/clips/ball-00000.mp4")
+        sample = {"task": task, "prompt": HOSTILE, "seed": 0, "files": [f"0.{suffix}"], **start}
         write_json(folder / "samples.json", [sample])
 
 
@@ -207,14 +216,16 @@ def test_clips_play_for_ever_and_pictures_keep_every_pixel(page: str) -> None:
             continue
         head, _, content = str(attributes["src"]).partition(";base64,")
         with Image.open(io.BytesIO(base64.b64decode(content))) as image:
-            assert image.size == (SIDE, SIDE)
+            # Those with an outline are enlarged, so that it is a fine line.
+            assert image.size in ((SIDE, SIDE), (10 * SIDE, 10 * SIDE))
             kinds.append((head, getattr(image, "n_frames", 1)))
             if head == "data:image/webp":
                 assert image.info["loop"] == 0
-    # One T2V clip, a generated and a real continuation; one T2I image, one given frame, and two
-    # held-out frames each beside its reconstruction.
-    assert kinds.count(("data:image/webp", 8)) == 3
-    assert kinds.count(("data:image/png", 1)) == 6
+    # T2V; what S2V, V2V and TV2V wrote; the sketch, the outlined clip; and twice the real clip.
+    assert kinds.count(("data:image/webp", 8)) == 8
+    # T2I; what S2I, I2I and TI2I wrote; the sketch, the kept half, the outlined image; the given
+    # frame; twice the real image; two held-out frames each beside its reconstruction.
+    assert kinds.count(("data:image/png", 1)) == 14
     assert "image-rendering: pixelated" in page
 
 
