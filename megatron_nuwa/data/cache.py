@@ -95,14 +95,16 @@ class ShardCache:
                 os.fsync(target.fileno())
             if arrived != size or digest.hexdigest() != path.name:
                 raise UserError(f"{origin} has other bytes than were written (its sha256 differs)")
-            os.replace(part, path)
+            # A file that takes its name while a folder is listed may be listed twice or not at all.
+            with self._room_lock():
+                os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
 
     def _reserve(self, part: Path, size: int) -> None:
         """Make room by removing what was opened longest ago; wait where only arrivals are left."""
         while True:
-            with FileLock(self.folder / "locks" / "room"):
+            with self._room_lock():
                 if self._make_room(size, part.name):
                     part.touch()
                     return
@@ -141,6 +143,9 @@ class ShardCache:
                 return 0
         except Timeout:
             return int(size)
+
+    def _room_lock(self) -> FileLock:
+        return FileLock(self.folder / "locks" / "room")
 
     def _arrival_lock(self, sha256: str, timeout: float = -1) -> FileLock:
         # As many lock files as there are first bytes, not as many as there were ever shards.
