@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,11 +45,13 @@ class TextManifest(Source):
         where = f"{self._name}, item {row}"
         return item_of_row(self._parse(content.decode(), where), self.folder, where)
 
+    @abstractmethod
     def _rows(self, lines: Iterator[bytes]) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
-        raise NotImplementedError
+        """Of every row: what an error calls it, its place and size in bytes, and itself."""
 
+    @abstractmethod
     def _parse(self, text: str, where: str) -> Mapping[str, Any]:
-        raise NotImplementedError
+        """The row that a text is."""
 
 
 class JsonLinesManifest(TextManifest):
