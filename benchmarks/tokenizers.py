@@ -238,9 +238,6 @@ def _train(
     run: Path, seed: int, settings: dict[str, Any], manifests: dict[str, list[Path]]
 ) -> float:
     """Train unless the run is finished; returns the seconds of processor time that it took."""
-    record = run / "cpu_seconds.txt"
-    if record.is_file():
-        return float(record.read_text())
     steps = settings["steps"]
     vqgan = {
         "run": str(run),
@@ -266,9 +263,14 @@ def _train(
         "checkpoint_every": steps,
         **settings,
     }
+    recipe, record = run / "given.yaml", run / "cpu_seconds.txt"
+    text = yaml.safe_dump({"name": run.name, "seed": seed, "vqgan": vqgan})
+    if recipe.is_file() and recipe.read_text() != text:
+        raise UserError(f"{run} is a run with other settings; name another folder with --work")
+    if record.is_file():
+        return float(record.read_text())
     run.mkdir(parents=True, exist_ok=True)
-    recipe = run / "given.yaml"
-    recipe.write_text(yaml.safe_dump({"name": run.name, "seed": seed, "vqgan": vqgan}))
+    recipe.write_text(text)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     _run([sys.executable, str(ROOT / "launch/train_vqgan.py"), str(recipe)])
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
