@@ -68,7 +68,8 @@ def main() -> int:
             run = options.work / f"maps-{seed}"
             seconds = _train(run, seed, map_settings(options.map_steps, options.codes), sketches)
             maps.append({"seed": seed, "cpu_seconds": seconds, **judge_maps(run)})
-        show(Console(), pictures, maps)
+        # Wide enough for all columns where the output is no terminal.
+        show(Console(width=max(120, Console().width)), pictures, maps)
     report = {
         "device": device_name(torch.device("cpu")),
         "torch": torch.__version__,
@@ -305,7 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, default=300, help="of a VQ-GAN (default: 300)")
     parser.add_argument(
-        "--map-steps", type=positive, default=900, help="of a VQ-GAN-Seg (default: 900)"
+        "--map-steps", type=positive, default=1600, help="of a VQ-GAN-Seg (default: 1600)"
     )
     parser.add_argument("--codes", type=positive, default=12288, help="(default: 12288)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write the JSON")
