@@ -172,6 +172,12 @@ class Recipe(Settings):
             raise ValueError("must not be empty")
         return value
 
+    @model_validator(mode="after")
+    def _name_the_section(self) -> Recipe:
+        if self.sketch_vqgan is not None:
+            self.sketch_vqgan._section = "sketch_vqgan"
+        return self
+
     def require(self, *sections: str) -> None:
         """`UserError` that names the first of the sections that the recipe leaves out."""
         for section in sections:

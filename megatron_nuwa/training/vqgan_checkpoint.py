@@ -43,7 +43,7 @@ def save_checkpoint(checkpoints: Checkpoints, step: int, state: VqganStep) -> No
     checkpoints.remove_retired()
 
 
-def find_checkpoint(checkpoints: Checkpoints) -> Path | None:
+def find_checkpoint(checkpoints: Checkpoints, section: str) -> Path | None:
     """The newest whole checkpoint; None without any. Called by the first process alone.
 
     Tells of each newer one that is damaged; raises `UserError` when all of them are.
@@ -53,7 +53,7 @@ def find_checkpoint(checkpoints: Checkpoints) -> Path | None:
         raise UserError(
             f"{complaints[-1].removesuffix('; using the one before')}, and "
             f"{checkpoints.folder} has no other; restore its files or train into a new folder with "
-            "vqgan.run=FOLDER"
+            f"{section}.run=FOLDER"
         )
     for complaint in complaints:
         print(complaint, flush=True)
@@ -65,11 +65,12 @@ def load_checkpoint(folder: Path, state: VqganStep) -> int:
 
     Raises `UserError` when it belongs to another recipe.
     """
+    section = state.recipe.section
     tokenizer = load_vqgan(folder / _TOKENIZER_FILE)
     if tokenizer.config != state.model.config:
         raise UserError(
-            f"{folder} holds a VQ-GAN with other settings than the recipe's vqgan.model; train "
-            f"into a new folder with vqgan.run=FOLDER"
+            f"{folder} holds a VQ-GAN with other settings than the recipe's {section}.model; train "
+            f"into a new folder with {section}.run=FOLDER"
         )
     is_average = (folder / _WEIGHTS_FILE).is_file()
     weights = load_file(folder / _WEIGHTS_FILE) if is_average else tokenizer.state_dict()
@@ -78,8 +79,8 @@ def load_checkpoint(folder: Path, state: VqganStep) -> int:
     if has_discriminator != (state.discriminator is not None):
         raise UserError(
             f"{folder} was trained {'with' if has_discriminator else 'without'} a discriminator; "
-            "keep vqgan.loss.adversarial_weight on its side of 0 or train into a new folder with "
-            "vqgan.run=FOLDER"
+            f"keep {section}.loss.adversarial_weight on its side of 0 or train into a new folder "
+            f"with {section}.run=FOLDER"
         )
     try:
         state.model.load_state_dict(weights)
@@ -90,7 +91,7 @@ def load_checkpoint(folder: Path, state: VqganStep) -> int:
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder} belongs to another recipe, with another discriminator or optimizer; take "
-            "that recipe or train into a new folder with vqgan.run=FOLDER"
+            f"that recipe or train into a new folder with {section}.run=FOLDER"
         ) from error
     if state.average and is_average:
         state.average.model.load_state_dict(tokenizer.state_dict())

@@ -47,8 +47,13 @@ class VqganGuard:
     processes but the first.
     """
 
-    def __init__(self, settings: VqganGuardSettings, say: Callable[[str], None] | None) -> None:
-        self._settings, self._say = settings, say
+    def __init__(
+        self,
+        settings: VqganGuardSettings,
+        say: Callable[[str], None] | None,
+        section: str = "vqgan",
+    ) -> None:
+        self._settings, self._say, self._section = settings, say, section
         self.adversarial_scale = 1.0
         self.skipped_steps = 0
         # Skipped steps of autoencoder and discriminator.
@@ -175,6 +180,7 @@ class VqganGuard:
         kind = UserError if self._say else ReportedElsewhereError
         return kind(
             f"training stopped at step {step}, because {reason}; lower "
-            "vqgan.optimizer.learning_rate, vqgan.optimizer.gradient_clipping or "
-            "vqgan.loss.adversarial_weight, or change vqgan.guard, then run again to resume"
+            f"{self._section}.optimizer.learning_rate, {self._section}.optimizer.gradient_clipping "
+            f"or {self._section}.loss.adversarial_weight, or change {self._section}.guard, then "
+            "run again to resume"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from megatron_nuwa.config import Settings
 from megatron_nuwa.models.discriminator import AdversarialLoss
@@ -132,6 +132,12 @@ class VqganRecipe(Settings):
     evaluate_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    _section: str = PrivateAttr("vqgan")
+
+    @property
+    def section(self) -> str:
+        """Under which name it stands in the whole recipe, for error messages."""
+        return self._section
 
     @model_validator(mode="after")
     def _check_decode_size(self) -> VqganRecipe:

@@ -43,7 +43,8 @@ class VqganStep:
             self.average = WeightAverage(self.model, recipe.ema_decay)
         follower = self.average.model.quantizer if self.average else None
         self.keeper = CodebookKeeper(self.model.quantizer, recipe.codebook, seed, follower)
-        self.guard = VqganGuard(recipe.guard, _say if processes.is_first else None)
+        say = _say if processes.is_first else None
+        self.guard = VqganGuard(recipe.guard, say, recipe.section)
         self.discriminator: PatchDiscriminator | None = None
         self.discriminator_optimizer: torch.optim.Optimizer | None = None
         loss = recipe.loss

@@ -55,10 +55,13 @@ def train_vqgan(
     """
     if recipe.batch_size % processes.world_size:
         raise UserError(
-            f"vqgan.batch_size {recipe.batch_size} must be a multiple of the number of processes, "
-            f"{processes.world_size}"
+            f"{recipe.section}.batch_size {recipe.batch_size} must be a multiple of the number of "
+            f"processes, {processes.world_size}"
         )
     start = processes.first_then_all(lambda: _start(recipe))
+    state = VqganStep(recipe, seed, processes)
+    step = _resume(state)
+    # Only now: a run that is refused must not change the folder of the one it does not fit.
     if processes.is_first:
         prepare_run_folder(recipe.run, whole_recipe)
     processes.barrier()
@@ -66,8 +69,6 @@ def train_vqgan(
     held = None
     if held_out is not None:
         held = open_dataset(recipe, held_out, recipe.run / "held_out_frames.npy", processes)
-    state = VqganStep(recipe, seed, processes)
-    step = _resume(state)
     if step == 0 and start is not None:
         state.begin_with(start)
     _announce(state, step, frames)
@@ -103,19 +104,21 @@ def _start(recipe: VqganRecipe) -> Vqgan | None:
     for field, value in theirs.items():
         if ours[field] != value:
             raise UserError(
-                f"vqgan.start: {recipe.start} was trained with vqgan.model.{field} = {value}, but "
-                f"the recipe says {ours[field]}; set it to {value}"
+                f"{recipe.section}.start: {recipe.start} was trained with "
+                f"{recipe.section}.model.{field} = {value}, but the recipe says {ours[field]}; "
+                f"set it to {value}"
             )
     return start
 
 
 def _resume(state: VqganStep) -> int:
     """Take up the newest whole checkpoint; returns its step, 0 without any."""
-    processes, checkpoints = state.processes, _checkpoints(state.recipe)
+    processes, section = state.processes, state.recipe.section
+    checkpoints = _checkpoints(state.recipe)
 
     def find() -> Path | None:
         # Reading all files once is enough.
-        return find_checkpoint(checkpoints) if processes.is_first else None
+        return find_checkpoint(checkpoints, section) if processes.is_first else None
 
     mine = processes.first_then_all(find)
     found = processes.first_tells(lambda: mine)

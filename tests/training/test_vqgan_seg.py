@@ -136,6 +136,8 @@ def test_a_recipe_may_have_both_tokenizers_and_the_command_names_one(
     with pytest.raises(UserError, match="has no 'vqgan'"):
         train_here(monkeypatch, path)
     train_here(monkeypatch, path, "--section", "sketch_vqgan", "sketch_vqgan.batch_size=4")
+    with pytest.raises(UserError, match=r"into a new folder with sketch_vqgan\.run=FOLDER"):
+        train_here(monkeypatch, path, "--section", "sketch_vqgan", "sketch_vqgan.model.code_dim=7")
     assert load_vqgan(tmp_path / "seg").config.classes == CLASSES
     written = yaml.safe_load((tmp_path / "seg/recipe.yaml").read_text())
     assert written["sketch_vqgan"]["batch_size"] == 4
