@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.demo.catalogue import load_catalogue
-from launch.demo.media import find_package_file
+from launch.workflow.media import find_package_file
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from preprocessing.decoders import DecodeSettings, decode, guard

@@ -15,7 +15,7 @@ from preprocessing.assembly import ShardAssembly
 from preprocessing.attempts import Attempts
 from preprocessing.communicator import Claims, Communicator, MessageKind
 from preprocessing.decode_worker import Decoded, DecodeThreads, Task
-from preprocessing.encoder import EncodedBatch, FrameEncoder
+from preprocessing.encoder import EncodedBatch, Encoders
 from preprocessing.figures import Figures
 from preprocessing.ledger import CorpusSettings
 from preprocessing.plan import Plan
@@ -103,10 +103,14 @@ def serve_encode_rank(communicator: Communicator, encode_rank: int, threads: Dec
 
 @dataclass(frozen=True)
 class Sample:
-    """An item as the report shows it: first, middle and last frame, uint8 (frames, H, W, 3)."""
+    """An item as the report shows it: first, middle and last frame, uint8 (frames, H, W, 3).
+
+    `maps`, uint8 (frames, H, W), are of the same moments of its sketch, if it has one.
+    """
 
     item: SourceItem
     frames: np.ndarray
+    maps: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -141,15 +145,13 @@ class EncodeLoop:
     def __init__(
         self,
         work: Work,
-        encoder: FrameEncoder,
+        encoders: Encoders,
         decoders: Sequence[Decoder],
         claims: Claims,
         receive: Callable[[], None],
-        sketch_encoder: FrameEncoder | None = None,
     ) -> None:
         self._work = work
-        self._encoder = encoder
-        self._sketch_encoder = sketch_encoder
+        self._encoders = encoders
         self._decoders = decoders
         self._receive = receive
         self._tasks = self._all_tasks(claims)
@@ -234,8 +236,7 @@ class EncodeLoop:
         self.figures.left_out += decoded.filter is not None
         self.figures.decode_seconds += decoded.seconds
         if decoded.frames is not None and len(self.samples) < SAMPLES:
-            picks = sorted({0, len(decoded.frames) // 2, len(decoded.frames) - 1})
-            self.samples.append(Sample(assembly.planned[index].item, decoded.frames[picks]))
+            self.samples.append(_sample(assembly.planned[index].item, decoded.frames, decoded.maps))
         batch = assembly.take(index, decoded)
         if batch is not None:
             self._ready.append((assembly, batch))
@@ -246,10 +247,10 @@ class EncodeLoop:
             self._put(assembly, batch)
             return
         began = time.perf_counter()
-        encoded = [self._encoder.start(frames)]
+        encoded = [self._encoders.frames.start(frames)]
         if maps is not None:
-            assert self._sketch_encoder is not None
-            encoded.append(self._sketch_encoder.start(maps))
+            assert self._encoders.sketches is not None
+            encoded.append(self._encoders.sketches.start(maps))
         self.figures.frames += len(frames)
         self.figures.batches += 1
         self._encoding.append(_UnderWork(assembly, batch, encoded, began))
@@ -281,3 +282,8 @@ class EncodeLoop:
         assembly.write(self._work.output)
         self.figures.write_seconds += time.perf_counter() - began
         self.figures.shards += 1
+
+
+def _sample(item: SourceItem, frames: np.ndarray, maps: np.ndarray | None) -> Sample:
+    picks = sorted({0, len(frames) // 2, len(frames) - 1})
+    return Sample(item, frames[picks], None if maps is None else maps[picks])

@@ -139,6 +139,14 @@ class FrameEncoder:
         return features
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """What items are encoded with: their frames, and their sketches where they have any."""
+
+    frames: FrameEncoder
+    sketches: FrameEncoder | None = None
+
+
 def _compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return cast(Callable[[Tensor], Tensor], torch.compile(function, dynamic=False))
 

@@ -32,7 +32,7 @@ from preprocessing.encode_loop import (
     Work,
     serve_encode_rank,
 )
-from preprocessing.encoder import FrameEncoder
+from preprocessing.encoder import Encoders, FrameEncoder
 from preprocessing.figures import Figures
 from preprocessing.isolation import Demands
 from preprocessing.ledger import FAILURES_FILE, CorpusSettings, Ledger
@@ -91,7 +91,7 @@ class _Farm:
             communicator.rank, communicator.size, options.decode_ranks_per_encoder
         )
         self.loop: EncodeLoop | None = None
-        self.encoder: FrameEncoder | None = None
+        self.encoders: Encoders | None = None
 
     def run(self, work: Work, claims: Claims, watch: Watch | None) -> None:
         """This rank's part of the work."""
@@ -100,23 +100,19 @@ class _Farm:
             with self._threads() as threads:
                 serve_encode_rank(ranks, self._group.encode_rank, threads)
             return
-        self.encoder = self._encoder_of(self._vqgan)
-        sketch_encoder = None
-        if self._sketch_vqgan is not None:
-            sketch_encoder = self._encoder_of(self._sketch_vqgan)
+        self.encoders = Encoders(
+            self._encoder_of(self._vqgan),
+            None if self._sketch_vqgan is None else self._encoder_of(self._sketch_vqgan),
+        )
         if self._group.decode_ranks:
             remote = RemoteDecoders(ranks, self._group.decode_ranks)
             decoders = list(remote.decoders.values())
-            self.loop = EncodeLoop(
-                work, self.encoder, decoders, claims, remote.receive, sketch_encoder
-            )
+            self.loop = EncodeLoop(work, self.encoders, decoders, claims, remote.receive)
             self._encode(self.loop, watch)
             remote.dismiss()
         else:
             with self._threads() as threads:
-                self.loop = EncodeLoop(
-                    work, self.encoder, [threads], claims, lambda: None, sketch_encoder
-                )
+                self.loop = EncodeLoop(work, self.encoders, [threads], claims, lambda: None)
                 self._encode(self.loop, watch)
         if watch is None:
             ranks.send(0, MessageKind.REPORT, (self.loop.take_figures(), True))
@@ -305,8 +301,8 @@ def _finish(
     if manifest.counts.failed > len(failures):
         more = manifest.counts.failed - len(failures)
         print(f"  and {more} more, in {options.output / FAILURES_FILE}", flush=True)
-    if options.report and farm.loop is not None and farm.encoder is not None:
-        told = write_report(folder.report, options.output, farm.loop.samples, farm.encoder, watch)
+    if options.report and farm.loop is not None and farm.encoders is not None:
+        told = write_report(folder.report, options.output, farm.loop.samples, farm.encoders, watch)
         print(told, flush=True)
 
 

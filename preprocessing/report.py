@@ -7,19 +7,23 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.text import text_mask
 from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.generation.palette import coloured
+from megatron_nuwa.models.segmentation import class_map
+from megatron_nuwa.pages import render_page
 from preprocessing.encode_loop import Sample
-from preprocessing.encoder import FrameEncoder
+from preprocessing.encoder import Encoders, FrameEncoder
 from preprocessing.stats import codebook_use, failure_kinds
 from preprocessing.watch import Watch
 
@@ -39,29 +43,18 @@ class Bar:
 
 
 def write_report(
-    path: Path, corpus_folder: Path, samples: Sequence[Sample], encoder: FrameEncoder, watch: Watch
+    path: Path, corpus_folder: Path, samples: Sequence[Sample], encoders: Encoders, watch: Watch
 ) -> str:
     """Write the page and say where it is, or why there is none."""
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError:
-        return "no report: it needs jinja2 (pip install 'megatron-nuwa[demo]')"
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     corpus = Corpus(corpus_folder)
     lengths, codes = _sums(corpus)
     perplexity, used = codebook_use(codes)
-    page = environment.get_template("report.html.j2").render(
+    page = render_page(
+        Path(__file__).with_name("report.html.j2"),
         corpus=corpus_folder,
-        written=datetime.now().strftime("%d %B %Y, %H:%M"),
         manifest=corpus.manifest,
         cards=_cards(watch),
-        samples=[_pictures(sample, encoder) for sample in samples],
+        samples=[_pictures(sample, encoders) for sample in samples],
         lengths=_histogram(lengths),
         codes=_histogram(np.sort(codes)[::-1]),
         perplexity=perplexity,
@@ -125,22 +118,43 @@ def _histogram(counts: np.ndarray) -> list[Bar]:
     ]
 
 
-def _pictures(sample: Sample, encoder: FrameEncoder) -> dict[str, Any]:
-    """A sample's frames, and what their tokens are decoded to."""
-    tokens = torch.from_numpy(encoder.start(sample.frames).tokens().astype(np.int64))
-    device = next(encoder.vqgan.parameters()).device
-    with torch.inference_mode():
-        images = encoder.vqgan.decode(tokens.to(device)).float().cpu()
-    decoded = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    reconstructed = decoded.permute(0, 2, 3, 1).numpy()
+def _pictures(sample: Sample, encoders: Encoders) -> dict[str, Any]:
+    """A sample's frames and sketch, and what their tokens are decoded to."""
+    images = _decoded(sample.frames, encoders.frames)
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    reconstructed = pixels.permute(0, 2, 3, 1).numpy()
     error = np.mean((reconstructed.astype(np.float64) - sample.frames) ** 2)
-    return {
+    shown = {
         "id": sample.item.id,
         "caption": sample.item.captions[0],
-        "original": _address(np.concatenate(list(sample.frames), axis=1)),
-        "reconstruction": _address(np.concatenate(list(reconstructed), axis=1)),
+        "original": _side_by_side(sample.frames),
+        "reconstruction": _side_by_side(reconstructed),
         "psnr": 10 * np.log10(255**2 / max(float(error), 1e-9)),
+        "sketch": None,
     }
+    if sample.maps is None or encoders.sketches is None:
+        return shown
+    found = class_map(_decoded(sample.maps, encoders.sketches)).numpy()
+    classes = encoders.sketches.vqgan.config.classes
+    assert classes is not None
+    shown["sketch"] = {
+        "original": _side_by_side(coloured(sample.maps, classes)),
+        "reconstruction": _side_by_side(coloured(found, classes)),
+        "accuracy": float(np.mean(found == sample.maps)),
+    }
+    return shown
+
+
+def _decoded(frames: np.ndarray, encoder: FrameEncoder) -> Tensor:
+    """What the tokens of frames or maps stand for: pictures, or logits of classes."""
+    tokens = torch.from_numpy(encoder.start(frames).tokens().astype(np.int64))
+    device = next(encoder.vqgan.parameters()).device
+    with torch.inference_mode():
+        return encoder.vqgan.decode(tokens.to(device)).float().cpu()
+
+
+def _side_by_side(frames: np.ndarray) -> str:
+    return _address(np.concatenate(list(frames), axis=1))
 
 
 def _address(picture: np.ndarray) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.demo.command import add_stage_arguments, run_stages
 from launch.demo.results import Goal, read_goals
-from launch.demo.stages import DEFAULT_OUTPUT, count_accelerators, demo_stages
+from launch.demo.stages import DEFAULT_OUTPUT, demo_stages
+from launch.workflow.command import add_stage_arguments, run_stages
+from launch.workflow.stage import count_accelerators
 from megatron_nuwa.errors import run_command
 
 

@@ -10,40 +10,32 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from launch.demo import pictures, showcase
+from launch.demo import showcase
 from launch.demo.catalogue import load_catalogue
-from launch.demo.display import duration
-from launch.demo.results import (
-    corpus_counts,
-    read_goals,
+from launch.demo.results import corpus_counts, read_goals, skipped_items
+from launch.demo.stages import BEFORE_PAGE, CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
+from launch.workflow.charts import line_chart, loss_chart
+from launch.workflow.display import duration
+from launch.workflow.results import (
     read_json,
     read_json_lines,
     read_log,
     series,
-    skipped_items,
     stage_records,
     typical,
 )
-from launch.demo.runner import StageRecord
-from launch.demo.stages import CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
+from launch.workflow.runner import StageRecord
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.generation.tasks import TASKS
+from megatron_nuwa.pages import render_page
 
-TASKS = {
-    "t2i": "text to image",
-    "v2v": "video prediction",
-    "t2v": "text to video",
-    "s2i": "sketch to image",
-    "s2v": "sketch to video",
-}
 _LARGEST_PAGE_BYTES = 12 * 2**20
 
 
@@ -66,18 +58,11 @@ def render_report(output: Path) -> str:
     """The page's HTML; `UserError` names the first file that is absent or broken."""
     if not output.is_dir():
         raise UserError(f"{output} is not a folder; run the demo first: python -m launch.demo")
-    records = stage_records(output)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = duration
-    page = environment.get_template("report.html.j2").render(
+    records = stage_records(output, BEFORE_PAGE)
+    page = render_page(
+        Path(__file__).with_name("report.html.j2"),
+        {"duration": duration},
         output=output,
-        written=datetime.now().strftime("%d %B %Y, %H:%M"),
         goals=read_goals(output),
         story=_story(output, records),
         images=showcase.generated_images(output),
@@ -116,7 +101,7 @@ def _story(output: Path, records: Sequence[StageRecord]) -> dict[str, Any]:
         "pretrain_steps": max(pretrain_log, default=0),
         "stop": _stop_step(records),
         "tasks": {
-            TASKS.get(name, name): figures
+            TASKS[name].title: figures
             for name, figures in evaluation["heldout"].get("tasks", {}).items()
         },
     }
@@ -132,27 +117,17 @@ def _stop_step(records: Sequence[StageRecord]) -> int | None:
 
 
 def _charts(output: Path, records: Sequence[StageRecord]) -> list[dict[str, Any]]:
-    vqgan, pretrain = read_log(output / "vqgan"), read_log(output / "pretrain")
-    stop = _stop_step(records)
-    tasks = [task for task in TASKS if series(pretrain, f"train/loss/{task}")[0]]
-    heldout = {
-        f"{TASKS[task]}, held out": series(pretrain, f"eval/loss_nats/{task}") for task in tasks
-    }
+    vqgan, stop = read_log(output / "vqgan"), _stop_step(records)
     drawings = [
         (
             "Pretraining: cross-entropy of each task",
-            pictures.line_chart(
-                {TASKS[task]: series(pretrain, f"train/loss/{task}") for task in tasks},
-                marks={name: points for name, points in heldout.items() if points[0]},
-                x_label="step",
-                y_label="nats a token",
-                event=(stop, "stopped and resumed") if stop else None,
-                inches=(11.0, 3.9),
+            loss_chart(
+                read_log(output / "pretrain"), (stop, "stopped and resumed") if stop else None
             ),
         ),
         (
             "VQ-GAN: terms of the loss",
-            pictures.line_chart(
+            line_chart(
                 _present(vqgan, "train/loss/{}", "reconstruction", "perceptual", "codebook"),
                 x_label="step",
                 y_label="loss",
@@ -161,9 +136,7 @@ def _charts(output: Path, records: Sequence[StageRecord]) -> list[dict[str, Any]
         ),
         (
             "VQ-GAN: reconstruction of held-out frames",
-            pictures.line_chart(
-                _present(vqgan, "eval/{}", "psnr"), x_label="step", y_label="PSNR in dB"
-            ),
+            line_chart(_present(vqgan, "eval/{}", "psnr"), x_label="step", y_label="PSNR in dB"),
         ),
     ]
     return [{"title": title, "svg": Markup(svg)} for title, svg in drawings]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.demo.display import duration
-from launch.demo.runner import StageRecord, read_record
+from launch.demo.stages import BEFORE_PAGE
+from launch.workflow.display import duration
+from launch.workflow.results import Goal, read_json, stage_records
 from megatron_nuwa.errors import UserError
 
 PSNR_GOAL_DB = 20.0
@@ -17,21 +16,6 @@ CODES_GOAL = 0.5
 BELOW_UNIGRAM_GOAL = 0.15
 MINUTES_GOAL = 12
 MEMORY_GOAL_GIB = 8
-STAGES = (
-    *("media", "vqgan", "sketch-vqgan", "bpe", "tokenize"),
-    *("pretrain", "resume", "generate"),
-)
-
-
-@dataclass(frozen=True)
-class Goal:
-    """One figure of the run beside what it was to reach."""
-
-    name: str
-    value: str
-    goal: str
-    met: bool
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -41,35 +25,6 @@ class Skipped:
     corpus: str
     id: str
     reason: str
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; `UserError` names it where it is absent or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); run the demo's stages first"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Parse a JSON-lines file; `UserError` names it and the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); run the demo's stages first"
-        ) from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-    return rows
 
 
 def read_goals(output: Path) -> list[Goal]:
@@ -82,7 +37,7 @@ def read_goals(output: Path) -> list[Goal]:
         loss, entropy = float(heldout["loss_nats"]), float(heldout["unigram_entropy_nats"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} lacks the figures of held-out items under 'heldout'") from error
-    records = stage_records(output)
+    records = stage_records(output, BEFORE_PAGE)
     seconds = sum(record.seconds for record in records)
     memory = max((record.peak_memory_bytes for record in records), default=0) / 2**30
     psnr, used = float(vqgan["psnr_db"]), float(vqgan["used_fraction"])
@@ -123,32 +78,6 @@ def read_goals(output: Path) -> list[Goal]:
             "most that all processes of a stage held at once",
         ),
     ]
-
-
-def stage_records(output: Path) -> list[StageRecord]:
-    """The records of all stages before the page, in order."""
-    found = (read_record(output, name) for name in STAGES)
-    return [record for record in found if record and record.state == "done"]
-
-
-def read_log(run: Path) -> dict[int, dict[str, float]]:
-    """A run's log as step → tag → value; after a resume the later line of a step counts."""
-    log: dict[int, dict[str, float]] = {}
-    for row in read_json_lines(run / "log.jsonl"):
-        log.setdefault(int(row["step"]), {}).update(row)
-    return log
-
-
-def series(log: dict[int, dict[str, float]], tag: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one tag."""
-    steps = [step for step in sorted(log) if tag in log[step]]
-    return steps, [float(log[step][tag]) for step in steps]
-
-
-def typical(log: dict[int, dict[str, float]], tag: str) -> float | None:
-    """The median of a tag over a run, which start-up and saving do not move."""
-    _, values = series(log, tag)
-    return statistics.median(values) if values else None
 
 
 def corpus_counts(output: Path) -> dict[str, dict[str, int]]:

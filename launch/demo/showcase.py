@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageSequence
 
 from launch.demo.media import STILL_SUFFIX
-from launch.demo.pictures import read_frames
-from launch.demo.results import read_json, read_json_lines
 from launch.demo.sketches import CLASSES
 from launch.demo.stages import CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
+from launch.workflow.results import read_json, read_json_lines
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.gallery import shown_given
 from megatron_nuwa.generation.media import address, animation, still
@@ -210,7 +210,7 @@ def _samples(folder: Path, suffix: str) -> Iterable[tuple[dict[str, Any], np.nda
     for sample in read_json(folder / "samples.json"):
         for name in sample["files"]:
             if name.endswith(suffix):
-                yield sample, read_frames(folder / name)
+                yield sample, _read_frames(folder / name)
 
 
 def _given(output: Path, sample: dict[str, Any], field: str = "given") -> Path:
@@ -225,3 +225,13 @@ def _given(output: Path, sample: dict[str, Any], field: str = "given") -> Path:
     raise UserError(
         f"{folder / 'samples.json'}: {name}, which a sample starts from, does not exist"
     )
+
+
+def _read_frames(path: Path) -> np.ndarray:
+    """All frames of an image file or a GIF as uint8 (frames, rows, columns, 3)."""
+    try:
+        with Image.open(path) as opened:
+            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as an image") from error
+    return np.stack(frames)

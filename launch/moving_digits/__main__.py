@@ -12,12 +12,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.demo.command import add_stage_arguments, run_stages
-from launch.demo.stages import count_accelerators
 from launch.moving_digits.results import read_goals, read_scores
 from launch.moving_digits.scorer import table
 from launch.moving_digits.sizes import SIZES
 from launch.moving_digits.stages import digit_stages
+from launch.workflow.command import add_stage_arguments, run_stages
+from launch.workflow.stage import count_accelerators
 from megatron_nuwa.errors import run_command
 
 

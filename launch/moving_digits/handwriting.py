@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from launch.demo.media import find_package_file
+from launch.workflow.media import find_package_file
 from megatron_nuwa.errors import UserError
 
 PACKAGE, PATH = "scikit-learn", "sklearn/datasets/data/digits.csv.gz"

@@ -13,16 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
-from launch.demo.media import replaced_folder
 from launch.moving_digits.handwriting import Handwriting, read_handwriting
 from launch.moving_digits.motions import DIGITS, image_caption, scenes
 from launch.moving_digits.world import World, anywhere, draw, path, sketch, start
+from launch.workflow.media import replaced_folder
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError, run_command
 
@@ -88,12 +89,12 @@ def write_media(output: Path, world: World, counts: Mapping[str, int], seed: int
             )
     with replaced_folder(output, WORLD_FILE) as folder:
         for stream, (name, count) in enumerate(counts.items()):
-            held_out = name.startswith("heldout")
-            digits = read_handwriting(world.digit, held_out=held_out)
+            part = _Part(folder, name, count, world)
+            (folder / name).mkdir()
             # A stream of its own each: more clips leave the images as they are.
             random = np.random.default_rng([seed, stream])
             write = _write_scenes if name.endswith("clips") else _write_images
-            rows = write(folder, name, world, digits, count, held_out, random)
+            rows = write(part, random)
             text = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
         for name, captions in prompt_lists().items():
@@ -110,67 +111,70 @@ def prompt_lists() -> dict[str, list[str]]:
     }
 
 
-def _write_scenes(
-    folder: Path,
-    name: str,
-    world: World,
-    digits: Handwriting,
-    count: int,
-    held_out: bool,
-    random: np.random.Generator,
-) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class _Part:
+    """Items of one kind in the folder `name`, to train on or held out."""
+
+    folder: Path
+    name: str
+    count: int
+    world: World
+
+    @property
+    def is_held_out(self) -> bool:
+        return self.name.startswith("heldout")
+
+    def digits(self) -> Handwriting:
+        """The handwriting that this part draws from."""
+        return read_handwriting(self.world.digit, held_out=self.is_held_out)
+
+    def path(self, number: int, end: str) -> Path:
+        """The file of an item, such as `NAME/000007.png`."""
+        return self.folder / self.name / f"{number:06d}{end}"
+
+    def row(self, number: int, end: str, sketch_end: str, caption: str) -> dict[str, object]:
+        """An item's line of the manifest."""
+        return {
+            "id": f"{self.name}-{number:06d}",
+            "media": str(self.path(number, end).relative_to(self.folder)),
+            "captions": [caption],
+            "sketch": str(self.path(number, sketch_end).relative_to(self.folder)),
+        }
+
+
+def _write_scenes(part: _Part, random: np.random.Generator) -> list[dict[str, object]]:
     """Clips of all scenes in turn that are (not) held out, each with its sketch."""
-    media = folder / name
-    media.mkdir()
-    among = scenes(held_out=held_out)
+    digits, among, world = part.digits(), scenes(held_out=part.is_held_out), part.world
     rows: list[dict[str, object]] = []
-    for first in range(0, count, _CLIPS_A_BATCH):
-        numbers = range(first, min(first + _CLIPS_A_BATCH, count))
+    for first in range(0, part.count, _CLIPS_A_BATCH):
+        numbers = range(first, min(first + _CLIPS_A_BATCH, part.count))
         clips = []
         for number in numbers:
             scene = among[number % len(among)]
             ink = digits.random_sample(scene.digit, random)
             clips.append(draw(world, ink, path(world, scene.motion, random)))
-            np.save(media / f"{number:06d}.npy", sketch(clips[-1], scene.digit))
-            rows.append(_row(name, number, "mp4", ".npy", scene.caption))
-        write_clips(media, [f"{number:06d}" for number in numbers], np.stack(clips), world)
+            np.save(part.path(number, ".npy"), sketch(clips[-1], scene.digit))
+            rows.append(part.row(number, ".mp4", ".npy", scene.caption))
+        names = [f"{number:06d}" for number in numbers]
+        write_clips(part.folder / part.name, names, np.stack(clips), world)
     return rows
 
 
-def _write_images(
-    folder: Path,
-    name: str,
-    world: World,
-    digits: Handwriting,
-    count: int,
-    held_out: bool,
-    random: np.random.Generator,
-) -> list[dict[str, object]]:
+def _write_images(part: _Part, random: np.random.Generator) -> list[dict[str, object]]:
     """Stills of all digits in turn, each with its sketch.
 
     Images are first frames of clips; "frames", for the tokenizers, show digits anywhere.
     """
-    place = anywhere if name.endswith("frames") else start
-    media = folder / name
-    media.mkdir()
+    digits, world = part.digits(), part.world
+    place = anywhere if part.name.endswith("frames") else start
     rows = []
-    for number in range(count):
+    for number in range(part.count):
         digit = number % DIGITS
         [frame] = draw(world, digits.random_sample(digit, random), place(world, random)[None])
-        Image.fromarray(frame).save(media / f"{number:06d}.png")
-        Image.fromarray(sketch(frame, digit)).save(media / f"{number:06d}-sketch.png")
-        rows.append(_row(name, number, "png", "-sketch.png", image_caption(digit)))
+        Image.fromarray(frame).save(part.path(number, ".png"))
+        Image.fromarray(sketch(frame, digit)).save(part.path(number, "-sketch.png"))
+        rows.append(part.row(number, ".png", "-sketch.png", image_caption(digit)))
     return rows
-
-
-def _row(name: str, number: int, suffix: str, sketch_end: str, caption: str) -> dict[str, object]:
-    stem = f"{name}/{number:06d}"
-    return {
-        "id": f"{name}-{number:06d}",
-        "media": f"{stem}.{suffix}",
-        "captions": [caption],
-        "sketch": f"{stem}{sketch_end}",
-    }
 
 
 def write_clips(folder: Path, names: Sequence[str], clips: np.ndarray, world: World) -> None:

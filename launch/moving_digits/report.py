@@ -8,19 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
 
-from launch.demo.display import duration
-from launch.demo.pictures import line_chart
-from launch.demo.results import read_json, read_log, series
 from launch.moving_digits.motions import DIGITS, MOTIONS, motion_text
-from launch.moving_digits.results import held_out_score, read_goals, read_scores, stage_records
+from launch.moving_digits.results import held_out_score, read_goals, read_scores
 from launch.moving_digits.scorer import (
     Reading,
     Scores,
@@ -32,23 +27,21 @@ from launch.moving_digits.scorer import (
     share_text,
 )
 from launch.moving_digits.sizes import SIZES, Size
-from launch.moving_digits.stages import TASKS
+from launch.moving_digits.stages import BEFORE_PAGE, TASKS
 from launch.moving_digits.world import World
+from launch.workflow.charts import loss_chart
+from launch.workflow.display import duration
+from launch.workflow.results import read_json, read_log, stage_records
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.generation.media import animation, still
+from megatron_nuwa.generation.tasks import TASKS as EVERY_TASK
 from megatron_nuwa.generation.tasks import task_named
 from megatron_nuwa.models.segmentation import palette
 from megatron_nuwa.models.vqgan import load_vqgan
+from megatron_nuwa.pages import render_page
 from preprocessing.decoders import decode_sketch
 
-_LINES = {
-    "t2i": "text to image",
-    "t2v": "text to video",
-    "s2i": "sketch to image",
-    "s2v": "sketch to video",
-    "v2v": "video prediction",
-}
 # Clips and images that the page shows of each set.
 _SHOWN, _SHOWN_IMAGES, _RECONSTRUCTED = 64, 20, 8
 _UNREAD = "unclear"
@@ -84,17 +77,10 @@ def render_report(size: Size, output: Path) -> str:
         raise UserError(f"{output} is not a folder; run python -m launch.moving_digits first")
     scores, world = read_scores(output), read_world(output / "media")
     asked = held_out_score(scores).readings
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["duration"] = duration
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        Path(__file__).with_name("report.html.j2"),
+        {"duration": duration},
         output=output,
-        written=datetime.now().strftime("%d %B %Y, %H:%M"),
         goals=read_goals(size, output),
         scores=_score_rows(scores),
         world=world,
@@ -105,10 +91,10 @@ def render_report(size: Size, output: Path) -> str:
         reconstructions=_reconstructions(world, output, scores),
         digits=_digit_confusion(asked),
         motions=_motion_confusion(asked),
-        chart=Markup(_chart(output)),
+        chart=Markup(loss_chart(read_log(output / "pretrain"))),
         heldout=read_json(output / "pretrain" / "evaluation.json")["heldout"]["tasks"],
-        tasks=_LINES,
-        stages=stage_records(output),
+        titles={name: task.title for name, task in EVERY_TASK.items()},
+        stages=stage_records(output, BEFORE_PAGE),
     )
 
 
@@ -220,19 +206,6 @@ def _confusion(asked: list[str], read: list[str], pairs: list[tuple[str, str]]) 
         for row in zip(counts, shares, strict=True)
     ]
     return {"asked": asked, "read": read, "rows": list(zip(asked, cells, strict=True))}
-
-
-def _chart(output: Path) -> str:
-    log = read_log(output / "pretrain")
-    tasks = [task for task in _LINES if series(log, f"train/loss/{task}")[0]]
-    heldout = {f"{_LINES[task]}, held out": series(log, f"eval/loss_nats/{task}") for task in tasks}
-    return line_chart(
-        {_LINES[task]: series(log, f"train/loss/{task}") for task in tasks},
-        marks={name: points for name, points in heldout.items() if points[0]},
-        x_label="step",
-        y_label="nats a token",
-        inches=(11.0, 3.9),
-    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.demo.display import duration
-from launch.demo.results import Goal, read_json
-from launch.demo.runner import StageRecord, read_record
 from launch.moving_digits.scorer import Score, Scores, Share, share_text
 from launch.moving_digits.sizes import Size
 from launch.moving_digits.stages import BEFORE_PAGE, SAMPLES
+from launch.workflow.display import duration
+from launch.workflow.results import Goal, read_json, stage_records
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError
 
@@ -32,12 +31,6 @@ def held_out_score(scores: Scores) -> Score:
     raise UserError(f"the scores lack the samples of {_HELD_OUT}")
 
 
-def stage_records(output: Path) -> list[StageRecord]:
-    """The records of all finished stages before the page, in order."""
-    found = (read_record(output, name) for name in BEFORE_PAGE)
-    return [record for record in found if record and record.state == "done"]
-
-
 def read_goals(size: Size, output: Path) -> list[Goal]:
     """What the proof promises, and what was reached."""
     scores = read_scores(output)
@@ -51,7 +44,7 @@ def read_goals(size: Size, output: Path) -> list[Goal]:
         _goal("The scorer reads motions", reconstructed.motion, SCORER_GOAL, _OF_REAL),
     ]
     if size.minutes is not None:
-        seconds = sum(record.seconds for record in stage_records(output))
+        seconds = sum(record.seconds for record in stage_records(output, BEFORE_PAGE))
         goals.append(
             Goal(
                 "Time",

@@ -24,13 +24,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from launch.demo.results import read_json, read_json_lines
 from launch.moving_digits.classifier import DigitClassifier, train_classifier
 from launch.moving_digits.handwriting import read_handwriting
 from launch.moving_digits.media import WORLD_FILE
 from launch.moving_digits.motion_reading import read_motion
 from launch.moving_digits.motions import DIGITS, MOTIONS, Scene, digit_of, scene_of
 from launch.moving_digits.world import World
+from launch.workflow.results import read_json, read_json_lines
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically

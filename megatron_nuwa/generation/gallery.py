@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from megatron_nuwa.generation.media import address
 from megatron_nuwa.generation.palette import coloured
 from megatron_nuwa.generation.regions import outline
 from megatron_nuwa.generation.tasks import Request, Sample
+from megatron_nuwa.pages import render_page
 
 # Given pictures are shown at least this large, so that a region's outline is a fine line.
 _SHOWN_SIDE = 320
@@ -40,13 +39,6 @@ def gallery_page(
     sketch_classes: int = 0,
 ) -> str:
     """The page's HTML for samples of one task; `entries` are their lines of samples.json."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
     for sample, entry in zip(samples, entries, strict=True):
         key = (sample.request.prompt, entry.get("given"), entry.get("sketch"))
@@ -62,7 +54,8 @@ def gallery_page(
         )
     origin = entries[0]
     shown = {name: origin.get(key) for key, name in _SETTINGS.items()}
-    return environment.get_template("gallery.html.j2").render(
+    return render_page(
+        Path(__file__).with_name("gallery.html.j2"),
         task=samples[0].request.task,
         groups=list(groups.values()),
         count=len(samples),
@@ -73,7 +66,6 @@ def gallery_page(
         step=origin.get("step"),
         sha256=origin.get("sha256"),
         settings={name: value for name, value in shown.items() if value not in (None, False)},
-        written=datetime.now().strftime("%d %B %Y, %H:%M"),
     )
 
 

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.demo import report
 from launch.demo.results import read_goals, skipped_items
-from launch.demo.runner import StageRecord, record_path
 from launch.demo.showcase import peak_signal_to_noise
 from launch.demo.sketches import draw_sketch
+from launch.workflow.runner import StageRecord, record_path
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
 

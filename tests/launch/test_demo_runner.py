@@ -13,29 +13,27 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.demo.display import Display
-from launch.demo.runner import Runner, StageError, log_tail, read_record
-from launch.demo.stages import Stage, demo_stages, recipe_overrides
+from launch.demo.stages import DEFAULT_OUTPUT, RECIPE, demo_stages
+from launch.workflow.display import Display
+from launch.workflow.plan import moved
+from launch.workflow.runner import Runner, StageError, log_tail, read_record
+from launch.workflow.stage import Stage
+from megatron_nuwa.training.recipe import load_recipe
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text("schedule: {steps: 40}\n")
-    return path
-
-
-def test_every_input_of_a_stage_is_written_by_an_earlier_one(recipe: Path) -> None:
-    written = {recipe, Path("launch/demo/catalogue.yaml"), Path("demo-media.txt")}
+def test_every_input_of_a_stage_is_written_by_an_earlier_one() -> None:
+    written = {RECIPE, Path("launch/demo/catalogue.yaml"), Path("demo-media.txt")}
     written |= {Path("launch/demo/report.html.j2")}
-    for stage in demo_stages(Path("runs/demo"), recipe=recipe):
+    for stage in demo_stages(DEFAULT_OUTPUT):
         assert set(stage.inputs) <= written
         written |= set(stage.outputs)
 
 
-def test_another_output_folder_is_passed_on_to_every_command(recipe: Path) -> None:
-    assert recipe_overrides(Path("runs/demo")) == ()
-    for stage in demo_stages(Path("elsewhere"), recipe=recipe):
+def test_another_output_folder_is_passed_on_to_every_command() -> None:
+    assert list(moved(RECIPE, DEFAULT_OUTPUT, DEFAULT_OUTPUT)) == []
+    recipe = load_recipe(RECIPE, list(moved(RECIPE, DEFAULT_OUTPUT, Path("elsewhere"))))
+    assert "runs/" not in recipe.model_dump_json()
+    for stage in demo_stages(Path("elsewhere")):
         for command in stage.commands:
             assert "elsewhere" in " ".join(command)
             assert "runs/demo" not in " ".join(command)

@@ -17,8 +17,6 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launch.demo.display import Display
-from launch.demo.runner import Runner, StageRecord, log_tail, read_record, record_path
 from launch.moving_digits.classifier import DigitClassifier, train_classifier
 from launch.moving_digits.handwriting import read_handwriting
 from launch.moving_digits.media import write_media
@@ -28,8 +26,11 @@ from launch.moving_digits.report import render_report
 from launch.moving_digits.results import read_goals
 from launch.moving_digits.scorer import Scorer, Share, main, score_all
 from launch.moving_digits.sizes import SIZES
-from launch.moving_digits.stages import BPE_VOCABULARY, TASKS, digit_stages, folder_of, moved
+from launch.moving_digits.stages import TASKS, digit_stages, folder_of
 from launch.moving_digits.world import World, draw, path, world_of
+from launch.workflow.display import Display
+from launch.workflow.plan import BPE_VOCABULARY, moved
+from launch.workflow.runner import Runner, StageRecord, log_tail, read_record, record_path
 from megatron_nuwa.data.text import train_bpe
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
@@ -231,8 +232,8 @@ def test_stages_fit_together_and_their_recipes_load(name: str) -> None:
 @pytest.mark.parametrize("name", SIZES)
 def test_another_output_folder_reaches_every_command(name: str) -> None:
     size = SIZES[name]
-    assert list(moved(size, size.output)) == []
-    recipe = load_recipe(size.recipe, list(moved(size, Path("elsewhere"))))
+    assert list(moved(size.recipe, size.output, size.output)) == []
+    recipe = load_recipe(size.recipe, list(moved(size.recipe, size.output, Path("elsewhere"))))
     assert "runs/" not in recipe.model_dump_json()
     for stage in digit_stages(size, Path("elsewhere")):
         for command in stage.commands:

@@ -12,7 +12,7 @@ from hostile_images import scan_bomb
 from PIL import Image
 
 from launch.demo.catalogue import load_catalogue
-from launch.demo.media import find_package_file
+from launch.workflow.media import find_package_file
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError
 from preprocessing.decoders import (

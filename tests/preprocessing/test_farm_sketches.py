@@ -27,6 +27,7 @@ from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.filters import FilterSettings
 from preprocessing.isolation import Demands, SketchSettings, decode_alone, decode_item
 from preprocessing.sources import SourceItem
+from preprocessing.state import FarmFolder
 
 CLASSES, SIDE = 5, 16
 CLIPS = ["--frames", "4", "--fps", "5", "--items-per-shard", "3"]
@@ -163,6 +164,13 @@ def test_sketch_tokens_are_those_of_the_vqgan_and_visual_ones_stay(
     assert not plain.has_sketches
     assert "sketch" not in (without / "corpus.json").read_text()
     assert "sketch" not in (without / "settings.json").read_text()
+
+
+def test_report_shows_sketches_and_what_their_tokens_keep(corpus: Path) -> None:
+    page = FarmFolder(corpus).report.read_text(encoding="utf-8")
+    # Six items: frames, sketch, and what becomes of both.
+    assert page.count("data:image/webp;base64,") == 24
+    assert page.count("of the sketch's pixels right") == 6
 
 
 def test_every_hostile_sketch_fails_its_item_alone(

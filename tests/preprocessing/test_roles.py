@@ -20,7 +20,7 @@ from preprocessing.attempts import Attempts
 from preprocessing.communicator import LoneClaims
 from preprocessing.decode_worker import Decoded, Task
 from preprocessing.encode_loop import EncodeLoop, Work
-from preprocessing.encoder import EncoderSettings, FrameEncoder
+from preprocessing.encoder import Encoders, EncoderSettings, FrameEncoder
 from preprocessing.options import TokenizeOptions, load_tools, plan_key, settle
 from preprocessing.plan import Plan
 from preprocessing.sources import read_manifest
@@ -157,7 +157,7 @@ def test_slow_item_blocks_nothing_but_its_batch(
 ) -> None:
     work, encoder = loop_parts
     decoder = SlowFirstDecoder(40)
-    loop = EncodeLoop(work, encoder, [decoder], LoneClaims(), lambda: None)
+    loop = EncodeLoop(work, Encoders(encoder), [decoder], LoneClaims(), lambda: None)
     end = time.monotonic() + 30
     for _ in loop.run():
         assert time.monotonic() < end

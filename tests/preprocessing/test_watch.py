@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 from pathlib import Path
 
 import pytest
@@ -47,26 +46,6 @@ def test_report_and_scalars_stand_beside_the_corpus(
     assert events.Scalars("farm/items")[-1].value == 8
     assert events.Scalars("farm/failed")[-1].value == 2
     assert events.Scalars("farm/items_per_second")[-1].value > 0
-
-
-def test_missing_jinja_costs_the_report_and_nothing_else(
-    manifest: Path,
-    tools: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    imported = builtins.__import__
-
-    def without_jinja(name: str, *more: object, **options: object) -> object:
-        if name == "jinja2":
-            raise ImportError(name)
-        return imported(name, *more, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without_jinja)
-    assert main(arguments(manifest, tmp_path / "corpus", tools)) == 0
-    assert "no report: it needs jinja2" in capsys.readouterr().out
-    assert (tmp_path / "corpus" / "corpus.json").exists()
 
 
 def test_table_shows_speed_stages_queue_failures_and_time_left(

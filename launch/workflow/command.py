@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.demo.display import Display
-from launch.demo.runner import Runner, StageError, command_text, log_tail
-from launch.demo.stages import Stage
+from launch.workflow.display import Display
+from launch.workflow.runner import Runner, StageError, command_text, log_tail
+from launch.workflow.stage import Stage
 from megatron_nuwa.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

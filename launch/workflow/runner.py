@@ -21,8 +21,8 @@ from typing import Literal
 
 import psutil
 
-from launch.demo.display import Display
-from launch.demo.stages import Stage
+from launch.workflow.display import Display
+from launch.workflow.stage import Stage
 from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import write_text_atomically

@@ -13,7 +13,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from launch.demo.stages import Stage
+from launch.workflow.stage import Stage
 
 _PLAIN_SECONDS = 15.0
 

@@ -1,32 +1,20 @@
-"""Pictures, playing clips and charts in a form that a page can carry inside itself."""
+"""Charts in a form that a page can carry inside itself."""
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageSequence
 
-from megatron_nuwa.errors import UserError
+from launch.workflow.results import series
+from megatron_nuwa.generation.tasks import TASKS
 
 # Stands for the page's own text colour until the drawing is placed in the page.
 _TEXT_COLOUR = "#010203"
 # Seen equally well on light and dark paper, and told apart by colour-blind eyes.
-COLOURS = ("#2f7de1", "#e0782b", "#2a9d6f", "#b45bc4")
-
-
-def read_frames(path: Path) -> np.ndarray:
-    """All frames of an image file or a GIF as uint8 (frames, rows, columns, 3)."""
-    try:
-        with Image.open(path) as opened:
-            frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(opened)]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as an image") from error
-    return np.stack(frames)
+COLOURS = ("#2f7de1", "#e0782b", "#2a9d6f", "#b45bc4", "#8c6d46", "#3bb3c3")
 
 
 def line_chart(
@@ -34,12 +22,15 @@ def line_chart(
     *,
     x_label: str,
     y_label: str,
-    marks: dict[str, tuple[list[int], list[float]]] | None = None,
+    held_out: dict[str, tuple[list[int], list[float]]] | None = None,
     event: tuple[int, str] | None = None,
     logarithmic: bool = False,
     inches: tuple[float, float] = (6.2, 3.3),
 ) -> str:
-    """An inline SVG of lines over steps; `marks` are points, `event` an upright line."""
+    """An inline SVG of lines over steps; `held_out` are points, `event` an upright line.
+
+    Points have the colour of the line of their name.
+    """
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": x_label + y_label + "".join(lines),
@@ -59,11 +50,10 @@ def line_chart(
             axes.plot(
                 steps, values, color=COLOURS[number % len(COLOURS)], label=name, linewidth=1.8
             )
-        for number, (name, (steps, values)) in enumerate((marks or {}).items()):
-            colour = COLOURS[number % len(COLOURS)]
-            axes.plot(
-                steps, values, "o", color=colour, markerfacecolor="none", markersize=6, label=name
-            )
+        for name, (steps, values) in (held_out or {}).items():
+            colour = COLOURS[list(lines).index(name) % len(COLOURS)]
+            points = {"color": colour, "markerfacecolor": "none", "markersize": 6}
+            axes.plot(steps, values, "o", label=f"{name}, held out", **points)
         if event:
             axes.axvline(event[0], color=_TEXT_COLOUR, linestyle=(0, (4, 3)), linewidth=1)
             axes.annotate(
@@ -87,3 +77,19 @@ def line_chart(
     drawing = buffer.getvalue()
     # The XML declaration and document type have no place inside a page.
     return drawing[drawing.index("<svg") :].replace(_TEXT_COLOUR, "currentColor")
+
+
+def loss_chart(log: dict[int, dict[str, float]], event: tuple[int, str] | None = None) -> str:
+    """The cross-entropy of each task that a run trains on, with points for held-out items."""
+    titles = {task.title: name for name, task in TASKS.items()}
+    lines = {title: series(log, f"train/loss/{name}") for title, name in titles.items()}
+    trained = {title: line for title, line in lines.items() if line[0]}
+    held_out = {title: series(log, f"eval/loss_nats/{titles[title]}") for title in trained}
+    return line_chart(
+        trained,
+        held_out={title: points for title, points in held_out.items() if points[0]},
+        x_label="step",
+        y_label="nats a token",
+        event=event,
+        inches=(11.0, 3.9),
+    )
