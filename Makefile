@@ -24,6 +24,8 @@ $(STAMP): pyproject.toml constraints.txt demo-media.txt $(NATIVE)
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation \
 		-e '.[mpi,parquet,demo,app,dev]'
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r demo-media.txt
+	# Tests of ranking take its networks and tokenizer; its torchvision fits few builds of torch.
+	$(BIN)/pip install --disable-pip-version-check --no-deps -c constraints.txt open-clip-torch
 	touch $@
 
 demo: install ## clips -> VQ-GAN -> token corpus -> pretraining -> generated video, in runs/demo
