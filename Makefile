@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo digits test test-slow test-gpu bench lint format clean
+.PHONY: help install demo digits test test-slow test-gpu bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -49,6 +49,16 @@ bench: install ## nearby attention against its peers, a training step with and w
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.model_step
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step_overhead
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.farm
+
+bench-gpu: install ## on a GPU: its kernels, the operator against its peers, encoding, sampling, a step of 870 M
+	mkdir -p runs/bench-gpu
+	$(BIN)/python -m benchmarks.nearby_kernels --output runs/bench-gpu/nearby_kernels.json
+	$(BIN)/python -W ignore -m benchmarks.nearby_attention --output runs/bench-gpu/nearby_attention.json
+	$(BIN)/python -m benchmarks.encoding --output runs/bench-gpu/encoding.json
+	$(BIN)/python -m benchmarks.generation --output runs/bench-gpu/generation.json
+	$(BIN)/python -m benchmarks.real_step --clips 8 --images 16 --clip-batches 4 \
+		--output runs/bench-gpu/real_step.json \
+		training.checkpoint_activations=none training.compile=true
 
 lint: install ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -214,6 +214,9 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
         with watch or nullcontext():
             on_every_rank(communicator, lambda: farm.run(work, claims, watch))
         claims.close()
+        rule = settings.filters.near_duplicates
+        if rule is not None:
+            take_out_duplicates(options.output, folder.looks, settings.shards, rule, communicator)
         on_first_rank(
             communicator, lambda: _finish(ledger, options, folder, work.pending, watch, farm)
         )
@@ -277,10 +280,7 @@ def _finish(
 ) -> None:
     """Commit the corpus and say what became of the items."""
     assert watch is not None
-    rule = ledger.settings.filters.near_duplicates
     with writing(options.output):
-        if rule is not None:
-            take_out_duplicates(options.output, ledger.settings.shards, rule)
         manifest = ledger.commit()
         failures = ledger.first_failures(SHOWN_FAILURES)
         if manifest is None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,7 +19,6 @@ from preprocessing.decoders import DecodeLimits, MediaFacts, media_facts
 from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.sources import SourceItem, local_copy, named_as_source
 
-HASH_BITS = 64
 # Where in a clip its hashes are taken: the first, the middle and the last frame.
 HASHED_FRAMES = 3
 
@@ -162,39 +159,6 @@ class NearDuplicates(Settings):
     """
 
     distance: int = Field(default=3, ge=0, le=15)
-
-    def duplicates(self, hashes: np.ndarray, known: np.ndarray | None = None) -> dict[int, int]:
-        """The rows to leave out, each with the earlier row that it looks like.
-
-        `hashes` uint64 (items, hashes an item) as `perceptual_hashes` gives them; rows where
-        `known` (items,) is False have none. A row left out is nobody's original.
-        """
-        rows = np.arange(len(hashes)) if known is None else np.flatnonzero(known)
-        buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-        found: dict[int, int] = {}
-        for row in rows.tolist():
-            keys = list(enumerate(self._bands(int(hashes[row, 0]))))
-            near = {each for key in keys for each in buckets.get(key, ())}
-            original = self._first_alike(hashes, row, sorted(near))
-            if original is None:
-                for key in keys:
-                    buckets[key].append(row)
-            else:
-                found[row] = original
-        return found
-
-    def _bands(self, value: int) -> list[int]:
-        """The hash in one piece more than bits may differ, so that one piece must be equal."""
-        edges = [HASH_BITS * n // (self.distance + 1) for n in range(self.distance + 2)]
-        return [value >> low & (1 << high - low) - 1 for low, high in pairwise(edges)]
-
-    def _first_alike(self, hashes: np.ndarray, row: int, near: Sequence[int]) -> int | None:
-        if not near:
-            return None
-        differing = hashes[list(near)] ^ hashes[row]
-        counts = np.unpackbits(differing.view(np.uint8), axis=1).reshape(len(near), -1, HASH_BITS)
-        alike = (counts.sum(axis=2) <= self.distance).all(axis=1)
-        return near[int(alike.argmax())] if alike.any() else None
 
 
 class FilterSettings(Settings):

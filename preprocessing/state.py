@@ -32,6 +32,7 @@ class FarmFolder:
         self.path = output.with_name(f"{output.name}.farm")
         self.plan = self.path / "plan"
         self.attempts = self.path / "attempts"
+        self.looks = self.path / "looks"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
 

@@ -38,7 +38,8 @@ class StepGraph:
                 decoder.position = cell
         torch.cuda.current_stream(decoder.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads, such as a page's, may use the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         # Capturing runs nothing on the device, but the host has counted.
         decoder.position = cell

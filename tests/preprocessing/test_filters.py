@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,11 +19,11 @@ from preprocessing.filters import (
     Candidate,
     FilteredError,
     FilterSettings,
-    NearDuplicates,
     apply_filters,
     perceptual_hashes,
 )
 from preprocessing.isolation import Demands, decode_alone
+from preprocessing.look_alikes import originals_of
 from preprocessing.sources import SourceItem
 
 
@@ -126,29 +127,34 @@ def test_altered_copies_are_found_and_the_first_is_kept(tmp_path: Path) -> None:
         picture.save(tmp_path / f"{number}.jpg", quality=60)
         frames = decode_image(tmp_path / f"{number}.jpg", DecodeSettings(image_size=64))
         hashes.append(perceptual_hashes(frames))
-    assert NearDuplicates(distance=6).duplicates(np.stack(hashes)) == {2: 0, 4: 1, 5: 0}
-    known = np.array([False, True, True, True, True, True])
-    assert NearDuplicates(distance=6).duplicates(np.stack(hashes), known) == {4: 1, 5: 2}
+    assert originals_of(np.stack(hashes), 6).tolist() == [-1, -1, 0, -1, 1, 0]
+    assert originals_of(np.stack(hashes)[1:], 6).tolist() == [-1, -1, -1, 0, 1]
 
 
+@pytest.mark.parametrize("black", [(), (0,), (0, 1), (0, 2)])
 @pytest.mark.parametrize("distance", [0, 1, 3, 7, 15])
-def test_duplicates_are_those_that_comparing_all_pairs_finds(distance: int) -> None:
+def test_duplicates_are_those_that_comparing_all_pairs_finds(
+    distance: int, black: tuple[int, ...]
+) -> None:
+    """Black frames give most clips the same hash, which must not make all of them alike."""
     random = np.random.default_rng(distance)
     base = random.integers(0, 2**63, (40, 3), np.uint64)
+    base[:30, black] = 0
     hashes = base[random.integers(0, 40, 300)]
     for row in hashes:
         for _ in range(random.integers(0, 2 * distance + 2)):
             row[random.integers(0, 3)] ^= np.uint64(1) << np.uint64(random.integers(0, 64))
-    expected: dict[int, int] = {}
+    expected = [-1] * len(hashes)
     for row in range(len(hashes)):
         for earlier in range(row):
             bits = [
                 int(a ^ b).bit_count() for a, b in zip(hashes[row], hashes[earlier], strict=True)
             ]
-            if earlier not in expected and max(bits) <= distance:
+            if expected[earlier] < 0 and max(bits) <= distance:
                 expected[row] = earlier
                 break
-    assert NearDuplicates(distance=distance).duplicates(hashes) == expected
+    assert originals_of(hashes, distance).tolist() == expected
+    assert originals_of(hashes[:0], distance).tolist() == []
 
 
 def test_clips_that_begin_alike_are_not_duplicates() -> None:
@@ -156,5 +162,20 @@ def test_clips_that_begin_alike_are_not_duplicates() -> None:
     first = random.integers(0, 256, (4, 32, 32, 3), np.uint8)
     second = np.concatenate([first[:1], random.integers(0, 256, (3, 32, 32, 3), np.uint8)])
     hashes = np.stack([perceptual_hashes(first), perceptual_hashes(second)])
-    assert NearDuplicates().duplicates(hashes) == {}
-    assert NearDuplicates().duplicates(hashes[[0, 0]]) == {1: 0}
+    assert originals_of(hashes, 3).tolist() == [-1, -1]
+    assert originals_of(hashes[[0, 0]], 3).tolist() == [-1, 0]
+
+
+def test_a_million_clips_of_which_many_begin_black_are_compared_in_seconds() -> None:
+    random = np.random.default_rng(0)
+    hashes = random.integers(0, 2**64, (1_000_000, 3), np.uint64)
+    for frame in (0, 2):
+        hashes[random.random(len(hashes)) < 0.1, frame] = 0
+    copies = random.choice(500_000, 20_000, replace=False)
+    hashes[500_000 + copies] = hashes[copies] ^ np.uint64(5)
+    began = time.process_time()
+    originals = originals_of(hashes, 3)
+    # Comparing all with all would take days.
+    assert time.process_time() - began < 60
+    assert (originals[500_000 + copies] == copies).all()
+    assert (originals >= 0).sum() == len(copies)
