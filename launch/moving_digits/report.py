@@ -15,6 +15,7 @@ import numpy as np
 from markupsafe import Markup
 
 from launch.moving_digits.motions import DIGITS, MOTIONS, motion_text
+from launch.moving_digits.poster import write_poster
 from launch.moving_digits.results import held_out_score, read_goals, read_scores
 from launch.moving_digits.scorer import (
     Reading,
@@ -59,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
         prog="python -m launch.moving_digits.report",
-        description="Write report.html into the folder of a run whose other stages are done.",
+        description="Write report.html and poster.gif into the folder of a run whose other stages "
+        "are done.",
         epilog="example: python -m launch.moving_digits.report runs/moving_digits",
     )
     parser.add_argument("output", type=Path, help="the run's folder, such as runs/moving_digits")
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     page = render_report(SIZES[options.size], options.output)
     write_text_atomically(options.output / "report.html", page)
+    shown = held_out_score(read_scores(options.output)).readings
+    write_poster(options.output / "poster.gif", read_world(options.output / "media"), shown)
     print(f"{options.output / 'report.html'}: {len(page.encode()) / 2**20:.1f} MiB")
     return 0
 

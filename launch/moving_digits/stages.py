@@ -101,7 +101,7 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
             "Write the report page",
             ("python", "-m", "launch.moving_digits.report", str(output), "--size", size.name),
             inputs=(scores, *shown, Path("launch/moving_digits/report.html.j2")),
-            outputs=(plan.page,),
+            outputs=(plan.page, output / "poster.gif"),
             after=BEFORE_PAGE,
         ),
     ]

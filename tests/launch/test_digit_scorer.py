@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from launch.moving_digits import report
 from launch.moving_digits.classifier import DigitClassifier, train_classifier
 from launch.moving_digits.handwriting import read_handwriting
 from launch.moving_digits.media import write_media
 from launch.moving_digits.motion_reading import read_motion
 from launch.moving_digits.motions import DIGITS, MOTIONS, Scene, image_caption, scenes
-from launch.moving_digits.report import render_report
 from launch.moving_digits.results import read_goals
 from launch.moving_digits.scorer import Scorer, Share, main, score_all
 from launch.moving_digits.sizes import SIZES
@@ -189,20 +190,24 @@ def test_the_page_shows_samples_confusions_and_commands(run: Path) -> None:
     )
     record_path(run, "media").parent.mkdir()
     record_path(run, "media").write_text(record.model_dump_json())
-    page = render_report(SIZES["cpu"], run)
+    assert report.main([str(run)]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
     clips = sum(task.endswith("v") for task in TASKS)
     assert page.count("data:image/webp") == 32 + 2 * 8 + 2 * clips
     assert page.count("data:image/png") == 10 + 2 * (len(TASKS) - clips)
     assert "a &lt;command&gt;" in page
     assert f"{scenes(held_out=True)[0].caption}<" in page
     assert "http" not in page.replace("http://www.w3.org", "")
+    with Image.open(run / "poster.gif") as poster:
+        assert poster.n_frames >= World().frames
+        assert poster.width > 6 * 100
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scores\.json cannot be read"):
         read_goals(SIZES["cpu"], tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
-        render_report(SIZES["cpu"], tmp_path / "absent")
+        report.render_report(SIZES["cpu"], tmp_path / "absent")
 
 
 def test_the_scorer_refuses_samples_without_a_name(tmp_path: Path) -> None:
@@ -264,6 +269,7 @@ def test_one_command_trains_samples_and_scores(tmp_path: Path) -> None:
     stages = digit_stages(size, output)
     runner.run(stages)
     assert (output / "report.html").is_file()
+    assert (output / "poster.gif").is_file()
     goals = {goal.name: goal for goal in read_goals(size, output)}
     assert goals["Time"].met
     # Three steps teach nothing, and the scorer must not see digits that move where there are none.
