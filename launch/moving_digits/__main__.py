@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_stages(
         options,
         options.output or size.output,
-        lambda output: digit_stages(size, output, accelerators),
+        lambda output: digit_stages(size, output, accelerators, options.seed),
         close,
     )
 
@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu: half an hour on two cores (default); gpu: larger and longer",
     )
     parser.add_argument("--output", type=Path, help="folder to write (default: the recipe's)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of media, trainings and samples (default: %(default)s)"
+    )
     add_stage_arguments(parser)
     return parser
 

@@ -33,10 +33,11 @@ def folder_of(samples: str) -> str:
     return samples.replace(" ", "_")
 
 
-def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]:
+def digit_stages(size: Size, output: Path, accelerators: int = 0, seed: int = 0) -> list[Stage]:
     """All stages in order, writing into `output`.
 
-    `accelerators` is the number of GPUs of this machine. Raises `UserError` for a recipe that
+    `accelerators` is the number of GPUs of this machine. `seed` is everybody's: of the media, of
+    the trainings, of the samples. Raises `UserError` for a recipe that
     does not describe moving digits.
     """
     recipe = load_recipe(size.recipe)
@@ -44,19 +45,20 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
     plan = Plan(
         size.recipe,
         output,
-        tuple(moved(size.recipe, size.output, output)),
+        (*moved(size.recipe, size.output, output), f"seed={seed}"),
         accelerators or PROCESSES,
         {} if accelerators else process_environment(0),
     )
     frames = tuple(plan.media / f"{name}.jsonl" for name in ("train-frames", "heldout-frames"))
     scores = output / "scores.json"
     scored = tuple(plan.samples / folder_of(name) / "samples.json" for name in SAMPLES)
+    seeded = ("--seed", str(seed))
     shown = tuple(plan.samples / task / "samples.json" for task in TASKS)
     return [
         Stage(
             "media",
             "Draw handwritten digits that move over a frame",
-            (_media(size, world, plan.media),),
+            ((*_media(size, world, plan.media), *seeded),),
             outputs=(plan.media / WORLD_FILE, *plan.manifests.values(), *frames),
         ),
         *plan.token_stages(frames, _farm_options(world), after=("media",)),
@@ -72,7 +74,7 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
             "generate",
             "Generate clips from captions, held out and trained on, and images",
             *(
-                _sample(plan, size, name, count)
+                (*_sample(plan, size, name, count), *seeded)
                 for name, count in zip(SAMPLES, size.samples, strict=True)
             ),
             inputs=plan.corpora,
@@ -83,7 +85,7 @@ def digit_stages(size: Size, output: Path, accelerators: int = 0) -> list[Stage]
         plan.stage(
             "tasks",
             "Generate by the other six tasks, on held-out items",
-            *(_show(plan, size, task) for task in TASKS),
+            *((*_show(plan, size, task), *seeded) for task in TASKS),
             inputs=plan.corpora,
             outputs=shown,
             after=("pretrain", "generate"),
