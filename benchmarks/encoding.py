@@ -80,8 +80,10 @@ def ways(batches: Sequence[int], cuda: bool, compiled: bool) -> Iterator[Way]:
     first = Way(batches[0], compiled, "bfloat16" if cuda else "float32", cuda)
     if compiled:
         yield replace(first, compiled=False)
+        yield Way(batches[0], False, "float32", False)
     yield first
-    yield Way(batches[0], False, "float32", False)
+    if not compiled:
+        yield Way(batches[0], False, "float32", False)
     for batch in batches[1:]:
         yield replace(first, batch=batch)
     if cuda:

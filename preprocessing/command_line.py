@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_nuwa.errors import UserError
+from preprocessing.health import MOST_FAILURES
 
 SOURCE_HELP = (
     "manifest (.jsonl, .csv or .parquet with id, media, captions [start, end, sketch]), webdataset "
@@ -218,6 +219,14 @@ def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
         default=3,
         metavar="N",
         help="how often a media file is tried before its item counts as failed (default: 3)",
+    )
+    group.add_argument(
+        "--most-failures",
+        type=float,
+        default=MOST_FAILURES,
+        metavar="SHARE",
+        help="stop where a rank fails at more of 2,000 items in a row, as one without its media "
+        f"does (default: {MOST_FAILURES}; 1 never stops)",
     )
     for name, limit, unit, what in (
         ("--decode-seconds", "120", "S", "time that decoding one item may take, in seconds"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from preprocessing.sources import SourceItem
 
 # A rank may die for another reason than the item it was at, so deaths weigh less than failures.
 DEATHS_PER_ATTEMPT = 2
+_HOST = socket.gethostname()
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Decoded:
 
     `maps`, uint8 (frames, H, W), are those of its sketch where sketches are asked for. `seconds`
     were spent on decoding. `filter` names the filter that left the item out. `hashes`,
-    uint64 (3,), are there where near-duplicates are looked for.
+    uint64 (3,), are there where near-duplicates are looked for. `host` is the decoding machine.
     """
 
     ticket: int
@@ -51,6 +53,7 @@ class Decoded:
     filter: str | None = None
     hashes: np.ndarray | None = None
     maps: np.ndarray | None = None
+    host: str = ""
 
 
 class ItemDecoder:
@@ -81,9 +84,11 @@ class ItemDecoder:
         except UserError as error:
             seconds = time.perf_counter() - began
             rule = error.filter if isinstance(error, FilteredError) else None
-            return Decoded(task.ticket, None, None, 0, str(error), seconds, rule)
+            return Decoded(task.ticket, None, None, 0, str(error), seconds, rule, host=_HOST)
         seconds = time.perf_counter() - began
-        return Decoded(task.ticket, frames, text, real, None, seconds, hashes=hashes, maps=maps)
+        return Decoded(
+            task.ticket, frames, text, real, None, seconds, hashes=hashes, maps=maps, host=_HOST
+        )
 
     def _text(self, planned: PlannedItem) -> np.ndarray:
         item = planned.item

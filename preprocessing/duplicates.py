@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from megatron_nuwa.data.shards import (
     shard_name,
     write_shard,
 )
+from megatron_nuwa.errors import UserError
 from preprocessing.communicator import Communicator, on_every_rank, on_first_rank
 from preprocessing.filters import NEAR_DUPLICATES, FilteredError, NearDuplicates
 from preprocessing.look_alikes import originals_of
@@ -59,6 +60,7 @@ def take_out_duplicates(
 
     def rewrite() -> None:
         with writing(corpus):
+            _reopen_wronged(corpus, mine, looks)
             for shard in mine:
                 _rewrite(corpus, shard, looks.duplicates(shard))
 
@@ -141,6 +143,25 @@ def _failure(place: int, name: str, hashes: np.ndarray, original: str) -> Failur
     return Failure(id=name, reason=str(reason), filter=NEAR_DUPLICATES, duplicate=duplicate)
 
 
+def _reopen_wronged(corpus: Path, shards: Iterable[int], looks: _Looks) -> None:
+    """Have shards made anew that have lost items which belong to the corpus after all.
+
+    What they looked like has failed since, where its shard was lost amid being rewritten. Raises
+    `UserError` where there are any.
+    """
+    wronged = []
+    for shard in shards:
+        sidecar = _sidecar(corpus, shard)
+        if _gone(sidecar).keys() - looks.duplicates(shard).keys():
+            (corpus / f"{sidecar.shard}.json").unlink()
+            wronged.append(sidecar.shard)
+    if wronged:
+        raise UserError(
+            f"{', '.join(wronged)}: items that looked like others which have failed since are to "
+            "be encoded again; repeat the command"
+        )
+
+
 def _rewrite(corpus: Path, shard: int, wanted: Mapping[int, Failure]) -> None:
     sidecar = _sidecar(corpus, shard)
     others = [failure for failure in sidecar.failures if failure.duplicate is None]
@@ -148,8 +169,6 @@ def _rewrite(corpus: Path, shard: int, wanted: Mapping[int, Failure]) -> None:
     if tuple(others + duplicates) == sidecar.failures:
         return
     gone = _gone(sidecar)
-    if not gone.keys() <= wanted.keys():
-        raise AssertionError(f"shard {sidecar.shard} has lost items that belong to the corpus")
     places = [place for place in range(len(gone) + sidecar.items) if place not in gone]
     items = zip(places, read_items(corpus, sidecar), strict=True)
     kept = [item for place, item in items if place not in wanted]

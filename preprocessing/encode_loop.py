@@ -17,6 +17,7 @@ from preprocessing.communicator import Claims, Communicator, MessageKind
 from preprocessing.decode_worker import Decoded, DecodeThreads, Task
 from preprocessing.encoder import EncodedBatch, Encoders
 from preprocessing.figures import Figures
+from preprocessing.health import MOST_FAILURES, Health
 from preprocessing.ledger import CorpusSettings
 from preprocessing.plan import Plan
 from preprocessing.sources import SourceItem
@@ -123,6 +124,7 @@ class Work:
     output: Path
     media_folder: Location
     attempts: Mapping[int, Attempts]
+    most_failures: float = MOST_FAILURES
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class EncodeLoop:
         self._exhausted = False
         self._places: dict[int, tuple[ShardAssembly, int]] = {}
         self._given = [0] * len(decoders)
+        self._health = [Health(work.most_failures) for _ in decoders]
         self._ready: deque[tuple[ShardAssembly, int]] = deque()
         self._encoding: deque[_UnderWork] = deque()
         self._held = 0
@@ -225,6 +228,9 @@ class EncodeLoop:
         for number, decoder in enumerate(self._decoders):
             while decoded := decoder.collect():
                 self._given[number] -= 1
+                if decoded.filter is None:
+                    failed = decoded.frames is None
+                    self._health[number].count(failed, decoded.host, decoded.reason)
                 self._take(decoded)
                 moved = True
         return moved

@@ -7,7 +7,7 @@ their items decoded; an encode rank without decode ranks decodes in threads of i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan
 from preprocessing import attempts
+from preprocessing.attempts import Attempts
 from preprocessing.communicator import (
     Claims,
     Communicator,
@@ -267,7 +268,23 @@ def _begin(
         if pending and plan.planned_items(key) is None:
             plan.write(source, key)
         counts = attempts.collect(folder.attempts)
-    return Work(pending, plan, ledger.settings, options.output, source.folder, counts)
+    return Work(
+        pending,
+        plan,
+        ledger.settings,
+        options.output,
+        source.folder,
+        _of_shards(counts, pending, ledger.settings),
+        options.most_failures,
+    )
+
+
+def _of_shards(
+    counts: Mapping[int, Attempts], pending: Sequence[int], settings: CorpusSettings
+) -> dict[int, Attempts]:
+    """The attempts at items of shards that are to be made: every rank holds them."""
+    wanted = set(pending)
+    return {row: each for row, each in counts.items() if row // settings.items_per_shard in wanted}
 
 
 def _finish(

@@ -156,7 +156,8 @@ class Ledger:
         entries, empty, failed = [], [], 0
         left_out: Counter[str] = Counter()
         with written_atomically(self.folder / FAILURES_FILE) as stream:
-            for sidecar in self._sidecars():
+            for shard in range(settings.shards):
+                sidecar = self._written(shard)
                 if sidecar.items:
                     entries.append(sidecar.entry())
                 else:
@@ -207,6 +208,14 @@ class Ledger:
         for shard in range(self.settings.shards):
             if self._sidecar_path(shard).exists():
                 yield read_sidecar(self._sidecar_path(shard))
+
+    def _written(self, shard: int) -> Sidecar:
+        path = self._sidecar_path(shard)
+        if not path.exists():
+            raise UserError(
+                f"{path} has gone while the farm was at work; repeat the command to make it anew"
+            )
+        return read_sidecar(path)
 
     def _sidecar_path(self, shard: int) -> Path:
         return self.folder / f"{shard_name(shard)}.json"

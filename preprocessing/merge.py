@@ -106,4 +106,5 @@ def _check_ids(corpora: Sequence[Path]) -> None:
 
 def _failures(corpora: Sequence[Path]) -> Iterator[str]:
     for folder in corpora:
-        yield from (folder / FAILURES_FILE).read_text(encoding="utf-8").splitlines()
+        with (folder / FAILURES_FILE).open(encoding="utf-8", newline="\n") as lines:
+            yield from (line.removesuffix("\n") for line in lines)

@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_nuwa.config import Settings, load_settings
-from megatron_nuwa.data.shards import Fingerprints
+from megatron_nuwa.data.shards import MOST_SHARDS, Fingerprints
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, TextTokenizer
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
@@ -18,6 +18,7 @@ from preprocessing.decoders import DecodeError, DecodeLimits, DecodeSettings, me
 from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.encoder import DeviceChoice, EncoderSettings, Precision
 from preprocessing.filters import FilterSettings
+from preprocessing.health import MOST_FAILURES
 from preprocessing.isolation import SketchSettings
 from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings
 from preprocessing.plan import PlanKey
@@ -48,6 +49,7 @@ class TokenizeOptions(Settings):
     precision: Precision | None = None
     compiled: bool | None = None
     attempts: int = Field(default=3, ge=1)
+    most_failures: float = Field(default=MOST_FAILURES, gt=0, le=1)
     retry_failed: bool = False
     decode_ranks_per_encoder: int = Field(default=0, ge=0)
     decode_threads: int = Field(default=1, ge=1)
@@ -133,6 +135,7 @@ def settle(
     sketch_vqgan: Vqgan | None = None,
 ) -> CorpusSettings:
     """Every setting of the corpus, defaults filled in."""
+    _check_shards(options, len(source))
     encoder = EncoderSettings.chosen(options.device, options.precision, options.compiled)
     frames = options.frames or _default_frames(source)
     decode = _decode_settings(options, frames, vqgan.config.image_size)
@@ -159,6 +162,17 @@ def settle(
         else FilterSettings(),
         sketch=_sketch_settings(options, sketch_vqgan),
     )
+
+
+def _check_shards(options: TokenizeOptions, items: int) -> None:
+    """`UserError` where the names of shards would not do."""
+    shards = -(-items // options.items_per_shard)
+    if shards > MOST_SHARDS:
+        raise UserError(
+            f"--items-per-shard {options.items_per_shard} makes {shards:,} shards of {items:,} "
+            f"items, and a corpus has at most {MOST_SHARDS:,}; use at least "
+            f"{-(-items // MOST_SHARDS)}"
+        )
 
 
 def _sketch_settings(options: TokenizeOptions, sketch_vqgan: Vqgan | None) -> SketchSettings | None:

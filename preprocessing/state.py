@@ -54,9 +54,13 @@ class FarmFolder:
                 f"another farm is at work on this corpus (it holds {self.path / _LOCK}); wait for "
                 f"it, or end it"
             ) from error
-        except OSError:
+        except OSError as error:
             # Some network file systems know no locks.
-            pass
+            print(
+                f"{self.path} cannot be locked ({error.strerror or error}): take care that no "
+                "other farm works at this corpus",
+                flush=True,
+            )
         try:
             yield
         finally:

@@ -109,9 +109,10 @@ def failure_kinds(folder: Path) -> Counter[str]:
     kinds: Counter[str] = Counter()
     path = folder / FAILURES_FILE
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            failure = json.loads(line)
-            if "filter" not in failure:
-                reason = re.sub(r"'[^']*'|\S*/\S+|\S+\.\w+|\b\d+\b", "…", failure["reason"])
-                kinds[reason] += 1
+        # Not `splitlines`, which takes more than a line feed for the end of a line.
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for failure in map(json.loads, lines):
+                if "filter" not in failure:
+                    reason = re.sub(r"'[^']*'|\S*/\S+|\S+\.\w+|\b\d+\b", "…", failure["reason"])
+                    kinds[reason] += 1
     return kinds

@@ -29,6 +29,9 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sha256_of, write_text_atomically, written_atomically
 
 FORMAT_VERSION = 1
+# Shards have names of so many digits.
+_DIGITS = 6
+MOST_SHARDS = 10**_DIGITS
 CORPUS_FILE = "corpus.json"
 
 
@@ -66,7 +69,7 @@ class ShardEntry(Settings):
     `sidecar_sha256` is that of its sidecar's bytes; corpora of the first releases have none.
     """
 
-    name: str = Field(pattern=r"^shard-\d{6}$")
+    name: str = Field(pattern=rf"^shard-\d{{{_DIGITS}}}$")
     items: int = Field(ge=1)
     captions: int = Field(ge=1)
     bytes: int = Field(ge=0)
@@ -163,7 +166,7 @@ class Sidecar(Settings):
 
 def shard_name(number: int) -> str:
     """`shard-000007` for 7."""
-    return f"shard-{number:06d}"
+    return f"shard-{number:0{_DIGITS}d}"
 
 
 def write_shard(

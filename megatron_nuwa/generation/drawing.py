@@ -76,7 +76,7 @@ def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(-1)
         # A token stays while the mass before it is below p, so the likeliest always stays.
-        outside = mass.cumsum(-1) - mass >= settings.top_p
+        outside = mass.cumsum(-1, dtype=torch.float64) - mass >= settings.top_p
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -torch.inf)
     return logits
 

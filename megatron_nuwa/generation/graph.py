@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -38,9 +40,26 @@ class StepGraph:
                 decoder.position = cell
         torch.cuda.current_stream(decoder.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, such as a page's, may use the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # Other threads, such as a page's, may use the device meanwhile. A stream of its own: graphs
+        # that share one share the workspace of its matrix products, too, which the end of one frees.
+        with (
+            _no_collection(),
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._step()
         # Capturing runs nothing on the device, but the host has counted.
         decoder.position = cell
         return graph
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """No garbage is collected: the end of another graph would spoil a capture."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -92,10 +93,17 @@ class Sampler:
         self.decoder, self._settings = decoder, settings
         self._uniforms = uniforms.to(decoder.device)
         self._given = given
+        weak = weakref.WeakMethod(self.step)
+
+        def step() -> None:
+            mine = weak()
+            assert mine is not None
+            mine()
+
+        # Nothing that `advance` holds may hold the sampler: with its caches and its graph it is to
+        # be gone as soon as nobody uses it, not when the garbage collector comes.
         on_gpu = decoder.device.type == "cuda"
-        self.advance: Callable[[], None] = (
-            StepGraph(decoder, self.step).run if on_gpu else self.step
-        )
+        self.advance: Callable[[], None] = StepGraph(decoder, step).run if on_gpu else step
         self._all_known = torch.zeros(decoder.grid.cells, dtype=torch.bool)
         self._mixed = False
         if given is not None:

@@ -8,11 +8,13 @@ that it can be captured in a CUDA graph once and replayed for every cell.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_nuwa.grid import Extent, Grid
 from megatron_nuwa.ops import cpu
@@ -22,6 +24,7 @@ from megatron_nuwa.ops.tables import Geometry, NeighbourTable, key_table
 
 # Elements of a gathered tensor of keys and values; longer blocks go in parts.
 _MOST_GATHERED = 1 << 26
+_SAME_IN_ANY_BATCH = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Span(NamedTuple):
@@ -294,13 +297,16 @@ def _attention(
     query: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, scale: float
 ) -> Tensor:
     """PyTorch's attention, in (batch, tokens, heads, head_dim)."""
-    mixed = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=bias,
-        scale=scale,
-    )
+    # Other kernels choose how to cut the work by the size of the batch, and with it the bits.
+    backends = sdpa_kernel(_SAME_IN_ANY_BATCH) if query.is_cuda else nullcontext()
+    with backends:
+        mixed = F.scaled_dot_product_attention(
+            query.transpose(1, 2),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
+            attn_mask=bias,
+            scale=scale,
+        )
     return mixed.transpose(1, 2)
 
 

@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,6 +80,10 @@ def readable(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be read: {' '.join(str(error).split())}") from error
 
 
+# Open files that are kept for the next piece.
+_OPEN_READERS = 16
+
+
 class RandomReader:
     """Reads pieces of a file; opened at the first of them, and anew where it is unpickled."""
 
@@ -100,3 +105,9 @@ class RandomReader:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RandomReader, (self.location,)
+
+
+@lru_cache(maxsize=_OPEN_READERS)
+def reader_of(location: Location) -> RandomReader:
+    """A reader of a file: one that was used lately, so that few files are open at a time."""
+    return RandomReader(location)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +20,9 @@ from preprocessing.decoders import (
 )
 from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.sources.items import Media, SourceItem, TarMember
-from preprocessing.sources.locations import Location, RandomReader, open_binary, readable
+from preprocessing.sources.locations import open_binary, readable, reader_of
 
 _CHUNK = 1 << 20
-_OPEN_TARS = 16
 
 
 def decode_item(
@@ -94,7 +92,7 @@ def _copy(media: TarMember | str, path: Path, limits: DecodeLimits) -> None:
         if media.size < 0:
             raise DecodeError(f"{media} has neither an image nor a video")
         _check_size(media, media.size, limits)
-        path.write_bytes(_tar_reader(media.tar).read(media.offset, media.size))
+        path.write_bytes(reader_of(media.tar).read(media.offset, media.size))
         return
     written = 0
     with readable(media), open_binary(media) as stream, path.open("wb") as copy:
@@ -109,8 +107,3 @@ def _check_size(media: TarMember | str, size: int, limits: DecodeLimits) -> None
         raise DecodeError(
             f"{media} is larger than the {limits.download_gib:g} GiB that are allowed"
         )
-
-
-@lru_cache(maxsize=_OPEN_TARS)
-def _tar_reader(tar: Location) -> RandomReader:
-    return RandomReader(tar)

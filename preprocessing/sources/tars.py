@@ -11,10 +11,10 @@ from megatron_nuwa.errors import UserError
 from preprocessing.sources.items import Source, SourceItem, TarMember, Texts, hash_of_id
 from preprocessing.sources.locations import (
     Location,
-    RandomReader,
     open_binary,
     parent,
     readable,
+    reader_of,
     suffix,
 )
 from preprocessing.sources.samples import CAPTIONS, MEDIA, SKETCHES, key_of, sample_item
@@ -28,7 +28,7 @@ class TarSource(Source):
     def __init__(self, tars: Sequence[Location]) -> None:
         super().__init__(array("Q"))
         self.folder = parent(tars[0])
-        self._tars = [RandomReader(tar) for tar in tars]
+        self._tars = list(tars)
         self._tar = array("l")
         self._keys = Texts()
         # Four members a sample (medium, .txt, .json, sketch), each a suffix, an offset, a size.
@@ -54,7 +54,7 @@ class TarSource(Source):
         sketches = [name for name in members if name in SKETCHES]
         if len(media) > 1:
             raise UserError(
-                f"tar {self._tars[tar].location}: the sample {key!r} has {len(media)} media "
+                f"tar {self._tars[tar]}: the sample {key!r} has {len(media)} media "
                 f"({', '.join(media)}), and one is expected"
             )
         self._tar.append(tar)
@@ -65,7 +65,8 @@ class TarSource(Source):
             self._places.extend(members.get(name, (0, -1)))
 
     def _read(self, row: int) -> tuple[SourceItem, dict[str, bytes]]:
-        reader = self._tars[self._tar[row]]
+        tar = self._tars[self._tar[row]]
+        reader = reader_of(tar)
         key = self._keys[row]
         medium, *sidecars, sketch = (self._member(row, number) for number in range(4))
         contents = {
@@ -73,8 +74,8 @@ class TarSource(Source):
             for name, member in zip(CAPTIONS, sidecars, strict=True)
             if member.size >= 0
         }
-        stem = str(reader.location).rpartition("/")[2].removesuffix(".tar")
-        where = f"tar {reader.location}: {key}"
+        stem = str(tar).rpartition("/")[2].removesuffix(".tar")
+        where = f"tar {tar}: {key}"
         item = sample_item(
             f"{stem}/{key}", medium, sketch if sketch.size >= 0 else None, contents, where
         )
@@ -84,7 +85,7 @@ class TarSource(Source):
         place = 4 * row + number
         offset, size = self._places[2 * place], self._places[2 * place + 1]
         name = self._keys[row] + self._suffixes[place]
-        return TarMember(self._tars[self._tar[row]].location, name, offset, size)
+        return TarMember(self._tars[self._tar[row]], name, offset, size)
 
 
 def _samples(tar: Location) -> Iterator[tuple[str, Members]]:

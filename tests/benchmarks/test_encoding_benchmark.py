@@ -51,13 +51,14 @@ def test_ways_that_no_time_is_left_for_are_named(tmp_path: Path) -> None:
 
 
 def test_a_gpu_is_measured_as_the_farm_uses_it_once_it_was_without_a_compiler() -> None:
-    eager, first, *others = ways([64, 128], cuda=True, compiled=True)
+    eager, plain, first, *others = ways([64, 128], cuda=True, compiled=True)
     assert (eager.compiled, first.compiled) == (False, True)
     for way in (eager, first):
         assert way.channels_last
         assert way.precision == "bfloat16"
         assert not way.searched
-    assert any(not way.compiled and way.precision == "float32" for way in others)
+    assert (plain.compiled, plain.precision, plain.channels_last) == (False, "float32", False)
+    assert all(way.compiled for way in others)
 
 
 def test_mfu_is_of_the_cards_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:

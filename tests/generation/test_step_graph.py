@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -142,7 +144,7 @@ def test_a_graph_is_captured_once_and_goes_through_all_cells(
         stepped.decoder.went_on(position - stepped.decoder.position)
 
     @contextmanager
-    def capture(graph: FakeGraph) -> Iterator[None]:
+    def capture(graph: FakeGraph, **_: object) -> Iterator[None]:
         yield
         graph.step = device_step
 
@@ -168,3 +170,18 @@ def test_a_graph_is_captured_once_and_goes_through_all_cells(
     assert FakeGraph.latest.replays == drawn
     assert len(counted) > drawn
     assert torch.equal(stepped.decoder.tokens(0, grid.cells), plain.decoder.tokens(0, grid.cells))
+
+
+def test_a_sampler_and_its_caches_are_gone_with_their_last_user() -> None:
+    """On a GPU the end of an old graph would spoil the capture of a new one."""
+    grid = Grid(4, 4, 2)
+    decoder = CachedDecoder(make_model(), [text(1)], grid, static=True)
+    sampler = Sampler(decoder, SamplingSettings(), uniform_numbers([1], 0, grid.cells))
+    list(sampler.run(3))
+    left = [weakref.ref(each) for each in (decoder, sampler)]
+    gc.disable()
+    try:
+        del decoder, sampler
+        assert all(each() is None for each in left)
+    finally:
+        gc.enable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def test_the_sanitizer_finds_nothing(tool: str) -> None:
         ],
         capture_output=True,
         text=True,
+        env={**os.environ, "PYTHONPATH": str(EXERCISE.parents[2])},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "0 errors" in done.stdout + done.stderr or "0 hazards" in done.stdout

@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError
+from preprocessing import look_alikes
 from preprocessing.decoders import DecodeLimits, DecodeSettings, decode_image
 from preprocessing.filters import (
     Candidate,
@@ -131,19 +132,25 @@ def test_altered_copies_are_found_and_the_first_is_kept(tmp_path: Path) -> None:
     assert originals_of(np.stack(hashes)[1:], 6).tolist() == [-1, -1, -1, 0, 1]
 
 
-@pytest.mark.parametrize("black", [(), (0,), (0, 1), (0, 2)])
+@pytest.mark.parametrize("black", [(), (0,), (0, 1), (0, 2), "image"])
 @pytest.mark.parametrize("distance", [0, 1, 3, 7, 15])
+@pytest.mark.parametrize("at_once", [8, 1024])
 def test_duplicates_are_those_that_comparing_all_pairs_finds(
-    distance: int, black: tuple[int, ...]
+    distance: int, black: tuple[int, ...] | str, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Black frames give most clips the same hash, which must not make all of them alike."""
+    monkeypatch.setattr(look_alikes, "_LEAF", at_once)
+    monkeypatch.setattr(look_alikes, "_PAIRS_AT_ONCE", 10 * at_once)
     random = np.random.default_rng(distance)
     base = random.integers(0, 2**63, (40, 3), np.uint64)
-    base[:30, black] = 0
+    if isinstance(black, tuple):
+        base[:30, black] = 0
     hashes = base[random.integers(0, 40, 300)]
     for row in hashes:
         for _ in range(random.integers(0, 2 * distance + 2)):
             row[random.integers(0, 3)] ^= np.uint64(1) << np.uint64(random.integers(0, 64))
+    if black == "image":
+        hashes[:] = hashes[:, :1]
     expected = [-1] * len(hashes)
     for row in range(len(hashes)):
         for earlier in range(row):
@@ -179,3 +186,13 @@ def test_a_million_clips_of_which_many_begin_black_are_compared_in_seconds() -> 
     assert time.process_time() - began < 60
     assert (originals[500_000 + copies] == copies).all()
     assert (originals >= 0).sum() == len(copies)
+
+
+def test_many_that_look_like_each_other_are_not_compared_pair_by_pair() -> None:
+    """Pictures that are all blank but for noise: a hundred thousand have five thousand million."""
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 64, (100_000, 3)).astype(np.uint64)
+    began = time.process_time()
+    originals = originals_of(np.uint64(1) << noise, 3)
+    assert time.process_time() - began < 30
+    assert (originals[1:] == 0).all()
