@@ -41,7 +41,7 @@ class StepGraph:
         torch.cuda.current_stream(decoder.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as a page's, may use the device meanwhile. A stream of its own: graphs
-        # that share one share the workspace of its matrix products, too, which the end of one frees.
+        # that share one share the workspace of its products, too, which the end of one frees.
         with (
             _no_collection(),
             torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),

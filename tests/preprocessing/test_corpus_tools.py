@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from farm_media import CAPTIONS
+from farm_media import CAPTIONS, write_manifest
 
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import (
     CorpusManifest,
     Counts,
+    Failure,
     Fingerprints,
     ShardItem,
     commit_corpus,
@@ -23,9 +24,12 @@ from megatron_nuwa.data.shards import (
 )
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
+from preprocessing import options
 from preprocessing.__main__ import main
+from preprocessing.ledger import failure_line
 from preprocessing.merge import merge
 from preprocessing.split import is_held_out, split
+from preprocessing.stats import failure_kinds
 from preprocessing.verify import find_damage
 
 
@@ -302,3 +306,32 @@ def test_a_sketch_token_outside_its_codebook_is_found(tmp_path: Path, bpe: TextT
     assert find_damage(folder) == []
     damage = find_damage(folder, full=True)
     assert "000000.sketch.npy holds the token 3, and there are only 3" in damage[0]
+
+
+def test_ids_may_hold_what_others_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    lines = [failure_line(Failure(id=f"a\u2028b{n}\x85", reason=f"no {n}")) for n in range(3)]
+    (tmp_path / "failures.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert failure_kinds(tmp_path) == {"no …": 3}
+
+
+def test_more_shards_than_there_are_names_for_are_refused_at_once(
+    media: Path,
+    tools: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(options, "MOST_SHARDS", 3)
+    rows: list[dict[str, object]] = [
+        {"id": n, "media": "image0.png", "captions": CAPTIONS} for n in range(8)
+    ]
+    manifest = write_manifest(media / "many.jsonl", rows)
+    command = [
+        *("tokenize", str(manifest), "--output", str(tmp_path / "corpus")),
+        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
+    ]
+    assert main([*command, "--items-per-shard", "2"]) == 2
+    assert "4 shards of 8 items, and a corpus has at most 3; use at least 3" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "corpus").exists()

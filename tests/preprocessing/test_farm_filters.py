@@ -17,7 +17,7 @@ from PIL import Image
 
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import read_manifest
-from preprocessing import decode_worker, duplicates
+from preprocessing import decode_worker, duplicates, farm
 from preprocessing.__main__ import main
 from preprocessing.state import FarmFolder
 
@@ -263,4 +263,49 @@ def test_an_item_that_is_good_at_last_is_compared_with_all_others(
     }
     (copy / "0.png").write_bytes(good)
     assert main([*command, "--retry-failed"]) == 0
+    assert contents(output) == undisturbed
+
+
+def test_a_copy_whose_original_has_failed_since_comes_back(
+    alike: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its shard was lost amid being rewritten, and then its medium could not be read."""
+    copy = tmp_path / "alike"
+    shutil.copytree(alike, copy)
+    output = tmp_path / "corpus"
+    command = arguments(copy / "alike.jsonl", output, tools, copy / "alike.yaml")
+    assert main(command) == 0
+    (output / "corpus.json").unlink()
+    (output / "shard-000000.json").unlink()
+    (copy / "0.png").write_bytes(b"nothing")
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert "encoded again; repeat the command" in error
+    assert main(command) == 0
+    fresh = tmp_path / "fresh"
+    assert main(arguments(copy / "alike.jsonl", fresh, tools, copy / "alike.yaml")) == 0
+    assert contents(output) == contents(fresh)
+
+
+def test_a_shard_that_goes_amid_the_work_is_no_silent_loss(
+    alike: Path,
+    tools: Path,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "corpus"
+    command = arguments(alike / "alike.jsonl", output, tools, alike / "alike.yaml")
+
+    def lose(corpus: Path, *_: object) -> None:
+        (corpus / "shard-000002.json").unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(farm, "take_out_duplicates", lose)
+        assert main(command) == 2
+    assert "shard-000002.json has gone while the farm was at work" in capsys.readouterr().err
+    assert not (output / "corpus.json").exists()
+    assert main(command) == 0
     assert contents(output) == undisturbed

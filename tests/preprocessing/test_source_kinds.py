@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 import tracemalloc
@@ -109,6 +110,19 @@ def test_tars_of_media_with_captions(files: Path, tmp_path: Path) -> None:
         assert len(both) == 2 * len(source)
         assert both.repeated_rows() == set()
     assert media_name(source[1].media, source.folder) == "tar://a.mp4::set-00.tar"
+
+
+def test_many_tars_take_few_open_files(tmp_path: Path) -> None:
+    for number in range(40):
+        with tarfile.open(tmp_path / f"x-{number:03d}.tar", "w") as tar:
+            for name, content in (("a.jpg", b"jpg"), ("a.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    source = read_source(tmp_path / "x-{000..039}.tar")
+    assert [item.id for item in source] == [f"x-{number:03d}/a" for number in range(40)]
+    places = [os.path.realpath(place) for place in Path("/proc/self/fd").iterdir()]
+    assert sum(place.startswith(str(tmp_path)) for place in places) <= 16
 
 
 def test_members_of_a_tar_cannot_be_links_and_damage_is_named(tmp_path: Path) -> None:
