@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,11 +33,12 @@ from megatron_nuwa.data.text import TEXT_TOKENS
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
 
-# A map keeps a file descriptor, of which there must stay some for others; a map of a cached shard
-# also keeps the bytes of a shard that has left the cache.
+# Of all open corpora together. A map keeps a file descriptor, of which there must stay some for
+# others; a map of a cached shard also keeps the bytes of a shard that has left the cache.
 _MAPS = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 64), 1 << 14)
 _REMOTE_MAPS = 16
 _ARRIVALS = 4
+_open_corpora: weakref.WeakSet[Corpus] = weakref.WeakSet()
 # Inside a caption the quotation marks are escaped, so that this finds the field alone.
 _FIRST_CAPTION = re.compile(rb'"first_caption": (\d+)')
 
@@ -109,6 +111,7 @@ class Corpus:
         self._lines: tuple[int, list[bytes]] = (-1, [])
         self._arriving: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        _open_corpora.add(self)
 
     @property
     def is_remote(self) -> bool:
@@ -266,7 +269,7 @@ class Corpus:
     def _map(self, shard: int) -> np.ndarray:
         with self._storage.open(self.manifest.shards[shard]) as stream:
             tokens = np.memmap(stream, TOKEN_DTYPE, mode="r").view(np.ndarray)
-        most = _REMOTE_MAPS if self.is_remote else _MAPS
+        most = _REMOTE_MAPS if self.is_remote else max(1, _MAPS // len(_open_corpora))
         with self._lock:
             self._maps[shard] = tokens
             while len(self._maps) > most:

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import tarfile
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_nuwa.data import corpus as corpus_module
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shard_tar import ITEMS, SKETCH, TEXT, VISUAL
 from megatron_nuwa.data.shards import (
@@ -232,6 +234,23 @@ def test_a_worker_process_gets_the_path_and_not_the_tokens(folder: Path) -> None
     state = pickle.dumps(corpus)
     assert expected.tobytes() not in state
     np.testing.assert_array_equal(pickle.loads(state).visual(7), expected)
+
+
+def test_all_open_corpora_together_keep_few_files_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "_MAPS", 8)
+    monkeypatch.setattr(corpus_module, "_open_corpora", weakref.WeakSet())
+    grid = Grid(2, 2, 1)
+    corpora = []
+    for number in range(4):
+        shards = [random_items(10 * number + shard, 2, grid) for shard in range(5)]
+        corpora.append(Corpus(write_corpus(tmp_path / str(number), grid, shards)))
+    for _ in range(2):
+        for corpus in corpora:
+            for index in range(len(corpus)):
+                corpus.visual(index)
+    assert sum(len(corpus._maps) for corpus in corpora) <= 8
 
 
 def test_tokens_cannot_be_written_to(folder: Path) -> None:
