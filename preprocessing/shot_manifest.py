@@ -36,7 +36,9 @@ from preprocessing.sources import (
 from preprocessing.sources.items import Media
 from preprocessing.state import writing
 
+# Small parts keep many ranks busy and lose little where one dies; a folder holds so many files.
 ITEMS_A_PART = 16
+MOST_PARTS = 1 << 16
 RULES_VERSION = 1
 
 
@@ -54,7 +56,8 @@ class _Parts:
     """The parts of a manifest in the making, in a hidden folder beside it."""
 
     folder: Path
-    count: int
+    items: int
+    size: int
 
     @classmethod
     def of(cls, options: ShotOptions, source: Source) -> _Parts:
@@ -62,7 +65,17 @@ class _Parts:
         key = f"{RULES_VERSION} {source.fingerprint} {options.threshold} {options.source}"
         digest = hashlib.sha256(f"{key} {Path.cwd()}".encode()).hexdigest()[:16]
         folder = options.output.with_name(f".{options.output.name}.{digest}.parts")
-        return cls(folder, -(-len(source) // ITEMS_A_PART))
+        items = len(source)
+        return cls(folder, items, max(ITEMS_A_PART, -(-items // MOST_PARTS)))
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return -(-self.items // self.size)
+
+    def rows(self, part: int) -> range:
+        """The source's rows of one part."""
+        return range(part * self.size, min((part + 1) * self.size, self.items))
 
     def path(self, part: int) -> Path:
         """The file of one part."""
@@ -91,8 +104,7 @@ def write_shots(options: ShotOptions, communicator: Communicator) -> None:
             if communicator.is_asked_to_stop():
                 return
             with writing(options.output), written_atomically(parts.path(missing[claim])) as stream:
-                first = missing[claim] * ITEMS_A_PART
-                for row in range(first, min(first + ITEMS_A_PART, len(source))):
+                for row in parts.rows(missing[claim]):
                     for line in _lines(source.item(row), network, options):
                         stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
 
