@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,12 +27,15 @@ from launch.workflow.stage import Stage
 from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.training.launcher import free_port
 
 _POLL_SECONDS = 0.25
 _MEMORY_POLL_SECONDS = 0.5
 _TAIL_LINES = 25
 _TAIL_BYTES = 16_384
 _STOP_SECONDS = 20
+# deepspeed.constants.TORCH_DISTRIBUTED_DEFAULT_PORT, without importing deepspeed.
+_DEEPSPEED_PORT = 29500
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -151,7 +155,7 @@ class Runner:
         """Exit code and peak memory in bytes of one command and all its children."""
         try:
             process = subprocess.Popen(
-                list(command),
+                with_free_port(command),
                 env=child_environment(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -205,6 +209,26 @@ def command_text(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """A command as one would type it, with the variables it needs in front."""
     variables = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
     return " ".join([*variables, shlex.join(command)])
+
+
+def with_free_port(command: Sequence[str]) -> list[str]:
+    """A command of the deepspeed launcher with another port where its usual one is taken.
+
+    Two runs on one machine, such as the demo beside a training, would want the same.
+    """
+    if command[0] != "deepspeed" or "--master_port" in command or _is_free(_DEEPSPEED_PORT):
+        return list(command)
+    return [command[0], "--master_port", str(free_port()), *command[1:]]
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:

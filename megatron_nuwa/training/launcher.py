@@ -80,14 +80,15 @@ def _agree_by_mpi(size: int, one_node: bool) -> tuple[str, str]:
         )
     mine = None
     if world.Get_rank() == 0:
-        mine = ("127.0.0.1" if one_node else socket.gethostname(), str(_free_port()))
+        mine = ("127.0.0.1" if one_node else socket.gethostname(), str(free_port()))
     address, port = world.bcast(mine)
     # Finalising waits for all processes: at exit, one that failed would wait for the others.
     MPI.Finalize()
     return address, port
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,10 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from launch.demo.stages import DEFAULT_OUTPUT, RECIPE, demo_stages
+from launch.workflow import runner as workflow_runner
 from launch.workflow.display import Display
 from launch.workflow.plan import moved
-from launch.workflow.runner import Runner, StageError, log_tail, read_record
+from launch.workflow.runner import Runner, StageError, log_tail, read_record, with_free_port
 from launch.workflow.stage import Stage
 from megatron_nuwa.training.recipe import load_recipe
 
@@ -155,6 +157,20 @@ def test_an_interrupted_stage_leaves_no_process_behind(
         runner.run([stage])
     state = Path(f"/proc/{Path('out/pid').read_text()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_two_runs_on_one_machine_take_two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ("deepspeed", "--num_accelerators", "2", "launch/pretrain.py")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = other.getsockname()[1]
+        monkeypatch.setattr(workflow_runner, "_DEEPSPEED_PORT", taken)
+        head, flag, port, *rest = with_free_port(command)
+        assert (head, flag, rest) == ("deepspeed", "--master_port", list(command[1:]))
+        assert int(port) != taken
+        assert with_free_port(("python", "a.py")) == ["python", "a.py"]
+    assert with_free_port(command) == list(command)
 
 
 def test_the_command_line_names_an_unknown_stage() -> None:
