@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.generation.outputs import origin_of, write_samples
+from megatron_nuwa.generation.outputs import check_output, new_folder, origin_of, write_samples
 from megatron_nuwa.generation.ranking import ClipRanker, Ranker, best_of
 from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
 from megatron_nuwa.generation.sampling import SamplingSettings
@@ -70,7 +70,12 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="folder of a pretraining run, or a checkpoint")
     source.add_argument("--model", type=Path, metavar="FILE", help="a file of launch/export.py")
-    parser.add_argument("--output", type=Path, help="folder for the files (RUN/generated/TASK)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for the files, where they take the place of an earlier call's (default: "
+        "RUN/generated/TASK, and TASK-2 and so on where there are samples already)",
+    )
 
     given = parser.add_argument_group("what it starts from; each but --region may be repeated")
     text = {"action": "append", "default": []}
@@ -110,10 +115,16 @@ def parse_arguments() -> argparse.Namespace:
     how = parser.add_argument_group("how tokens are drawn")
     how.add_argument("--samples", type=int, default=1, help="samples of each (default 1)")
     how.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
-    how.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token")
-    how.add_argument("--top-k", type=int, help="draw among the k likeliest tokens")
-    how.add_argument("--top-p", type=float, help="draw among the likeliest of this total mass")
-    how.add_argument("--guidance", type=float, default=1.0, help="towards the text; 1 is none")
+    how.add_argument(
+        "--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)"
+    )
+    how.add_argument("--top-k", type=int, help="draw among the k likeliest tokens (default: all)")
+    how.add_argument(
+        "--top-p", type=float, help="draw among the likeliest of this total mass (default: all)"
+    )
+    how.add_argument(
+        "--guidance", type=float, default=1.0, help="towards the text; 1 is none (default 1)"
+    )
     how.add_argument("--frames", type=int, help="length of a clip (default: the model's own)")
     how.add_argument(
         "--overlap", type=int, help="frames that a sliding window takes along (default: half)"
@@ -142,6 +153,9 @@ def main() -> None:
     source, field = (
         (arguments.run, "--run") if arguments.model is None else (arguments.model, "--model")
     )
+    folder = source if source.is_dir() else source.parent
+    output = arguments.output or new_folder(folder / "generated" / task.name)
+    check_output(output)
     generator = open_generator(source, field)
     ranker = None
     if arguments.best_of is not None:
@@ -165,8 +179,6 @@ def main() -> None:
     samples = [Sample(*row) for row in zip(requests, clips, origins, strict=True)]
     if ranker is not None:
         samples = best_samples(samples, arguments, ranker)
-    folder = source if source.is_dir() else source.parent
-    output = arguments.output or folder / "generated" / task.name
     classes = 0 if generator.sketch_vqgan is None else generator.sketch_vqgan.config.classes or 0
     write_samples(output, samples, generator.frames_per_second, classes)
     noun = f"{task.target}{'' if len(samples) == 1 else 's'}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training.ending import run_process
@@ -53,6 +54,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def read_inputs(arguments: argparse.Namespace, ranks: int) -> tuple[Recipe, Layout]:
     """The recipe and its layout over `ranks` processes."""
+    if arguments.gib_needed is not None and arguments.gib_needed <= 0:
+        raise UserError(f"--gib_needed must be above 0, not {arguments.gib_needed}")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe.require("run", "model", "data")
     assert recipe.model is not None

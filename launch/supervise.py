@@ -35,6 +35,9 @@ def main() -> int:
     arguments = parse_arguments()
     if not arguments.command:
         raise UserError("no command to supervise; python launch/supervise.py --help shows one")
+    for name in ("restarts", "pause"):
+        if getattr(arguments, name) < 0:
+            raise UserError(f"--{name} must be 0 or more, not {getattr(arguments, name)}")
     supervisor = Supervisor(
         arguments.command, restarts=arguments.restarts, pause_seconds=arguments.pause
     )

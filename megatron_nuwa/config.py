@@ -22,27 +22,32 @@ class Settings(BaseModel):
 T = TypeVar("T", bound=Settings)
 
 
-def load_settings(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
+def load_settings(
+    kind: type[T], path: str | Path, overrides: Sequence[str] = (), noun: str = "recipe"
+) -> T:
     """Read a YAML file into `kind`, with `a.b.c=value` overrides applied on top.
 
-    Raises `UserError` that names the file and the field.
+    Raises `UserError` that names the file, as the `noun` that it is, and the field.
     """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{noun} {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{noun} {path} is no text in UTF-8 ({error}); save it as UTF-8") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(
-            f"recipe {path} is not valid YAML: {' '.join(str(error).split())}"
+            f"{noun} {path} is not valid YAML: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(tree, dict):
-        raise UserError(f"recipe {path} must hold fields at its top level, such as 'seed: 0'")
+        example = next(iter(kind.model_fields))
+        raise UserError(f"{noun} {path} must hold fields at its top level, such as '{example}: …'")
     for override in overrides:
         _apply_override(tree, override)
-    return parse_settings(kind, tree, f"recipe {path}")
+    return parse_settings(kind, tree, f"{noun} {path}")
 
 
 def parse_settings(kind: type[T], tree: Mapping[str, Any], origin: str) -> T:

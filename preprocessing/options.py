@@ -157,7 +157,7 @@ def settle(
         long_captions=options.long_captions,
         encode_rules=ENCODE_RULES_VERSION,
         encoder=encoder,
-        filters=load_settings(FilterSettings, options.filters)
+        filters=load_settings(FilterSettings, options.filters, noun="--filters")
         if options.filters
         else FilterSettings(),
         sketch=_sketch_settings(options, sketch_vqgan),

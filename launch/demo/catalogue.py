@@ -96,7 +96,7 @@ class Cut:
 
 def load_catalogue(path: Path = CATALOGUE_PATH) -> Catalogue:
     """Read the catalogue; `UserError` names the file and the field that is wrong."""
-    return load_settings(Catalogue, path)
+    return load_settings(Catalogue, path, noun="catalogue")
 
 
 def clip_cuts(catalogue: Catalogue, video: Video) -> Iterator[Cut]:

@@ -18,12 +18,14 @@ from launch.moving_digits.sizes import SIZES
 from launch.moving_digits.stages import digit_stages
 from launch.workflow.command import add_stage_arguments, run_stages
 from launch.workflow.stage import count_accelerators
-from megatron_nuwa.errors import run_command
+from megatron_nuwa.errors import UserError, run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     options = _parser().parse_args(arguments)
+    if options.seed < 0:
+        raise UserError(f"--seed must be 0 or more, not {options.seed}")
     size = SIZES[options.size]
     accelerators = count_accelerators() if options.size == "gpu" else 0
 
@@ -56,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=tuple(SIZES),
         default="cpu",
-        help="cpu: half an hour on two cores (default); gpu: larger and longer",
+        help="cpu: 20 minutes on two quiet cores (default); gpu: larger and longer",
     )
     parser.add_argument("--output", type=Path, help="folder to write (default: the recipe's)")
     parser.add_argument(

@@ -111,7 +111,12 @@ class Runner:
 
     def _run_stage(self, stage: Stage, key: str) -> None:
         log = self._output / "logs" / f"{stage.name}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--output {self._output} cannot be written: {error.strerror}; name a folder"
+            ) from error
         record = StageRecord(
             name=stage.name,
             title=stage.title,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -53,7 +55,7 @@ def write_samples(
 ) -> None:
     """Write every sample, sheet.png, samples.json and index.html, aside first, then all at once.
 
-    Samples are of one task. Files of an earlier call that these do not replace stay. Raises
+    Samples are of one task. They take the place of an earlier call's; other files stay. Raises
     `UserError` naming the folder where it cannot be written.
     """
     try:
@@ -73,7 +75,35 @@ def write_samples(
             page = gallery_page(samples, entries, frames_per_second, sketch_classes)
             (folder / "index.html").write_text(page, encoding="utf-8")
             output.mkdir(exist_ok=True)
+            for path in _earlier(output):
+                path.unlink(missing_ok=True)
             for path in folder.iterdir():
                 shutil.move(path, output / path.name)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from error
+
+
+def check_output(output: Path) -> None:
+    """`UserError` where no samples can be written to this folder, before there are any."""
+    place = next(each for each in (output, *output.parents) if each.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        what = "cannot be written to" if place.is_dir() else "is a file"
+        raise UserError(f"--output {output}: {place} {what}; name another folder")
+
+
+def new_folder(folder: Path) -> Path:
+    """The folder, or `folder-2` and so on: the first without samples of an earlier call."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (folder.with_name(folder.name + number) for number in numbers)
+    return next(name for name in names if not (name / "samples.json").exists())
+
+
+def _earlier(output: Path) -> list[Path]:
+    """The samples that an earlier call has left in a folder."""
+    try:
+        entries = json.loads((output / "samples.json").read_text(encoding="utf-8"))
+        names = [str(name) for entry in entries for name in entry["files"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+    # Names, not paths: nothing outside the folder is meant.
+    return [output / Path(name).name for name in names]

@@ -43,7 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show(console, recipe, machine, chosen, candidates, options.rows)
     if options.json is not None:
         report = as_json(recipe, machine, chosen, candidates)
-        write_text_atomically(options.json, json.dumps(report, indent=1) + "\n")
+        try:
+            write_text_atomically(options.json, json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"--json {options.json} cannot be written: {error.strerror}; name a file"
+            ) from error
     return 0
 
 

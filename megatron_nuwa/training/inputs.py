@@ -220,7 +220,8 @@ class _CorpusChecker:
         if any(side > most for side, most in zip(grid, largest, strict=True)):
             raise UserError(
                 f"corpus {path} has grid {tuple(grid)}, larger than model.position_grid "
-                f"{tuple(largest)}"
+                f"{tuple(largest)}; set that to {list(grid)}, or tokenize with "
+                f"--frames {largest[2]} or fewer"
             )
         if (grid.s == 1) != (task in IMAGE_TASKS):
             raise UserError(

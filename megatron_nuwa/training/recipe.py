@@ -183,7 +183,7 @@ class Recipe(Settings):
         for section in sections:
             if getattr(self, section) is None:
                 raise UserError(
-                    f"recipe '{self.name}' has no '{section}', which this command needs"
+                    f"recipe '{self.name}' has no section '{section}', which this command needs"
                 )
 
 

@@ -24,16 +24,19 @@ SKETCH_VQGAN_FILE = "tokenizers/sketch_vqgan.safetensors"
 _REPORTED_PACKAGES = ("megatron-nuwa", "torch", "deepspeed", "numpy", "tokenizers", "safetensors")
 
 
-def prepare_run_folder(run: Path, recipe: Settings) -> None:
-    """Create the run's folder and write `recipe.yaml` and `environment.json` into it."""
+def prepare_run_folder(run: Path, recipe: Settings, field: str = "run") -> None:
+    """Create the run's folder and write `recipe.yaml` and `environment.json` into it.
+
+    `field` is the recipe's that names the folder.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
         write_text_atomically(run / RECIPE_FILE, dump_settings(recipe))
         write_text_atomically(run / ENVIRONMENT_FILE, json.dumps(describe_environment(), indent=2))
     except OSError as error:
         raise UserError(
-            f"the run folder {run} cannot be written: {error.strerror}; "
-            "choose another with run=FOLDER"
+            f"the run folder {run} cannot be written: {error.strerror}; choose another with "
+            f"{field}=FOLDER"
         ) from error
 
 

@@ -63,7 +63,7 @@ def train_vqgan(
     step = _resume(state)
     # Only now: a run that is refused must not change the folder of the one it does not fit.
     if processes.is_first:
-        prepare_run_folder(recipe.run, whole_recipe)
+        prepare_run_folder(recipe.run, whole_recipe, f"{recipe.section}.run")
     processes.barrier()
     frames = open_dataset(recipe, train, recipe.run / "frames.npy", processes)
     held = None

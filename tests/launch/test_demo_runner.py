@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import run_command_line
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -180,3 +181,19 @@ def test_the_command_line_names_an_unknown_stage() -> None:
     assert done.returncode == 2
     assert "teatime" in done.stderr
     assert "tokenize" in done.stderr
+
+
+@pytest.mark.parametrize("package", ["launch.demo", "launch.moving_digits"])
+def test_an_output_that_is_a_file_is_named(package: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    done = run_command_line(sys.executable, "-m", package, "--output", str(tmp_path / "file"))
+    assert done.returncode == 2
+    assert f"--output {tmp_path / 'file'} cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_seed_below_zero_is_refused_before_anything_is_listed() -> None:
+    done = run_command_line(sys.executable, "-m", "launch.moving_digits", "--list", "--seed", "-1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --seed must be 0 or more, not -1\n"

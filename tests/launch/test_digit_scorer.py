@@ -250,7 +250,7 @@ def test_a_recipe_whose_digits_cannot_move_is_refused() -> None:
     recipe = load_recipe(SIZES["cpu"].recipe, ["model.position_grid=[9,9,4]"])
     with pytest.raises(UserError, match="frames must be odd"):
         world_of(recipe, 16, 4, 4)
-    with pytest.raises(UserError, match="has no 'vqgan'"):
+    with pytest.raises(UserError, match="has no section 'vqgan'"):
         world_of(Recipe(name="empty"), 16, 4, 4)
 
 

@@ -68,7 +68,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path) -> None:
         (("--gpus", "0", "--device", "cpu"), "--gpus must be at least 1, not 0"),
         (("--gpus", "48", "--device", "cpu"), "does not divide by 48"),
         (("--gpus", "1", "--device", "cpu", "model.heads=7"), "not a multiple of model.heads 7"),
-        (("--gpus", "1", "--device", "cpu", "data=null"), "has no 'data'"),
+        (("--gpus", "1", "--device", "cpu", "data=null"), "has no section 'data'"),
     ],
     ids=["device", "gpus", "batch", "model", "section"],
 )
@@ -91,3 +91,10 @@ def test_help_has_an_example() -> None:
     done = plan("--help")
     assert done.returncode == 0
     assert "--gpus 64 --device a100-80gb" in done.stdout
+
+
+def test_a_folder_in_place_of_the_json_file_is_named(tmp_path: Path) -> None:
+    done = plan("launch/recipes/demo.yaml", "--gpus", "1", "--device", "cpu", "--json", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: --json {tmp_path} cannot be written: ")
+    assert "Traceback" not in done.stderr

@@ -133,7 +133,7 @@ def test_a_recipe_may_have_both_tokenizers_and_the_command_names_one(
     tree["sketch_vqgan"] = tree["vqgan"] | {"run": str(tmp_path / "seg")}
     del tree["vqgan"]
     path.write_text(yaml.safe_dump(tree))
-    with pytest.raises(UserError, match="has no 'vqgan'"):
+    with pytest.raises(UserError, match="has no section 'vqgan'"):
         train_here(monkeypatch, path)
     train_here(monkeypatch, path, "--section", "sketch_vqgan", "sketch_vqgan.batch_size=4")
     with pytest.raises(UserError, match=r"into a new folder with sketch_vqgan\.run=FOLDER"):

@@ -224,7 +224,7 @@ def test_sigterm_to_all_processes_saves_and_ends_with_0(media: Path, tmp_path: P
         ("vqgan.loss.reconstruction=cross_entropy", "must be cross_entropy with model.classes"),
         ("vqgan.data.unlabelled=255", "data.unlabelled belongs to model.classes"),
         ("vqgan.ema_decay=1", "vqgan.ema_decay: "),
-        ("vqgan=null", "recipe 'tiny' has no 'vqgan'"),
+        ("vqgan=null", "recipe 'tiny' has no section 'vqgan'"),
         ("vqgan.batch_size=0", "vqgan.batch_size: "),
     ],
 )

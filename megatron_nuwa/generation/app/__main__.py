@@ -47,7 +47,7 @@ def main() -> None:
         from megatron_nuwa.generation.app.page import build_page, serving
     except ImportError as error:
         raise UserError(
-            f"the page needs gradio ({error}): pip install 'megatron-nuwa[app]'"
+            f"the page needs gradio ({error}); install it: pip install 'gradio>=6'"
         ) from error
     source, field = (
         (arguments.run, "--run") if arguments.model is None else (arguments.model, "--model")
