@@ -37,7 +37,11 @@ def parse_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    model = commands.add_parser("model", help="a pretraining run, with its tokenizers")
+    model = commands.add_parser(
+        "model",
+        help="a pretraining run, with its tokenizers",
+        epilog="example: python launch/export.py model runs/demo/pretrain --output model.safetensors",
+    )
     model.add_argument("source", metavar="RUN", type=Path, help="a run, or one of its checkpoints")
     model.add_argument(
         "--precision",
@@ -45,7 +49,11 @@ def parse_arguments() -> argparse.Namespace:
         default="fp32",
         help="of the weights: fp32 (default), also what a bf16 run trained in; less to generate",
     )
-    vqgan = commands.add_parser("vqgan", help="a VQ-GAN run")
+    vqgan = commands.add_parser(
+        "vqgan",
+        help="a VQ-GAN run",
+        epilog="example: python launch/export.py vqgan runs/demo/vqgan --output vqgan.safetensors",
+    )
     vqgan.add_argument("source", metavar="RUN", type=Path, help="a VQ-GAN run, or a checkpoint")
     for command in (model, vqgan):
         command.add_argument("--output", metavar="FILE", type=Path, required=True)

@@ -25,7 +25,10 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands; a wrong argument is a `UserError`."""
     description = "Commands that make and inspect a token corpus."
-    whole = _Parser(prog="python -m preprocessing", description=description)
+    example = (
+        "example: python -m preprocessing stats corpora/vatex (each COMMAND has its own --help)"
+    )
+    whole = _Parser(prog="python -m preprocessing", description=description, epilog=example)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_tokenize(commands)
     _add_shots(commands)
