@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     model = commands.add_parser(
         "model",
         help="a pretraining run, with its tokenizers",
-        epilog="example: python launch/export.py model runs/demo/pretrain --output demo.safetensors",
+        epilog="example: python launch/export.py model runs/demo/pretrain --output my.safetensors",
     )
     model.add_argument("source", metavar="RUN", type=Path, help="a run, or one of its checkpoints")
     model.add_argument(
