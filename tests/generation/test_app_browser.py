@@ -227,5 +227,5 @@ def test_without_gradio_the_command_says_what_to_install(tmp_path: Path) -> None
     )
     assert done.returncode == 2
     assert done.stderr.strip() == (
-        "error: the page needs gradio (no gradio here): pip install 'megatron-nuwa[app]'"
+        "error: the page needs gradio (no gradio here); install it: pip install 'gradio>=6'"
     )
