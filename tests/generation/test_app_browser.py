@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -222,7 +223,7 @@ def test_without_gradio_the_command_says_what_to_install(tmp_path: Path) -> None
     (broken / "__init__.py").write_text("raise ImportError('no gradio here')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     done = run_command_line(
-        *("env", f"PYTHONPATH={path}", "python", "-m", "megatron_nuwa.generation.app"),
+        *("env", f"PYTHONPATH={path}", sys.executable, "-m", "megatron_nuwa.generation.app"),
         *("--run", "nowhere"),
     )
     assert done.returncode == 2
