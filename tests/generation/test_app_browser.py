@@ -120,19 +120,30 @@ def generate(browser: Chrome) -> str:
     """Press the button; what the status says in the end."""
     # What was said before is marked, and the first thing that a new run says replaces it.
     browser.execute_script("document.querySelector('#status .status').dataset.old = ''")
-    browser.find_element("css selector", "#generate").click()
+
+    def pressed() -> bool:
+        browser.find_element("css selector", "#generate").click()
+        return within(30, lambda: not browser.find_elements("css selector", "#status [data-old]"))
+
+    # Pressed again where the page was not ready to take it.
+    wait(browser, pressed)
     return str(wait(browser, lambda: browser.execute_script(FINAL)))
+
+
+def within(seconds: float, there: Callable[[], object]) -> bool:
+    """Whether something comes to be there in so much time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if there():
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def changes(browser: Chrome, editor: str) -> bool:
     """Whether an editor takes what it was given, which a busy machine needs some time for."""
     undo = f'{editor} button[aria-label="Undo"]:not([disabled])'
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        if browser.find_elements("css selector", undo):
-            return True
-        time.sleep(0.2)
-    return False
+    return within(20, lambda: browser.find_elements("css selector", undo))
 
 
 def upload(browser: Chrome, editor: str, path: Path) -> None:
