@@ -152,7 +152,8 @@ def _reopen_wronged(corpus: Path, shards: Iterable[int], looks: _Looks) -> None:
     wronged = []
     for shard in shards:
         sidecar = _sidecar(corpus, shard)
-        if _gone(sidecar).keys() - looks.duplicates(shard).keys():
+        gone = _gone(sidecar)
+        if gone and gone.keys() - looks.duplicates(shard).keys():
             (corpus / f"{sidecar.shard}.json").unlink()
             wronged.append(sidecar.shard)
     if wronged:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from megatron_nuwa.data.shards import (
 )
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, fingerprint, save_vqgan
+from megatron_nuwa.training.launcher import free_port
 from megatron_nuwa.training.processes import Processes, join_processes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,8 +220,6 @@ def run_command_line(
 
 def deepspeed_command(processes: int, *arguments: str | Path) -> list[str | Path]:
     """The deepspeed launcher of this environment, on a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
-    return [launcher, "--num_accelerators", str(processes), "--master_port", str(port), *arguments]
+    port = ("--master_port", str(free_port()))
+    return [launcher, "--num_accelerators", str(processes), *port, *arguments]

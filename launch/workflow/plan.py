@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Plan:
     output: Path
     overrides: tuple[str, ...] = ()
     processes: int = PROCESSES
-    environment: dict[str, str] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def media(self) -> Path:
@@ -88,7 +88,7 @@ class Plan:
 
     def stage(self, name: str, title: str, *commands: tuple[str, ...], **fields: Any) -> Stage:
         """A stage whose commands get this run's variables."""
-        return Stage(name, title, commands, environment=dict(self.environment or {}), **fields)
+        return Stage(name, title, commands, environment=self.environment, **fields)
 
     def token_stages(
         self,
@@ -103,7 +103,6 @@ class Plan:
         """
         media = tuple(media)
         both = tuple(run / "vqgan.safetensors" for run in (self.vqgan, self.sketch_vqgan))
-        environment = dict(self.environment or {})
         return [
             self._vqgan_stage("vqgan", "frames", self.vqgan, media, after),
             self._vqgan_stage("sketch-vqgan", "sketches", self.sketch_vqgan, media, after),
@@ -123,7 +122,7 @@ class Plan:
                 outputs=self.corpora,
                 clears=(self.output / "corpus",),
                 after=after,
-                environment={**environment, **mpi_environment()},
+                environment={**self.environment, **mpi_environment()},
             ),
         ]
 
@@ -168,12 +167,12 @@ def moved(recipe: Path, named: Path, output: Path) -> Iterator[str]:
     if output == named:
         return
     tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    for field, value in _leaves(tree):
+    for name, value in _leaves(tree):
         changed = _replaced(value, named, output)
         if changed != value:
             text = yaml.safe_dump(changed, default_flow_style=True, width=10**6).strip()
             # YAML ends a document that is one bare word with a line of dots.
-            yield f"{field}={text.removesuffix('...').strip()}"
+            yield f"{name}={text.removesuffix('...').strip()}"
 
 
 def _leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
