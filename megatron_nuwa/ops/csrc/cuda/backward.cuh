@@ -15,10 +15,10 @@ class Backward {
  public:
   using Element = T;
   static constexpr int kSize = size;
+  static constexpr Sums kSums = mirrored ? Sums::kContextGradients : Sums::kQueryGradients;
   static constexpr bool kMirrored = mirrored;
   static constexpr bool kInRegisters = size <= 64;
   static constexpr int kRowTensors = 2;
-  static constexpr int kBlocksPerProcessor = size > 64 ? 1 : 2;
   static constexpr int kOutputs = mirrored ? 2 : 1;
 
   struct Arguments {
@@ -120,9 +120,9 @@ class Backward {
   __device__ __forceinline__ void add_half(const Group& columns, int half, uint32_t visible,
                                            uint32_t ring, const char* beside) {
     float weights[2][4] = {}, changes[2][4] = {};
-    add_products<T, size>(weights[0], weights[1], tile[0], ring, columns.as_columns(half));
+    add_products<T, size>(weights[0], weights[1], tile[0], ring, columns.rows(half));
     add_products<T, size>(changes[0], changes[1], tile[1], ring + kNext,
-                          columns.as_columns(half));
+                          columns.rows(half));
     const float to_log2 = arguments_.problem.scale * kLog2E;
 #pragma unroll
     for (int octet = 0; octet < 2; ++octet) {
@@ -143,9 +143,9 @@ class Backward {
         changes[octet][i] = weights[octet][i] * (changes[octet][i] - statistic.y);
       }
     }
-    add_weighted<T, size>(sums_[0], changes[0], changes[1], ring, columns.as_rows(half));
+    add_weighted<T, size>(sums_[0], changes[0], changes[1], ring, columns.rows(half));
     if constexpr (mirrored)
-      add_weighted<T, size>(sums_[1], weights[0], weights[1], ring + kNext, columns.as_rows(half));
+      add_weighted<T, size>(sums_[1], weights[0], weights[1], ring + kNext, columns.rows(half));
   }
 
   const Arguments& arguments_;
