@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.kernel_layouts import CANDIDATES, Candidate, Layout
 from megatron_nuwa.grid import Extent, Grid
 from megatron_nuwa.ops import cuda, nearby_attention
 from megatron_nuwa.ops.tables import Geometry
-from megatron_nuwa.ops.warp_tables import Shape, Sums, shape_of
+from megatron_nuwa.ops.warp_tables import Sums
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "megatron_nuwa/ops/csrc/cuda"
@@ -43,10 +44,7 @@ class Call(ctypes.Structure):
     """`Call` of simulate.cpp."""
 
     _fields_ = (
-        *(
-            (name, c_int32)
-            for name in ("batch", "heads", "queries", "keys")
-        ),
+        *((name, c_int32) for name in ("batch", "heads", "queries", "keys")),
         ("blocks", c_int32 * 3),
         ("scale", ctypes.c_float),
         ("at_end", c_int32),
@@ -271,30 +269,40 @@ def test_kernels_of_a_device_with_less_shared_memory_equal_the_definition(
             check(smaller, geometry, torch.bfloat16, size, 4, True, 4.0, images=(1, 1))
 
 
-# Layouts as tiles.cuh writes them, one a pass: of warps that do nothing but gather, in several
-# ways; and warps that all gather, as many as none of the kernels has.
+# Warps that do nothing but gather, in several ways; and fewer warps than any of the kernels has.
 OTHER_LAYOUTS = (
-    ("9, 1, 2, 64, 6, 4, 32", "7, 1, 2, 64, 6, 3, 16", "7, 1, 2, 64, 6, 2, 16"),
-    ("7, 1, 3, 64, 4, 2, 16", "8, 2, 2, 64, 6, 2, 16", "5, 1, 2, 32, 8, 4, 16"),
-    ("4, 0, 3, 48, 5, 3, 16", "4, 4, 2, 128, 4, 2, 16", "2, 0, 3, 48, 6, 3, 16"),
+    Candidate(
+        Layout(9, 1, 2, 64, 6, 4, 32), Layout(7, 1, 2, 64, 6, 3, 16), Layout(7, 1, 2, 64, 6, 2, 16)
+    ),
+    Candidate(
+        Layout(7, 1, 3, 64, 4, 2, 16), Layout(8, 2, 2, 64, 6, 2, 16), Layout(5, 1, 2, 32, 8, 4, 16)
+    ),
+    Candidate(
+        Layout(4, 0, 3, 48, 5, 3, 16), Layout(4, 4, 2, 128, 4, 2, 16), Layout(2, 0, 3, 48, 6, 3, 16)
+    ),
 )
 
 
-@pytest.mark.parametrize("layouts", OTHER_LAYOUTS)
+@pytest.mark.parametrize("candidate", OTHER_LAYOUTS)
 def test_kernels_of_other_layouts_equal_the_definition(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layouts: tuple[str, str, str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidate: Candidate
 ) -> None:
-    flags, shapes = [], {}
-    for sums, layout in zip(get_args(Sums), layouts, strict=True):
-        flags.append(f"-DMEGATRON_NUWA_{sums.upper().replace(' ', '_')}={layout}")
-        warps, _, _, chunk, stages, *_ = map(int, layout.split(","))
-        shapes[sums] = Shape(warps, chunk, stages, 2 * 64)
+    check_candidate(tmp_path, monkeypatch, candidate)
 
-    def other_shape_of(head_dim: int, sums: Sums, is_large: bool) -> Shape:
-        return shapes[sums] if head_dim == 64 else shape_of(head_dim, sums, is_large)
 
-    monkeypatch.setattr(cuda, "shape_of", other_shape_of)
-    other = compiled_simulator(tmp_path, *flags)
+@pytest.mark.slow
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_kernels_of_layouts_to_be_timed_equal_the_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidate: Candidate
+) -> None:
+    check_candidate(tmp_path, monkeypatch, candidate)
+
+
+def check_candidate(folder: Path, monkeypatch: pytest.MonkeyPatch, candidate: Candidate) -> None:
+    monkeypatch.setattr(cuda, "shape_of", candidate.shape_of)
+    header = folder / "layouts.h"
+    header.write_text(candidate.header())
+    simulator = compiled_simulator(folder, "-include", str(header))
     video, image = Grid(7, 9, 6), Grid(3, 5, 1)
     for masked in (False, True):
         for geometry in (
@@ -302,7 +310,7 @@ def test_kernels_of_other_layouts_equal_the_definition(
             Geometry(video, video, Extent(3, 3, 3), False),
             Geometry(image, video, Extent(3, None, 3), False),
         ):
-            check(other, geometry, torch.bfloat16, 64, 5, masked, 4.0, images=(1, 2))
+            check(simulator, geometry, torch.bfloat16, 64, 5, masked, 4.0, images=(1, 2))
 
 
 def test_padding_tokens_may_hold_anything(simulator: ctypes.CDLL) -> None:

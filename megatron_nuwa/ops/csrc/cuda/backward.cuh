@@ -81,7 +81,8 @@ class Backward {
       if (arguments_.problem.context_mask != nullptr)
         visible = columns.template visible<2 * size>(beside);
 #pragma unroll 1  // registers are short for both at once
-    for (int half = 0; half < 2; ++half) add_half(columns, half, visible, ring, beside);
+    for (int half = 0; half < 2; ++half)
+      add_half(columns, half, visible >> 8 * half, ring, beside);
   }
 
   __device__ __forceinline__ void store(char* staging, const TileTokens<size>& tokens) {
@@ -116,13 +117,13 @@ class Backward {
  private:
   static constexpr int kNext = Memory<Backward>::kTensor;
 
-  // 16 of a group's columns.
+  // 16 of a group's columns; bit 4 · octet + i of `visible` is of the octet's accumulator i.
   __device__ __forceinline__ void add_half(const Group& columns, int half, uint32_t visible,
                                            uint32_t ring, const char* beside) {
     float weights[2][4] = {}, changes[2][4] = {};
-    add_products<T, size>(weights[0], weights[1], tile[0], ring, columns.rows(half));
+    add_products<T, size>(weights[0], weights[1], tile[0], ring, columns.as_columns(half));
     add_products<T, size>(changes[0], changes[1], tile[1], ring + kNext,
-                          columns.rows(half));
+                          columns.as_columns(half));
     const float to_log2 = arguments_.problem.scale * kLog2E;
 #pragma unroll
     for (int octet = 0; octet < 2; ++octet) {
@@ -139,13 +140,13 @@ class Backward {
       for (int i = 0; i < 4; ++i) {
         const float2 statistic = mirrored ? of_column[i % 2] : statistics_[i / 2];
         const float weight = exp2_fast(fmaf(weights[octet][i], to_log2, -statistic.x));
-        weights[octet][i] = visible >> (8 * half + 4 * octet + i) & 1 ? weight : 0;
+        weights[octet][i] = visible >> (4 * octet + i) & 1 ? weight : 0;
         changes[octet][i] = weights[octet][i] * (changes[octet][i] - statistic.y);
       }
     }
-    add_weighted<T, size>(sums_[0], changes[0], changes[1], ring, columns.rows(half));
+    add_weighted<T, size>(sums_[0], changes[0], changes[1], ring, columns.as_rows(half));
     if constexpr (mirrored)
-      add_weighted<T, size>(sums_[1], weights[0], weights[1], ring + kNext, columns.rows(half));
+      add_weighted<T, size>(sums_[1], weights[0], weights[1], ring + kNext, columns.as_rows(half));
   }
 
   const Arguments& arguments_;

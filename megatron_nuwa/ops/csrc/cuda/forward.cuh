@@ -63,7 +63,8 @@ class Forward {
 
  private:
   static constexpr float kLag = 8;
-  static constexpr int kOctets = Shape<Forward>::kLayout.at_once / 8, kHalves = kOctets / 2;
+  static constexpr int kOctets = layout_of(kSums, size, kIsLarge).at_once / 8;
+  static constexpr int kHalves = kOctets / 2;
 
   // The columns of a group from half `first` on; bit 4 · octet + i of `visible` is of the octet's
   // accumulator i.
@@ -73,7 +74,7 @@ class Forward {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half)
       add_products<T, size>(products[2 * half], products[2 * half + 1], tile[0], ring,
-                            columns.rows(first + half));
+                            columns.as_columns(first + half));
     float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet)
@@ -100,7 +101,7 @@ class Forward {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half)
       add_weighted<T, size>(output_, weights[2 * half], weights[2 * half + 1],
-                            ring + Memory<Forward>::kTensor, columns.rows(first + half));
+                            ring + Memory<Forward>::kTensor, columns.as_rows(first + half));
   }
 
   __device__ __forceinline__ void weigh(float (&weights)[kOctets][4],

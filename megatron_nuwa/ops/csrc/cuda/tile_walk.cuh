@@ -34,9 +34,13 @@ class Group {
     return row_of(column) / row_bytes;
   }
 
-  // Where in the ring lies what this lane names to `ldmatrix`, for a half of the columns: its first
-  // octet's rows, its second's, and both again, the next 16 bytes.
-  __device__ __forceinline__ uint32_t rows(int half) const {
+  // Where in the ring lies what this lane names to `ldmatrix`, for a half of the columns: with the
+  // ring's rows as columns of B (two matrices of an octet, two of the next), and, transposed, as
+  // its rows.
+  __device__ __forceinline__ uint32_t as_columns(int half) const {
+    return row_of(16 * half + (lane_ & 7) + (lane_ >> 1 & 8)) ^ (lane_ << 1 & 16);
+  }
+  __device__ __forceinline__ uint32_t as_rows(int half) const {
     return row_of(16 * half + lane_ % 16) ^ (lane_ & 16);
   }
 
@@ -57,8 +61,8 @@ __device__ __forceinline__ void add_products(float (&left)[4], float (&right)[4]
     uint32_t b[4], rows[4];
     load_matrices(b, ring + at_step(offset, step));
     a.get(rows, step);
-    multiply_add<T>(left, rows, b[0], b[2]);
-    multiply_add<T>(right, rows, b[1], b[3]);
+    multiply_add<T>(left, rows, b[0], b[1]);
+    multiply_add<T>(right, rows, b[2], b[3]);
   }
 }
 
