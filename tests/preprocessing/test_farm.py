@@ -233,8 +233,11 @@ def test_corpus_without_a_good_item_leaves_nothing(
     [
         (["--vqgan", "nowhere.safetensors"], "VQ-GAN nowhere.safetensors does not exist"),
         (["--bpe", "nowhere.json"], "BPE nowhere.json cannot be read"),
-        (["--frames", "0"], "the arguments of tokenize: frames"),
-        (["--frames", "many"], "argument --frames: invalid int value: 'many'"),
+        (["--frames", "0"], "the arguments of tokenize: --frames must be at least 1, not 0"),
+        (["--frames", "many"], "--frames must be a whole number, not many"),
+        (["--fps", "-1"], "the arguments of tokenize: --fps must be above 0, not -1"),
+        (["--fps", "nan"], "--fps must be a number, not nan"),
+        (["--decode-ranks-per-encoder", "3"], "--decode-ranks-per-encoder 3 needs several ranks"),
         (["--frames", "1", "--fps", "2"], "--fps is given"),
     ],
 )
