@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -22,6 +24,8 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(self, *, prog: str, description: str, example: str, **settings: Any) -> None:
+        if "\n" not in description:
+            description = textwrap.fill(description, shutil.get_terminal_size().columns - 2)
         super().__init__(
             prog=prog,
             description=description,
@@ -35,7 +39,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """As that of argparse, which would print the usage, too."""
-        message = re.sub(r"^argument ([^:]+): must ", r"\1 must ", message)
+        wrong_value = re.match(r"argument ([^:]+): (must .+)", message, re.DOTALL)
+        if wrong_value:
+            raise UserError(" ".join(wrong_value.groups()))
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def flags(self) -> dict[str, str]:
@@ -49,6 +55,37 @@ class CommandParser(argparse.ArgumentParser):
 def example_in(doc: str | None) -> str:
     """What follows 'Example:', or 'Examples, in words:', in a docstring."""
     return re.split(r"\bExamples?\b[^:]*:", doc or "", maxsplit=1)[-1].strip()
+
+
+def add_recipe(
+    parser: argparse.ArgumentParser, recipe: str = "demo.yaml", field: str = "run=runs/mine"
+) -> None:
+    """The recipe, and fields of it to change, which want `parse_intermixed_args`."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help=f"YAML file, such as launch/recipes/{recipe}"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],
+        help=f"fields to change, such as {field}",
+    )
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """`--deepspeed_config`, under DeepSpeed's own name for it."""
+    parser.add_argument(
+        "--deepspeed_config",
+        type=Path,
+        metavar="FILE",
+        help="DeepSpeed layout (default: the recipe's training.deepspeed_config)",
+    )
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """What the deepspeed launcher passes; the environment says the same."""
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
 def whole_number(least: int | None = None, most: int | None = None) -> Callable[[str], int]:

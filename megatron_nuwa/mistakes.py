@@ -33,6 +33,7 @@ _MUST = {
     "greater_than_equal": "be at least {ge}",
     "less_than": "be below {lt}",
     "less_than_equal": "be at most {le}",
+    "multiple_of": "be a multiple of {multiple_of}",
     **dict.fromkeys(("literal_error", "enum"), "be {expected}"),
     "union_tag_invalid": "be one of {expected_tags}",
     "too_short": "hold at least {min_length}",

@@ -223,9 +223,9 @@ def test_sigterm_to_all_processes_saves_and_ends_with_0(media: Path, tmp_path: P
         ("vqgan.model.classes=5", "loss.reconstruction must be cross_entropy with model.classes"),
         ("vqgan.loss.reconstruction=cross_entropy", "must be cross_entropy with model.classes"),
         ("vqgan.data.unlabelled=255", "data.unlabelled belongs to model.classes"),
-        ("vqgan.ema_decay=1", "vqgan.ema_decay: "),
+        ("vqgan.ema_decay=1", "vqgan.ema_decay must be below 1, not 1"),
         ("vqgan=null", "recipe 'tiny' has no section 'vqgan'"),
-        ("vqgan.batch_size=0", "vqgan.batch_size: "),
+        ("vqgan.batch_size=0", "vqgan.batch_size must be at least 1, not 0"),
     ],
 )
 def test_wrong_recipes_are_refused_before_anything_is_written(
