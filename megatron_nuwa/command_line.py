@@ -25,7 +25,8 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *, prog: str, description: str, example: str, **settings: Any) -> None:
         if "\n" not in description:
-            description = textwrap.fill(description, shutil.get_terminal_size().columns - 2)
+            width = shutil.get_terminal_size().columns - 2
+            description = textwrap.fill(description, width, break_on_hyphens=False)
         super().__init__(
             prog=prog,
             description=description,
