@@ -14,3 +14,15 @@ WriteClip = Callable[..., Path]
 def write_manifest(path: Path, rows: list[dict[str, object]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def tokenize_command(
+    source: str | Path, output: Path, tools: Path, *more: str | Path, report: bool = False
+) -> list[str]:
+    """The arguments of `tokenize` with the VQ-GAN and the BPE of the fixture `tools`."""
+    return [
+        *("tokenize", str(source), "--output", str(output)),
+        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
+        *([] if report else ["--no-report"]),
+        *map(str, more),
+    ]
