@@ -16,13 +16,10 @@ def write_manifest(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-def tokenize_command(
-    source: str | Path, output: Path, tools: Path, *more: str | Path, report: bool = False
-) -> list[str]:
-    """The arguments of `tokenize` with the VQ-GAN and the BPE of the fixture `tools`."""
+def tokenize_command(source: str | Path, output: Path, tools: Path, *more: str | Path) -> list[str]:
+    """The arguments of `tokenize` with the tokenizers of the fixture `tools`, without a report."""
     return [
-        *("tokenize", str(source), "--output", str(output)),
+        *("tokenize", str(source), "--output", str(output), "--no-report"),
         *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *([] if report else ["--no-report"]),
         *map(str, more),
     ]
