@@ -40,7 +40,7 @@ class TokenizeOptions(Settings):
     sketch_vqgan: Path | None = None
     sketch_unlabelled: int | None = Field(default=None, ge=0)
     frames: int | None = Field(default=None, ge=1)
-    frames_per_second: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    frames_per_second: float | None = Field(default=None, gt=0)
     short_clips: Literal["skip", "pad", "faster"] = "skip"
     items_per_shard: int = Field(default=4096, ge=1)
     batch_size: int | None = Field(default=None, ge=1)
@@ -56,9 +56,9 @@ class TokenizeOptions(Settings):
     report: bool = True
     filters: Path | None = None
     decoder: Literal["ffmpeg", "pyav"] = "ffmpeg"
-    decode_seconds: float = Field(default=DEFAULT_LIMITS.seconds, gt=0, allow_inf_nan=False)
-    decode_memory_gib: float = Field(default=DEFAULT_LIMITS.memory_gib, gt=0, allow_inf_nan=False)
-    download_gib: float = Field(default=DEFAULT_LIMITS.download_gib, gt=0, allow_inf_nan=False)
+    decode_seconds: float = Field(default=DEFAULT_LIMITS.seconds, gt=0)
+    decode_memory_gib: float = Field(default=DEFAULT_LIMITS.memory_gib, gt=0)
+    download_gib: float = Field(default=DEFAULT_LIMITS.download_gib, gt=0)
 
     @property
     def limits(self) -> DecodeLimits:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents, run_farm
 
 from preprocessing.__main__ import main
@@ -28,11 +28,7 @@ json.dumps = dump
 
 
 def arguments(manifest: Path, output: Path, tools: Path, *more: str) -> list[str]:
-    return [
-        *("tokenize", str(manifest), "--output", str(output), "--no-report"),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *("--items-per-shard", "2", *more),
-    ]
+    return tokenize_command(manifest, output, tools, "--items-per-shard", "2", *more)
 
 
 def image_rows(count: int) -> list[dict[str, object]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import (
@@ -326,10 +326,7 @@ def test_more_shards_than_there_are_names_for_are_refused_at_once(
         {"id": n, "media": "image0.png", "captions": CAPTIONS} for n in range(8)
     ]
     manifest = write_manifest(media / "many.jsonl", rows)
-    command = [
-        *("tokenize", str(manifest), "--output", str(tmp_path / "corpus")),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-    ]
+    command = tokenize_command(manifest, tmp_path / "corpus", tools)
     assert main([*command, "--items-per-shard", "2"]) == 2
     assert "4 shards of 8 items, and a corpus has at most 3; use at least 3" in (
         capsys.readouterr().err
