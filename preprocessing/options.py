@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_nuwa.config import Settings, load_settings
-from megatron_nuwa.data.shards import MOST_SHARDS, Fingerprints
+from megatron_nuwa.data.shard_list import MOST_SHARDS
+from megatron_nuwa.data.shards import Fingerprints
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, TextTokenizer
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan

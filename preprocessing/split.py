@@ -56,7 +56,7 @@ def is_held_out(media: str, share: float) -> bool:
 
 
 def _write_side(folder: Path, corpus: Corpus, indices: list[int]) -> list[Sidecar]:
-    items_per_shard = max(corpus.shard_sizes)
+    items_per_shard = int(corpus.shard_sizes.max())
     items = (
         shard_item(
             corpus.item(index),

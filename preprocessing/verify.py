@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_nuwa.data.corpus import Corpus, check_shard
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.group_index import check_shard
 from megatron_nuwa.data.shard_tar import ITEMS
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
