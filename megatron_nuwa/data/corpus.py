@@ -160,6 +160,11 @@ class Corpus:
         line: dict[str, Any] = json.loads(self._lines[1][row])
         return line
 
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """The metadata of all items, in order: what `item` returns of each."""
+        for group in self._group_numbers():
+            yield from map(json.loads, self._read_lines(group).splitlines())
+
     def groups(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Group by group: visual tokens (items, h·w·s) and text tokens (captions, 77), uint16."""
         for group in self._group_numbers():

@@ -100,7 +100,8 @@ class Source(Sequence[SourceItem]):
 
 def hash_of_id(name: str) -> int:
     """64 bits of an id."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    content = name.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 class Texts:
