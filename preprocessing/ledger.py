@@ -34,6 +34,7 @@ from preprocessing.decoders import DecodeSettings
 from preprocessing.encoder import EncoderSettings
 from preprocessing.filters import NEAR_DUPLICATES, FilterSettings
 from preprocessing.isolation import SketchSettings
+from preprocessing.sources import Source
 
 # Raised whenever the same frames and settings would be encoded in other batches than before.
 ENCODE_RULES_VERSION = 2
@@ -81,6 +82,18 @@ class CorpusSettings(Settings):
         """The manifest's rows that a shard covers."""
         start = shard * self.items_per_shard
         return range(start, min(start + self.items_per_shard, self.manifest_items))
+
+
+def items_begun(folder: Path, source: Source) -> int | None:
+    """How many items a corpus has that was begun from this source; None where there is none."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    try:
+        written = parse_settings(CorpusSettings, read_json(path), str(path))
+    except UserError:
+        return None
+    return written.manifest_items if written.manifest_sha256 == source.fingerprint else None
 
 
 class Ledger:

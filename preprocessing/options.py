@@ -21,7 +21,7 @@ from preprocessing.encoder import DeviceChoice, EncoderSettings, Precision
 from preprocessing.filters import FilterSettings
 from preprocessing.health import MOST_FAILURES
 from preprocessing.isolation import SketchSettings
-from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings
+from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings, items_begun
 from preprocessing.plan import PlanKey
 from preprocessing.sources import Source, SourceItem, local_copy
 
@@ -136,13 +136,15 @@ def settle(
     sketch_vqgan: Vqgan | None = None,
 ) -> CorpusSettings:
     """Every setting of the corpus, defaults filled in."""
-    _check_shards(options, len(source))
+    # Of a corpus that was begun, all rows have been checked and counted.
+    items = items_begun(options.output, source) or len(source)
+    _check_shards(options, items)
     encoder = EncoderSettings.chosen(options.device, options.precision, options.compiled)
     frames = options.frames or _default_frames(source)
     decode = _decode_settings(options, frames, vqgan.config.image_size)
     return CorpusSettings(
         manifest_sha256=source.fingerprint,
-        manifest_items=len(source),
+        manifest_items=items,
         decode=decode,
         grid_side=vqgan.grid_side,
         codebook_size=vqgan.config.codebook_size,

@@ -51,15 +51,19 @@ class SourceItem:
 class Source(Sequence[SourceItem]):
     """Items by row, read when they are asked for: what is held is a few bytes a row.
 
-    Can be pickled; `folder` is what media are named relative to, and `fingerprint` the sha256 of
-    all that decides the items (not of the media).
+    Can be pickled; `folder` is what media are named relative to.
     """
 
     folder: Location
-    fingerprint: str
+    _fingerprint: str
 
     def __init__(self, id_hashes: array[int]) -> None:
         self._id_hashes = id_hashes
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of all that decides the items (not of the media)."""
+        return self._fingerprint
 
     @abstractmethod
     def item(self, row: int) -> SourceItem:
