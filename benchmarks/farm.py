@@ -32,9 +32,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.options import CPU, add_output, add_recipe, benchmark_parser, positive
+from benchmarks.harness.options import (
+    CPU,
+    add_limit,
+    add_output,
+    add_recipe,
+    benchmark_parser,
+    positive,
+)
 from benchmarks.harness.report import device_name, write_json
-from megatron_nuwa.command_line import number, whole_number
+from megatron_nuwa.command_line import whole_number
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.models.vqgan import Vqgan, save_vqgan
@@ -269,13 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="pairs of farms of one and of two ranks; 0 for none (default: 3)",
     )
-    parser.add_argument(
-        "--limit",
-        type=number(least=0),
-        default=0.05,
-        metavar="SHARE",
-        help="exit with 1 above this share beside decoding and encoding (default: 0.05)",
-    )
+    add_limit(parser, 0.05, "beside decoding and encoding")
     add_output(parser, CPU)
     return parser
 

@@ -23,9 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.corpora import make_inputs
-from benchmarks.harness.options import ROOT, add_output, add_recipe, benchmark_parser, positive
+from benchmarks.harness.options import (
+    ROOT,
+    add_limit,
+    add_output,
+    add_recipe,
+    benchmark_parser,
+    positive,
+)
 from benchmarks.harness.report import device_name, write_json
-from megatron_nuwa.command_line import number
 from megatron_nuwa.data.batches import TaskBatches
 from megatron_nuwa.errors import run_command
 from megatron_nuwa.parallel.groups import import_deepspeed
@@ -210,13 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=positive, default=40, metavar="N", help="timed steps (default: 40)"
     )
-    parser.add_argument(
-        "--limit",
-        type=number(least=0),
-        default=0.02,
-        metavar="SHARE",
-        help="exit with 1 above this share outside the model (default: 0.02)",
-    )
+    add_limit(parser, 0.02, "outside the model")
     add_output(parser)
     return parser
 

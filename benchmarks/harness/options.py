@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.report import file_stem
-from megatron_nuwa.command_line import CommandParser, example_in, output_file, whole_number
+from megatron_nuwa.command_line import CommandParser, example_in, number, output_file, whole_number
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,17 @@ def add_output(parser: CommandParser, device: torch.device | None = None) -> Non
 
     parser.add_argument(
         "--output", type=report, metavar="PATH", help=f"JSON to write, or a folder for {own}"
+    )
+
+
+def add_limit(parser: argparse.ArgumentParser, share: float, where: str) -> None:
+    """`--limit`, above which the benchmark's exit code is 1."""
+    parser.add_argument(
+        "--limit",
+        type=number(least=0),
+        default=share,
+        metavar="SHARE",
+        help=f"exit with 1 above this share {where} (default: {share})",
     )
 
 

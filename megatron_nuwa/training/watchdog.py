@@ -8,7 +8,6 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 from megatron_nuwa.training.faults import Kind, write_fault
 from megatron_nuwa.training.processes import Processes
@@ -43,12 +42,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *reason: object) -> None:
         self._over.set()
         self._thread.join()
 

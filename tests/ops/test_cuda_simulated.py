@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from ctypes import c_int32
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 from unittest.mock import MagicMock
 
 import pytest
@@ -209,12 +209,16 @@ def before_cancellation(
 
 
 calls = given(
-    geometry=geometries().filter(lambda g: g.grid.cells * g.context_grid.cells < 40_000),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    size=st.sampled_from([32, 64, 128]),
-    seed=st.integers(0, 2**31),
-    masked=st.booleans(),
-    strength=st.sampled_from([1.0, 4.0]),
+    call=st.fixed_dictionaries(
+        {
+            "geometry": geometries().filter(lambda g: g.grid.cells * g.context_grid.cells < 40_000),
+            "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+            "size": st.sampled_from([32, 64, 128]),
+            "seed": st.integers(0, 2**31),
+            "masked": st.booleans(),
+            "strength": st.sampled_from([1.0, 4.0]),
+        }
+    )
 )
 
 
@@ -222,29 +226,15 @@ calls = given(
 @settings(max_examples=400, deadline=None)
 @calls
 def test_kernels_equal_the_definition_in_many_geometries(
-    simulator: ctypes.CDLL,
-    geometry: Geometry,
-    dtype: torch.dtype,
-    size: int,
-    seed: int,
-    masked: bool,
-    strength: float,
+    simulator: ctypes.CDLL, call: dict[str, Any]
 ) -> None:
-    check(simulator, geometry, dtype, size, seed, masked, strength, images=(2, 1))
+    check(simulator, **call, images=(2, 1))
 
 
 @settings(max_examples=25, deadline=None)
 @calls
-def test_kernels_equal_the_definition(
-    simulator: ctypes.CDLL,
-    geometry: Geometry,
-    dtype: torch.dtype,
-    size: int,
-    seed: int,
-    masked: bool,
-    strength: float,
-) -> None:
-    check(simulator, geometry, dtype, size, seed, masked, strength, images=(1, 2))
+def test_kernels_equal_the_definition(simulator: ctypes.CDLL, call: dict[str, Any]) -> None:
+    check(simulator, **call, images=(1, 2))
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
