@@ -10,15 +10,16 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.data.cache import ShardCache
+from megatron_nuwa.data.retry import patiently
 from megatron_nuwa.data.shard_tar import ITEMS, SKETCH, TEXT, TOKEN_DTYPE, VISUAL, Member
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
@@ -30,9 +31,10 @@ from megatron_nuwa.data.shards import (
 )
 from megatron_nuwa.data.storage import check_tar, storage_at
 from megatron_nuwa.data.text import TEXT_TOKENS
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import UnreadableError, UserError
 from megatron_nuwa.grid import Grid
 
+T = TypeVar("T")
 # Of all open corpora together. A map keeps a file descriptor, of which there must stay some for
 # others; a map of a cached shard also keeps the bytes of a shard that has left the cache.
 _MAPS = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 64), 1 << 14)
@@ -47,9 +49,10 @@ class Corpus:
     """The items of a finished corpus, numbered 0 to len − 1 in the manifest's order.
 
     `address` is a folder, or an address of any fsspec file system, whose shards are read through
-    a cache of this machine. Raises `UserError` naming the file where the corpus is missing,
-    foreign or half-written. Per group of items it holds a few numbers, and nothing per item but
-    the place of its captions, 4 bytes, once its group has been read.
+    a cache of this machine. Per group of items it holds a few numbers, and nothing per item but
+    the place of its captions, 4 bytes, once its group has been read. Raises `UserError` naming the
+    file where the corpus is missing, foreign or half-written; `UnreadableError`, then or later,
+    where several attempts to read failed.
     """
 
     def __init__(self, address: str | Path, cache: ShardCache | None = None) -> None:
@@ -267,8 +270,11 @@ class Corpus:
             return self._map(shard)
 
     def _map(self, shard: int) -> np.ndarray:
-        with self._storage.open(self.manifest.shards[shard]) as stream:
-            tokens = np.memmap(stream, TOKEN_DTYPE, mode="r").view(np.ndarray)
+        # Pages that storage fails to deliver later are beyond any handling: the process dies of
+        # SIGBUS, and the run is one that may be started again.
+        tokens = self._read_shard(
+            shard, lambda stream: np.memmap(stream, TOKEN_DTYPE, mode="r").view(np.ndarray)
+        )
         most = _REMOTE_MAPS if self.is_remote else max(1, _MAPS // len(_open_corpora))
         with self._lock:
             self._maps[shard] = tokens
@@ -296,10 +302,26 @@ class Corpus:
         return bounds.astype(np.uint32)
 
     def _read_lines(self, group: int) -> bytes:
+        size, place = int(self._lines_size[group]), int(self._lines_at[group])
         # Not through the map: what is read once would stay in the process's resident memory.
-        with self._storage.open(self.manifest.shards[self._shard[group]]) as stream:
-            size, place = int(self._lines_size[group]), int(self._lines_at[group])
-            return os.pread(stream.fileno(), size, place)
+        return self._read_shard(
+            int(self._shard[group]), lambda stream: os.pread(stream.fileno(), size, place)
+        )
+
+    def _read_shard(self, shard: int, read: Callable[[IO[bytes]], T]) -> T:
+        """What `read` makes of a shard's open tar, tried again where storage stumbles."""
+        entry = self.manifest.shards[shard]
+
+        def attempt() -> T:
+            with self._storage.open(entry) as stream:
+                try:
+                    return read(stream)
+                except OSError as error:
+                    raise UnreadableError(
+                        f"{self.address}/{entry.name}.tar cannot be read: {error.strerror}"
+                    ) from error
+
+        return patiently(attempt)
 
 
 def checked_sidecar(
