@@ -10,16 +10,15 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.data.cache import ShardCache
-from megatron_nuwa.data.retry import patiently
 from megatron_nuwa.data.shard_tar import ITEMS, SKETCH, TEXT, TOKEN_DTYPE, VISUAL, Member
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
@@ -29,12 +28,11 @@ from megatron_nuwa.data.shards import (
     parse_json,
     parse_manifest,
 )
-from megatron_nuwa.data.storage import check_tar, storage_at
+from megatron_nuwa.data.storage import check_tar, read_shard, storage_at
 from megatron_nuwa.data.text import TEXT_TOKENS
-from megatron_nuwa.errors import UnreadableError, UserError
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
 
-T = TypeVar("T")
 # Of all open corpora together. A map keeps a file descriptor, of which there must stay some for
 # others; a map of a cached shard also keeps the bytes of a shard that has left the cache.
 _MAPS = min(max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4, 64), 1 << 14)
@@ -270,11 +268,10 @@ class Corpus:
             return self._map(shard)
 
     def _map(self, shard: int) -> np.ndarray:
+        entry = self.manifest.shards[shard]
         # Pages that storage fails to deliver later are beyond any handling: the process dies of
         # SIGBUS, and the run is one that may be started again.
-        tokens = self._read_shard(
-            shard, lambda stream: np.memmap(stream, TOKEN_DTYPE, mode="r").view(np.ndarray)
-        )
+        tokens = read_shard(self._storage, entry, _map_tokens)
         most = _REMOTE_MAPS if self.is_remote else max(1, _MAPS // len(_open_corpora))
         with self._lock:
             self._maps[shard] = tokens
@@ -302,26 +299,10 @@ class Corpus:
         return bounds.astype(np.uint32)
 
     def _read_lines(self, group: int) -> bytes:
+        entry = self.manifest.shards[self._shard[group]]
         size, place = int(self._lines_size[group]), int(self._lines_at[group])
         # Not through the map: what is read once would stay in the process's resident memory.
-        return self._read_shard(
-            int(self._shard[group]), lambda stream: os.pread(stream.fileno(), size, place)
-        )
-
-    def _read_shard(self, shard: int, read: Callable[[IO[bytes]], T]) -> T:
-        """What `read` makes of a shard's open tar, tried again where storage stumbles."""
-        entry = self.manifest.shards[shard]
-
-        def attempt() -> T:
-            with self._storage.open(entry) as stream:
-                try:
-                    return read(stream)
-                except OSError as error:
-                    raise UnreadableError(
-                        f"{self.address}/{entry.name}.tar cannot be read: {error.strerror}"
-                    ) from error
-
-        return patiently(attempt)
+        return read_shard(self._storage, entry, lambda s: os.pread(s.fileno(), size, place))
 
 
 def checked_sidecar(
@@ -365,6 +346,10 @@ def check_shard(tar: Path, entry: ShardEntry, manifest: CorpusManifest, grid: Gr
     sidecar = checked_sidecar(content, str(file), entry, manifest, grid)
     check_tar(tar, entry)
     return sidecar
+
+
+def _map_tokens(stream: IO[bytes]) -> np.ndarray:
+    return np.memmap(stream, TOKEN_DTYPE, mode="r").view(np.ndarray)
 
 
 def _fits(member: Member, shape: tuple[int, int] | None, tar_bytes: int) -> bool:

@@ -140,6 +140,19 @@ class RemoteFolder:
         return system, str(root).rstrip("/")
 
 
+def read_shard(storage: Storage, entry: ShardEntry, read: Callable[[IO[bytes]], T]) -> T:
+    """What `read` makes of a shard's open tar; both are tried again where storage stumbles."""
+
+    def attempt() -> T:
+        with storage.open(entry) as stream:
+            try:
+                return read(stream)
+            except OSError as error:
+                raise _unreadable(f"{storage.address}/{entry.name}.tar", error) from error
+
+    return patiently(attempt)
+
+
 def check_tar(tar: Path, entry: ShardEntry) -> None:
     """`UserError` where a shard's tar is absent or of another size."""
     if not _attempt(tar, tar.is_file):

@@ -3,7 +3,8 @@
 A save begins between two steps, by noting which tensors go into which file. A thread copies them
 to host memory while the next step runs forward and backward; only its optimizer step waits for the
 copy. The thread then writes the files. Between two later steps, once every process has written its
-own, the first process makes the checkpoint whole.
+own, the first process makes the checkpoint whole; what is not training (an evaluation, a drawing)
+waits for that.
 """
 
 from __future__ import annotations
