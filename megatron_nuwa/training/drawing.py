@@ -79,7 +79,7 @@ class _Dispensable:
 
 
 def _in_one_line(error: Exception) -> str:
-    words = next(iter(str(error).splitlines()), "")
+    words = next(iter(str(error).splitlines()), "without a word")
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {words}, {Path(place.filename).name} line {place.lineno}"
 
