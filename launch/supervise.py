@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.training.supervision import Supervisor
+from megatron_nuwa.training.stopping import StopSignals
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -17,7 +17,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python launch/supervise.py",
         description="Run a launcher's command, and start it again after a fault: up to a limit, "
-        "while starts add checkpoints, and on the nodes of the hostfile that still answer. Its "
+        "while starts add checkpoints, and on nodes of the hostfile that still answer. Its "
         "last lines say which process failed, and why.",
         epilog=f"example:{__doc__.split(':', 1)[1]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -25,6 +25,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--restarts", type=int, default=10, help="at most so many (default: 10)")
     parser.add_argument(
         "--pause", type=float, default=10.0, metavar="SECONDS", help="before each (default: 10)"
+    )
+    parser.add_argument(
+        "--unfinished",
+        type=int,
+        default=0,
+        metavar="CODE",
+        help="exit code of a run that ended in order before its last step (default: 0)",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="the launcher and its arguments")
     return parser.parse_args()
@@ -38,10 +45,18 @@ def main() -> int:
     for name in ("restarts", "pause"):
         if getattr(arguments, name) < 0:
             raise UserError(f"--{name} must be 0 or more, not {getattr(arguments, name)}")
-    supervisor = Supervisor(
-        arguments.command, restarts=arguments.restarts, pause_seconds=arguments.pause
-    )
-    return supervisor.supervise()
+    with StopSignals() as stop:
+        # Here, because importing it takes seconds, in which signals are taken already.
+        from megatron_nuwa.training.supervision import Supervisor
+
+        supervisor = Supervisor(
+            arguments.command,
+            stop,
+            restarts=arguments.restarts,
+            pause_seconds=arguments.pause,
+            unfinished=arguments.unfinished,
+        )
+        return supervisor.supervise()
 
 
 if __name__ == "__main__":

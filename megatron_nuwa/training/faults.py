@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron_nuwa.errors import FailedProcessError, ReportedElsewhereError, UserError
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.training.processes import Processes
+from megatron_nuwa.training.stopping import StopRequested
 
 FAULTS_FOLDER = "faults"
 # How gloo and NCCL say that a peer is gone; they have no error class of their own for it.
@@ -96,7 +97,7 @@ def written_down(run: Path, processes: Processes, step: Callable[[], int]) -> It
     """
     try:
         yield
-    except ReportedElsewhereError:
+    except (ReportedElsewhereError, StopRequested):
         raise
     except UserError as error:
         write_fault(run, processes, step(), "mistake", str(error), traceback.format_exc())

@@ -89,7 +89,8 @@ def test_a_job_that_was_suspended_has_not_hung(
     process = Processes(0, 1, 0, device=None)  # type: ignore[arg-type]
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with Watchdog(0.5, tmp_path, process, lambda: 7):
+    with Watchdog(0.5, tmp_path, process, lambda: 7) as watchdog:
+        watchdog.steps_begin()
         late = time.monotonic() + 1e6
         monkeypatch.setattr(time, "monotonic", lambda: late)
         assert not ended
