@@ -35,6 +35,7 @@ from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.relayout import load
+from megatron_nuwa.training.roll_call import RollCall
 from megatron_nuwa.training.run_folder import ENVIRONMENT_FILE, RECIPE_FILE, describe_environment
 from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
@@ -91,7 +92,11 @@ def _pretrain(
     def reached() -> int:
         return 0 if training is None else training.step
 
-    with Watchdog(recipe.training.hang_seconds, recipe.run, processes, reached) as watchdog:
+    seconds = recipe.training.hang_seconds
+    with (
+        RollCall(processes) as roll_call,
+        Watchdog(seconds, recipe.run, processes, reached, roll_call) as watchdog,
+    ):
 
         def go_on() -> None:
             watchdog.beat()

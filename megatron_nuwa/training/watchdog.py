@@ -15,6 +15,7 @@ import torch
 
 from megatron_nuwa.training.faults import Kind, write_fault
 from megatron_nuwa.training.processes import Processes
+from megatron_nuwa.training.roll_call import RollCall
 
 # Reading a large checkpoint over a slow file system may take longer than any step.
 START_SECONDS = 1800.0
@@ -36,7 +37,8 @@ class Watchdog:
     """Ends the process with code 1 when its `with` block shows no sign of life for too long.
 
     Every process has its own, so a cut cable or a peer that is stuck ends all of them; NCCL and
-    gloo are told to wait longer (`backend_timeout`). The main thread's stack is written down and
+    gloo are told to wait longer (`backend_timeout`). So does a process that `roll_call` misses,
+    much sooner. The main thread's stack is written down and
     shown, in full where it does not merely wait for other processes.
     """
 
@@ -46,7 +48,9 @@ class Watchdog:
         run: Path,
         processes: Processes,
         step: Callable[[], int],
+        roll_call: RollCall | None = None,
     ) -> None:
+        self._roll_call = roll_call
         self._hang_seconds, self._run, self._processes, self._step = seconds, run, processes, step
         self._seconds, self._limit = max(seconds, START_SECONDS), "before the first step"
         self._main = threading.get_ident()
@@ -82,8 +86,11 @@ class Watchdog:
         turn = min(1.0, self._hang_seconds / 10)
         while not self._over.wait(turn):
             self._idle += turn
-            if self._idle > self._seconds:
+            if self._idle > self._seconds or self._gone() is not None:
                 self._end()
+
+    def _gone(self) -> str | None:
+        return None if self._roll_call is None else self._roll_call.gone
 
     def _end(self) -> None:
         report = threading.Thread(target=self._report, name="watchdog's report", daemon=True)
@@ -97,7 +104,9 @@ class Watchdog:
         # NCCL's collectives return at once; what waits for the others is the GPU.
         waits = waits or _gpu_is_busy(self._processes.device)
         doing = "waited for other processes" if waits else "did not go on"
-        sentence = f"{doing} for {self._seconds:.0f} s ({self._limit})"
+        gone = self._gone()
+        waits = waits or gone is not None
+        sentence = gone or f"{doing} for {self._seconds:.0f} s ({self._limit})"
         details = "".join(traceback.format_list(stack))
         kind: Kind = "lost" if waits else "hang"
         fault = write_fault(self._run, self._processes, self._step(), kind, sentence, details)

@@ -21,6 +21,7 @@ from megatron_nuwa.training.supervision import takes
 from megatron_nuwa.training.watchdog import Watchdog
 
 DISTURBED = ROOT / "tests/training/disturbed/pretrain.py"
+ROLL_CALL = ROOT / "tests/training/disturbed/roll_call.py"
 
 
 def arguments(world: SmallWorld, run: Path, *more: str) -> list[str | Path]:
@@ -84,6 +85,36 @@ def test_a_signal_to_one_process_saves_and_ends_all_with_0(
         assert ranks.wait(30) == [0, 0], ranks.output()
         assert "SIGUSR1 received: saving step" in ranks.logs[0].read_text()
     assert len(list((tmp_path / "run/checkpoints").glob("step_*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("disturb", "told"),
+    [
+        ("kill 1", "process 1 no longer answers"),
+        ("kill 0", "process 0, which holds the store where all met, no longer answers"),
+        ("fail", "process 1 has failed"),
+        ("leave", None),
+    ],
+)
+def test_a_process_that_is_gone_ends_the_others_though_no_backend_says_so(
+    tmp_path: Path, disturb: str, told: str | None
+) -> None:
+    """As under NCCL, whose collectives wait for the dead."""
+    with Ranks(2, tmp_path, tmp_path / "run", script=ROLL_CALL, DISTURB=disturb) as ranks:
+        for log in ranks.logs:
+            assert ranks.wait_for(lambda log=log: "begun" in log.read_text(), 60)  # type: ignore[misc]
+        time.sleep(0.5)
+        gone = 0 if disturb == "kill 0" else 1
+        if disturb.startswith("kill"):
+            ranks.processes[gone].kill()
+        left = ranks.processes[1 - gone]
+        assert left.wait(60) == (0 if told is None else 1)
+    found = {fault.rank: fault for fault in read_faults(tmp_path / "run")}
+    if told is None:
+        assert not found
+    else:
+        assert found[1 - gone].sentence == told
+        assert found[1 - gone].kind == "lost"
 
 
 @pytest.mark.parametrize("moment", ["importing", "first step"])
