@@ -23,16 +23,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.options import add_recipe, positive
-from benchmarks.harness.report import device_name
+from benchmarks.harness.options import (
+    add_output,
+    add_real_step,
+    benchmark_parser,
+    positive,
+    real_recipe,
+)
+from benchmarks.harness.report import device_name, write_json
 from benchmarks.harness.step_plan import Mix, StepPlan, planned_device, token_batches
-from benchmarks.real_step import SMALL, return_freed_memory, single_engine
+from benchmarks.real_step import return_freed_memory, single_engine
+from megatron_nuwa.command_line import output_folder
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.training.checkpoint import Checkpoints, read_manifest
 from megatron_nuwa.training.hardware import allocated_gib
 from megatron_nuwa.training.processes import join_processes
-from megatron_nuwa.training.recipe import load_recipe
 from megatron_nuwa.training.saving import Saver
 
 HALF = {
@@ -49,9 +54,8 @@ LARGEST_SHARE = 0.05
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 when the stall beside a forward pass is 5 % or more."""
-    options = _parser().parse_args(arguments)
-    recipe = load_recipe(options.recipe, SMALL if options.dry_run else ())
-    recipe.require("model", "data")
+    options = _parser().parse_intermixed_args(arguments)
+    recipe = real_recipe(options)
     return_freed_memory()
     with (
         tempfile.TemporaryDirectory(dir=options.folder) as folder,
@@ -105,8 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "of_blocking": {"beside": stalls[2] / blocking, "at once": stalls[3] / blocking},
         }
     _show(report)
-    if options.output is not None:
-        write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+    write_json(options.output, report)
     return 0 if options.dry_run or report["of_blocking"]["beside"] < LARGEST_SHARE else 1
 
 
@@ -140,20 +143,13 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.checkpoint_stall",
-        description="The stall of a save of the 870 M state, against a blocking save.",
-        epilog=f"example:{(__doc__ or '').split('Example:')[1].split('One run')[0]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_recipe(parser, overrides=False)
-    parser.add_argument("--layout", type=Path, metavar="FILE", help="DeepSpeed layout")
-    parser.add_argument("--folder", type=Path, help="a folder on the disk to be measured")
+    parser = benchmark_parser("checkpoint_stall", __doc__)
+    add_real_step(parser)
+    parser.add_argument("--folder", type=output_folder, help="a folder on the disk to be measured")
     parser.add_argument(
         "--images", type=positive, default=4, metavar="N", help="of the forward pass (default: 4)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="a small model, for a trial")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write")
+    add_output(parser)
     return parser
 
 

@@ -1,12 +1,10 @@
-"""What the CUDA kernels will use, without a GPU: registers, shared memory, occupancy, tables.
+"""Registers, shared memory, occupancy and tables of the CUDA kernels, without a GPU. Example:
 
 python -m benchmarks.cuda_resources            # needs nvcc
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 import subprocess
 import sys
@@ -23,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.cases import Case, cases
+from benchmarks.harness.options import benchmark_parser
+from benchmarks.harness.report import write_json
+from megatron_nuwa.command_line import output_file
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.ops import build, warp_tables
 from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS
 
@@ -89,7 +89,8 @@ class Kernel:
         """Warps of a block."""
         if not self.is_tensor_core:
             return _DIRECT_WARPS
-        return warp_tables.shape_of(int(self.title.split()[-1]), "dK" in self.title, True).warps
+        sums: warp_tables.Sums = "context gradients" if "dK" in self.title else "outputs"
+        return warp_tables.shape_of(int(self.title.split()[-1]), sums, True).warps
 
     @property
     def is_tensor_core(self) -> bool:
@@ -160,7 +161,7 @@ def table_figures(case: Case, mirrored: bool) -> dict[str, float]:
     device, grids = torch.device("cpu"), (case.geometry.grid, case.geometry.context_grid)
     warp_tables.warp_tables.cache_clear()
     start = time.perf_counter()
-    shape = warp_tables.shape_of(64, mirrored, True)
+    shape = warp_tables.shape_of(64, "context gradients" if mirrored else "outputs", True)
     tables = warp_tables.warp_tables(case.geometry, mirrored, shape, device)
     seconds = time.perf_counter() - start
     block_chunks, columns, rows, starts, _, entries = (t.numpy() for t in tables)
@@ -185,10 +186,8 @@ def table_figures(case: Case, mirrored: bool) -> dict[str, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="JSON file to write")
+    parser = benchmark_parser("cuda_resources", __doc__)
+    parser.add_argument("--output", type=output_file, default=OUTPUT, help="JSON file to write")
     options = parser.parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=140)
     with TemporaryDirectory() as folder:
@@ -213,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     _show(console, resources, figures)
     report = {"kernels": resources, "tables_of_head_size_64": figures}
-    write_text_atomically(options.output, json.dumps(report, indent=2) + "\n")
+    write_json(options.output, report)
     return 0
 
 

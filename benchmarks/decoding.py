@@ -1,12 +1,10 @@
-"""CPU time of the decoders against that of bare ffmpeg, for the same clips and frames.
+"""CPU time of the decoders against that of bare ffmpeg, for the same clips and frames. Example:
 
-python benchmarks/decoding.py --rounds 5
+python -m benchmarks.decoding --rounds 5
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import resource
 import statistics
@@ -21,10 +19,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness.options import CPU, add_output, benchmark_parser, positive
+from benchmarks.harness.report import write_json
 from launch.demo.catalogue import load_catalogue
 from launch.workflow.media import find_package_file
-from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.config import parse_settings
+from megatron_nuwa.errors import run_command
 from preprocessing.decoders import DecodeSettings, decode, guard
 
 # The aim: no more than this times the CPU time of bare ffmpeg.
@@ -34,28 +34,22 @@ BARE, PROJECT, PYAV = "bare ffmpeg", "ffmpeg-python", "PyAV"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="example: python benchmarks/decoding.py --rounds 5 --json decoding.json",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="times each clip is decoded")
+    parser = benchmark_parser("decoding", __doc__)
+    parser.add_argument("--rounds", type=positive, default=5, help="times each clip is decoded")
     parser.add_argument("--image-size", type=int, default=336, help="side of a frame in pixels")
     parser.add_argument("--frames", type=int, default=10, help="frames of a clip")
-    parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    add_output(parser, CPU)
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        raise UserError(f"--rounds must be at least 1, not {options.rounds}")
-    settings = DecodeSettings(
-        image_size=options.image_size, frames=options.frames, short_clips="pad"
+    asked = {name: getattr(options, name) for name in ("image_size", "frames")}
+    settings = parse_settings(
+        DecodeSettings, {**asked, "short_clips": "pad"}, "the arguments", parser.flags()
     )
     rows = {path.name: measure(path, settings, options.rounds) for path in demo_videos()}
     ratios = {name: overall(rows, name) for name in next(iter(rows.values()))}
     Console().print(table(rows, ratios))
     verdict = "reached" if ratios[PROJECT] <= AIM else "missed"
     print(f"the aim of {AIM:g} times bare ffmpeg is {verdict}: {ratios[PROJECT]:.3f}")
-    if options.json:
-        content = {"milliseconds": rows, "ratios": ratios, "aim": AIM}
-        write_text_atomically(options.json, json.dumps(content, indent=1) + "\n")
+    write_json(options.output, {"milliseconds": rows, "ratios": ratios, "aim": AIM})
     return 0
 
 

@@ -6,7 +6,6 @@ python -m benchmarks.encoding --batch-sizes 64 128 16
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections import deque
@@ -19,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.options import ROOT, positive
-from benchmarks.harness.report import device_name, file_stem
+from benchmarks.harness.options import add_output, add_recipe, benchmark_parser, positive
+from benchmarks.harness.report import device_name, write_json
+from megatron_nuwa.command_line import number
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.flops import encoding_flops
 from megatron_nuwa.models.vqgan import Vqgan
 from megatron_nuwa.plan.devices import DEVICES
@@ -207,7 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "peak_flops": stand.peaks,
             "ways": [asdict(speed) for speed in speeds],
         }
-        write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
     return 0
 
 
@@ -247,19 +246,8 @@ def _show(stand: Stand, speeds: Sequence[Speed], device: torch.device) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = f"benchmarks/results/encoding_{file_stem(torch.device('cpu'))}.json"
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.encoding",
-        description="Speed of the VQ-GAN's encoder and of the search for the nearest codes.",
-        epilog=f"example:{__doc__.split('Example:', 1)[1] if __doc__ else ''}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=ROOT / "launch/recipes/vqgan_f16.yaml",
-        help="whose VQ-GAN, with random weights (default: the paper's)",
-    )
+    parser = benchmark_parser("encoding", __doc__)
+    add_recipe(parser, "vqgan_f16", "VQ-GAN, with random weights")
     parser.add_argument(
         "--batch-sizes",
         type=positive,
@@ -274,21 +262,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--window",
-        type=float,
+        type=number(above=0),
         default=1.5,
         metavar="S",
         help="seconds that a way is timed for (default: 1.5)",
     )
     parser.add_argument(
         "--seconds",
-        type=float,
+        type=number(least=0),
         default=80,
         metavar="S",
         help="begin nothing that would end later, by the longest so far (default: 80)",
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"JSON to write, such as {default}"
-    )
+    add_output(parser)
     return parser
 
 

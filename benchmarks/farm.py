@@ -32,11 +32,18 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.options import ROOT, positive
-from benchmarks.harness.report import device_name, file_stem
+from benchmarks.harness.options import (
+    CPU,
+    add_limit,
+    add_output,
+    add_recipe,
+    benchmark_parser,
+    positive,
+)
+from benchmarks.harness.report import device_name, write_json
+from megatron_nuwa.command_line import whole_number
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.vqgan import Vqgan, save_vqgan
 from megatron_nuwa.training.recipe import load_recipe
 from preprocessing import decode_worker, farm
@@ -149,9 +156,9 @@ class World:
         torch.manual_seed(0)
         save_vqgan(Vqgan(config.model), folder / "vqgan.safetensors")
         train_bpe(_CAPTIONS, 600).save(folder / "bpe.json")
-        for number in range(_FILES):
-            _write_clip(folder / f"clip{number}.mp4", number)
-            _write_image(folder / f"image{number}.jpg", number)
+        for file in range(_FILES):
+            _write_clip(folder / f"clip{file}.mp4", file)
+            _write_image(folder / f"image{file}.jpg", file)
         self._farms = 0
 
     def arguments(self, kind: str, items: int) -> list[str]:
@@ -231,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "items_per_second": {str(ranks): found for ranks, found in speeds.items()},
             "two_ranks_to_one": ratios,
         }
-        write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
     return 0 if max(cost.overhead for cost in costs.values()) <= options.limit else 1
 
 
@@ -258,38 +265,19 @@ def _show(costs: dict[str, Cost], speeds: dict[int, list[float]], ratios: list[f
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = f"benchmarks/results/farm_{file_stem(torch.device('cpu'))}.json"
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.farm",
-        description="Cost of the farm beside decoding and encoding, and two ranks against one.",
-        epilog=f"example:{__doc__.split('Example:', 1)[1] if __doc__ else ''}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=ROOT / "launch/recipes/demo.yaml",
-        help="whose VQ-GAN (default: the demo's)",
-    )
+    parser = benchmark_parser("farm", __doc__)
+    add_recipe(parser, "demo", "VQ-GAN")
     parser.add_argument("--clips", type=positive, default=200, metavar="N", help="default: 200")
     parser.add_argument("--images", type=positive, default=2000, metavar="N", help="default: 2000")
     parser.add_argument(
         "--repeats",
-        type=int,
+        type=whole_number(0),
         default=3,
         metavar="N",
         help="pairs of farms of one and of two ranks; 0 for none (default: 3)",
     )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=0.05,
-        metavar="SHARE",
-        help="exit with 1 above this share beside decoding and encoding (default: 0.05)",
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"JSON to write, such as {default}"
-    )
+    add_limit(parser, 0.05, "beside decoding and encoding")
+    add_output(parser, CPU)
     return parser
 
 

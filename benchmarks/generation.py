@@ -6,7 +6,6 @@ OMP_NUM_THREADS=2 python -m benchmarks.generation
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.foreign_sampler import ForeignSampler
-from benchmarks.harness.options import positive
-from benchmarks.harness.report import device_name, file_stem
+from benchmarks.harness.options import add_output, benchmark_parser, positive
+from benchmarks.harness.report import device_name, write_json
 from benchmarks.harness.timing import clock_of, copy_bandwidth
 from benchmarks.harness.unavailable import UnavailableError
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.generation.decoding import CachedDecoder
 from megatron_nuwa.generation.drawing import SamplingSettings, uniform_numbers
 from megatron_nuwa.generation.sampling import Sampler
@@ -125,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "weight_bytes_a_step": weight_bytes(model),
             "weight_floor_ms": floor_ms,
         }
-        write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
     return 0
 
 
@@ -266,13 +264,7 @@ def _show(
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = f"benchmarks/results/generation_{file_stem(torch.device('cpu'))}.json"
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.generation",
-        description="Speed of sampling: batches, places in the video, nuwa-pytorch, a GPU's floor.",
-        epilog=f"example:{__doc__.split(':', 1)[1] if __doc__ else ''}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("generation", __doc__)
     parser.add_argument(
         "--recipe",
         type=Path,
@@ -291,9 +283,7 @@ def _parser() -> argparse.ArgumentParser:
         help="cpu: this process's CPU time, for a machine that others use, too (default: wall)",
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, for tests")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"JSON to write, such as {default}"
-    )
+    add_output(parser)
     return parser
 
 

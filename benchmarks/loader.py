@@ -6,7 +6,6 @@ OMP_NUM_THREADS=1 python -m benchmarks.loader --output benchmarks/results
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -22,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.loaders import LOADERS, NAIVE, OURS, PACKED, Batch, Tokens
-from benchmarks.harness.options import positive
-from benchmarks.harness.report import device_name, file_stem
+from benchmarks.harness.options import CPU, add_output, benchmark_parser, positive
+from benchmarks.harness.report import device_name, write_json
 from benchmarks.harness.unavailable import UnavailableError
+from megatron_nuwa.command_line import number
 from megatron_nuwa.errors import run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.grid import Grid
 
 _KINDS = {"images": Grid(21, 21, 1), "videos": Grid(21, 21, 10)}
@@ -140,18 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "seconds_a_repeat": options.seconds,
             "kinds": kinds,
         }
-        path = options.output
-        if path.suffix != ".json":
-            path = path / f"loader_{file_stem(cpu)}.json"
-        write_text_atomically(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-        console.print(f"written to {path}")
+        write_json(options.output, report)
+        console.print(f"written to {options.output}")
     return 0
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = benchmark_parser("loader", __doc__)
     parser.add_argument(
         "--items",
         type=positive,
@@ -159,7 +153,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of images; a tenth of videos (default: 40000)",
     )
     parser.add_argument("--batch", type=positive, default=64, help="samples a batch (default: 64)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of a repeat (default: 2)")
+    parser.add_argument(
+        "--seconds", type=number(above=0), default=2.0, help="of a repeat (default: 2)"
+    )
     parser.add_argument("--repeats", type=positive, default=3, help="default: 3")
     parser.add_argument("--kinds", nargs="+", choices=list(_KINDS), default=list(_KINDS))
     parser.add_argument(
@@ -169,7 +165,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         default=list(LOADERS),
         help=f"{OURS!r} is always among them; default: all, {NAIVE!r} and {PACKED!r} too",
     )
-    parser.add_argument("--output", type=Path, help=".json file, or folder for one")
+    add_output(parser, CPU)
     options = parser.parse_args(arguments)
     if OURS not in options.loaders:
         options.loaders.insert(0, OURS)

@@ -6,7 +6,6 @@ OMP_NUM_THREADS=2 python -m benchmarks.model_step --steps 5
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -21,11 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.harness.options import ROOT, positive
-from benchmarks.harness.report import device_name, file_stem
+from benchmarks.harness.options import add_output, add_recipe, benchmark_parser, positive
+from benchmarks.harness.report import device_name, write_json
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.grid import Extent, Grid
 from megatron_nuwa.models import attention
 from megatron_nuwa.models.nuwa import Context, Nuwa
@@ -145,29 +143,16 @@ def _write(
             for name, (milliseconds, loss) in results.items()
         },
     }
-    write_text_atomically(path, json.dumps(report, indent=1) + "\n")
+    write_json(path, report)
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = f"benchmarks/results/model_step_{file_stem(torch.device('cpu'))}.json"
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.model_step",
-        description="Speed of a training step with and without the fused attention.",
-        epilog=f"example:{__doc__.split(':', 1)[1] if __doc__ else ''}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=ROOT / "launch/recipes/demo.yaml",
-        help="whose model and batch sizes (default: the demo's)",
-    )
+    parser = benchmark_parser("model_step", __doc__)
+    add_recipe(parser, "demo", "model and batch sizes")
     parser.add_argument(
         "--steps", type=positive, default=7, metavar="N", help="timed steps (default: 7)"
     )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"JSON to write, such as {default}"
-    )
+    add_output(parser)
     return parser
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from benchmarks.harness.cases import Load, cases
 from benchmarks.harness.measure import measure_case
-from benchmarks.harness.options import positive
+from benchmarks.harness.options import benchmark_parser, positive
 from benchmarks.harness.peers import all_peers
 from benchmarks.harness.report import (
     Floors,
@@ -26,6 +26,7 @@ from benchmarks.harness.report import (
     write_report,
 )
 from benchmarks.harness.timing import clock_of, copy_bandwidth
+from megatron_nuwa.command_line import output_file
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.training.progress import track
 
@@ -70,12 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.nearby_attention",
-        description="Forward, backward and peak memory of nearby attention and its peers.",
-        epilog=f"example:{__doc__.split(':', 1)[1] if __doc__ else ''}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("nearby_attention", __doc__)
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one"
     )
@@ -94,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="tiny tensors, to try this command")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=output_file,
         metavar="FILE",
         help="JSON to write (default: one a device in benchmarks/results, for a run of everything)",
     )

@@ -9,12 +9,10 @@ next; this says what the kernels alone take. It needs a GPU.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -23,11 +21,10 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.cases import Case, Load, cases
-from benchmarks.harness.options import positive
-from benchmarks.harness.report import Floors, device_name
+from benchmarks.harness.options import add_output, benchmark_parser, positive
+from benchmarks.harness.report import Floors, device_name, write_json
 from benchmarks.harness.timing import clock_of, copy_bandwidth
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.ops import nearby_attention
 
 # By a part of a kernel's name, the more special first.
@@ -49,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bytes_a_second = copy_bandwidth(clock, device, quick=False)
     reports = {}
     for case in cases(False):
-        times = _kernel_times(case, load, options.repeats)
+        times = kernel_times(case, load, options.repeats)
         floors = Floors.of(case, load, bytes_a_second)
         reports[case.name] = {"microseconds": times, "floor_ms": floors.forward_backward_ms}
     _show(reports, device)
@@ -64,11 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "copy_gigabytes_a_second": bytes_a_second / 1e9,
             "cases": reports,
         }
-        write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
     return 0
 
 
-def _kernel_times(case: Case, load: Load, repeats: int) -> dict[str, float]:
+def kernel_times(case: Case, load: Load, repeats: int) -> dict[str, float]:
     """Median microseconds of each kernel, with the L2 cache emptied before each pass."""
     grid, context_grid, extent, causal = case.geometry
     tensors = [
@@ -120,16 +117,11 @@ def _show(reports: dict[str, dict[str, object]], device: torch.device) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.nearby_kernels",
-        description="Times of the CUDA kernels of nearby attention, one by one.",
-        epilog="example:\n\npython -m benchmarks.nearby_kernels --output FILE",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("nearby_kernels", __doc__)
     parser.add_argument(
         "--repeats", type=positive, default=12, metavar="N", help="times of a median (default: 12)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write")
+    add_output(parser)
     return parser
 
 

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median_low
 from typing import Any
 
@@ -27,12 +25,18 @@ from rich.table import Table
 
 from benchmarks.harness.kernels import profiled, show_profile
 from benchmarks.harness.largest import largest_mix
-from benchmarks.harness.options import ROOT, add_recipe, positive
-from benchmarks.harness.report import device_name, file_stem
+from benchmarks.harness.options import (
+    add_output,
+    add_real_step,
+    benchmark_parser,
+    positive,
+    real_recipe,
+)
+from benchmarks.harness.report import device_name, write_json
 from benchmarks.harness.step_plan import Mix, StepPlan, planned_device, token_batches
+from megatron_nuwa.command_line import whole_number
 from megatron_nuwa.data.batches import TokenBatch
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.ops import backends
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.plan.candidates import Judged
@@ -43,22 +47,11 @@ from megatron_nuwa.training.compiling import check_compile
 from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.hardware import allocated_gib
 from megatron_nuwa.training.processes import join_processes
-from megatron_nuwa.training.recipe import Recipe, load_recipe
+from megatron_nuwa.training.recipe import Recipe
 
 _WIDTH = 150
 # Of glibc's malloc.h.
 _M_MMAP_THRESHOLD = -3
-# The same run at a size of seconds, for `--dry-run`.
-SMALL = (
-    "model.width=64",
-    "model.heads=4",
-    "model.encoder_layers=2",
-    "model.decoder_layers=3",
-    "model.codebook_size=96",
-    "model.code_dim=16",
-    "model.text_vocabulary=128",
-    "model.position_grid=[6,6,4]",
-)
 
 
 @dataclass(frozen=True)
@@ -74,8 +67,7 @@ class Step:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 when the loss is not finite."""
     options = _parser().parse_intermixed_args(arguments)
-    recipe = load_recipe(options.recipe, [*(SMALL if options.dry_run else ()), *options.overrides])
-    recipe.require("model", "data")
+    recipe = real_recipe(options)
     assert recipe.model is not None
     return_freed_memory()
     with join_processes() as processes:
@@ -103,14 +95,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {asdict(steps[-1])}", flush=True)
         report = _report(recipe, device, engine, steps[warm_up:], plan.judge(mix), plan.peak)
         _show(report)
-        if options.output is not None:
-            write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
         if options.profile:
             profile = profiled(lambda: _step(engine, batches))
             show_profile(Console(width=_WIDTH), profile)
-            if options.output is not None:
-                report["profile"] = asdict(profile)
-                write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+            report["profile"] = asdict(profile)
+            write_json(options.output, report)
     return 0 if all(map(_is_finite, steps)) else 1
 
 
@@ -264,40 +254,27 @@ def _show(report: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = f"benchmarks/results/real_step_{file_stem(torch.device('cpu'))}.json"
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.real_step",
-        description="Time and peak memory of an optimizer step of the real recipe, and plan's.",
-        epilog=f"examples:{__doc__.split('Examples:', 1)[1] if __doc__ else ''}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_recipe(parser)
-    parser.add_argument(
-        "--layout",
-        type=Path,
-        default=ROOT / "ds_configs/zero1_bf16.json",
-        metavar="FILE",
-        help="DeepSpeed layout (default: ds_configs/zero1_bf16.json)",
-    )
+    parser = benchmark_parser("real_step", __doc__)
+    add_real_step(parser, "zero1_bf16")
     parser.add_argument(
         "--device",
         metavar="NAME",
         help="plan's name of the device (default: the one that this looks like)",
     )
-    for name, of, number in (
+    for name, of, count in (
         ("clips", "clips a micro-batch", 1),
         ("clip-batches", "micro-batches of clips a step", 1),
     ):
         parser.add_argument(
             f"--{name}",
             type=positive,
-            default=number,
+            default=count,
             metavar="N",
-            help=f"{of} (default: {number})",
+            help=f"{of} (default: {count})",
         )
     parser.add_argument(
         "--images",
-        type=int,
+        type=whole_number(0),
         default=10,
         metavar="N",
         help="images in the step's one micro-batch of them; 0 for none (default: 10)",
@@ -306,7 +283,10 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=positive, metavar="N", help="timed steps (default: 5 on a GPU, else 2)"
     )
     parser.add_argument(
-        "--warm-up", type=int, metavar="N", help="steps before (default: 2 on a GPU, else 0)"
+        "--warm-up",
+        type=whole_number(0),
+        metavar="N",
+        help="steps before (default: 2 on a GPU, else 0)",
     )
     parser.add_argument(
         "--largest",
@@ -319,10 +299,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="one more step, and its kernels",
     )
-    parser.add_argument("--dry-run", action="store_true", help="a small model, for a trial")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"JSON to write, such as {default}"
-    )
+    add_output(parser)
     return parser
 
 

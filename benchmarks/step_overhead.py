@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import tempfile
 import time
@@ -24,11 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness.corpora import make_inputs
-from benchmarks.harness.options import ROOT, positive
-from benchmarks.harness.report import device_name, file_stem
+from benchmarks.harness.options import (
+    ROOT,
+    add_limit,
+    add_output,
+    add_recipe,
+    benchmark_parser,
+    positive,
+)
+from benchmarks.harness.report import device_name, write_json
 from megatron_nuwa.data.batches import TaskBatches
 from megatron_nuwa.errors import run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.parallel.groups import import_deepspeed
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.guard import Guard
@@ -173,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "outside_model": outside,
             "outside_model_and_reading": outside + means[READING] / whole,
         }
-        write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
+        write_json(options.output, report)
     return 0 if outside <= options.limit else 1
 
 
@@ -206,32 +211,13 @@ def _show(means: dict[str, float], whole: float, outside: float, title: str) -> 
 
 
 def _parser() -> argparse.ArgumentParser:
-    default = f"benchmarks/results/step_overhead_{file_stem(torch.device('cpu'))}.json"
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_overhead",
-        description="Share of a training step that is spent outside the model.",
-        epilog=f"example:{__doc__.split('Example:', 1)[1] if __doc__ else ''}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--recipe",
-        type=Path,
-        default=ROOT / "launch/recipes/demo.yaml",
-        help="whose model, batch sizes and log interval (default: the demo's)",
-    )
+    parser = benchmark_parser("step_overhead", __doc__)
+    add_recipe(parser, "demo", "model, batch sizes and log interval")
     parser.add_argument(
         "--steps", type=positive, default=40, metavar="N", help="timed steps (default: 40)"
     )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=0.02,
-        metavar="SHARE",
-        help="exit with 1 above this share outside the model (default: 0.02)",
-    )
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"JSON to write, such as {default}"
-    )
+    add_limit(parser, 0.02, "outside the model")
+    add_output(parser)
     return parser
 
 

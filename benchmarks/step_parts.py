@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from benchmarks.harness.options import add_recipe, positive
+from benchmarks.harness.options import add_recipe, benchmark_parser, positive
 from benchmarks.harness.report import device_name
 from benchmarks.harness.timing import clock_of, time_forward, time_training
 from megatron_nuwa.data.batches import TEXT_GRID
@@ -56,7 +56,7 @@ class Part:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     recipe = load_recipe(options.recipe, options.overrides)
     recipe.require("model")
     assert recipe.model is not None
@@ -200,13 +200,8 @@ def _text_attention(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step_parts",
-        description="Milliseconds of a decoder layer's parts, forward and backward.",
-        epilog="example:\n\npython -m benchmarks.step_parts --clips 8",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_recipe(parser)
+    parser = benchmark_parser("step_parts", __doc__)
+    add_recipe(parser, overrides=True)
     parser.add_argument(
         "--clips", type=positive, default=8, metavar="N", help="a micro-batch (default: 8)"
     )

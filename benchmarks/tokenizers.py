@@ -27,8 +27,9 @@ from rich.table import Table
 
 from benchmarks.harness.codebook_use import codebook_use
 from benchmarks.harness.colour_maps import COLOURS, write_sketches
-from benchmarks.harness.options import positive
-from benchmarks.harness.report import device_name, file_stem
+from benchmarks.harness.options import CPU, add_output, benchmark_parser, positive
+from benchmarks.harness.report import device_name, write_json
+from megatron_nuwa.command_line import whole_number
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.vqgan import load_vqgan
@@ -79,9 +80,7 @@ def main() -> int:
         "pictures": pictures,
         "maps": maps,
     }
-    if options.output is not None:
-        path = options.output / f"tokenizers_{file_stem(torch.device('cpu'))}.json"
-        write_text_atomically(path, json.dumps(report, indent=1) + "\n")
+    write_json(options.output, report)
     broken = broken_promises(pictures, maps)
     for sentence in broken:
         print(f"broken: {sentence}", flush=True)
@@ -292,24 +291,19 @@ def _run(command: Sequence[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tokenizers",
-        description=(__doc__ or "").split("Example:")[0],
-        epilog=f"example:{(__doc__ or '').split('Example:')[1]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("tokenizers", __doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for media and runs")
     parser.add_argument("--media", type=Path, help="the demo's media (default: made in --work)")
     parser.add_argument(
         "--kinds", nargs="+", choices=("pictures", "maps"), default=("pictures", "maps")
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=whole_number(0), nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=positive, default=300, help="of a VQ-GAN (default: 300)")
     parser.add_argument(
         "--map-steps", type=positive, default=1600, help="of a VQ-GAN-Seg (default: 1600)"
     )
     parser.add_argument("--codes", type=positive, default=12288, help="(default: 12288)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write the JSON")
+    add_output(parser, CPU)
     return parser
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_nuwa.command_line import CommandParser, example_in
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.models.vqgan import fingerprint, is_vqgan_file, load_vqgan, save_vqgan
@@ -30,17 +31,17 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python launch/export.py",
         description="Write a trained model to one safetensors file.",
-        epilog=f"examples:{__doc__.split(':', 1)[1]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example_in(__doc__),
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     model = commands.add_parser(
         "model",
         help="a pretraining run, with its tokenizers",
-        epilog="example: python launch/export.py model runs/demo/pretrain --output my.safetensors",
+        description="Write a pretraining run to one file, with its tokenizers.",
+        example="python launch/export.py model runs/demo/pretrain --output my.safetensors",
     )
     model.add_argument("source", metavar="RUN", type=Path, help="a run, or one of its checkpoints")
     model.add_argument(
@@ -52,7 +53,8 @@ def parse_arguments() -> argparse.Namespace:
     vqgan = commands.add_parser(
         "vqgan",
         help="a VQ-GAN run",
-        epilog="example: python launch/export.py vqgan runs/demo/vqgan --output vqgan.safetensors",
+        description="Write a VQ-GAN to one file.",
+        example="python launch/export.py vqgan runs/demo/vqgan --output vqgan.safetensors",
     )
     vqgan.add_argument("source", metavar="RUN", type=Path, help="a VQ-GAN run, or a checkpoint")
     for command in (model, vqgan):
@@ -60,7 +62,12 @@ def parse_arguments() -> argparse.Namespace:
         command.add_argument(
             "--overwrite", action="store_true", help="replace FILE where it exists"
         )
-    show = commands.add_parser("show", help="say what a file holds")
+    show = commands.add_parser(
+        "show",
+        help="say what a file holds",
+        description="Say what a file holds.",
+        example="python launch/export.py show demo.safetensors",
+    )
     show.add_argument("source", metavar="FILE", type=Path)
     return parser.parse_args()
 

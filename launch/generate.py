@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_nuwa.command_line import CommandParser, example_in, whole_number
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.generation.outputs import check_output, new_folder, origin_of, write_samples
@@ -60,11 +61,11 @@ class Start:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python launch/generate.py",
-        description="Generate images (PNG) and clips (GIF, MP4) from a trained run.",
-        epilog=f"tasks:\n{_task_list()}\n\nexamples:{__doc__.split(':', 1)[1]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Generate images (PNG) and clips (GIF, MP4) from a trained run.\n\ntasks:\n"
+        f"{_task_list()}",
+        example=example_in(__doc__),
     )
     parser.add_argument("task", metavar="TASK", help=f"one of {', '.join(TASKS)}")
     source = parser.add_mutually_exclusive_group(required=True)
@@ -105,7 +106,9 @@ def parse_arguments() -> argparse.Namespace:
     new.add_argument(
         "--region-frames", metavar="A:B", help="only in frames A to B − 1, counted from 0"
     )
-    new.add_argument("--keep-frames", type=int, metavar="N", help="v2v: frames given (default 1)")
+    new.add_argument(
+        "--keep-frames", type=whole_number(1), metavar="N", help="v2v: frames given (default 1)"
+    )
     new.add_argument(
         "--keep-pixels",
         action="store_true",
@@ -113,8 +116,15 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     how = parser.add_argument_group("how tokens are drawn")
-    how.add_argument("--samples", type=int, default=1, help="samples of each (default 1)")
-    how.add_argument("--seed", type=int, default=0, help="seed of the first sample (default 0)")
+    how.add_argument(
+        "--samples", type=whole_number(1), default=1, help="samples of each (default 1)"
+    )
+    how.add_argument(
+        "--seed",
+        type=whole_number(0, 2**63 - 1),
+        default=0,
+        help="seed of the first sample (default 0)",
+    )
     how.add_argument(
         "--temperature", type=float, default=1.0, help="0 takes the likeliest token (default 1)"
     )
@@ -125,16 +135,25 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument(
         "--guidance", type=float, default=1.0, help="towards the text; 1 is none (default 1)"
     )
-    how.add_argument("--frames", type=int, help="length of a clip (default: the model's own)")
     how.add_argument(
-        "--overlap", type=int, help="frames that a sliding window takes along (default: half)"
+        "--frames", type=whole_number(1), help="length of a clip (default: the model's own)"
     )
     how.add_argument(
-        "--best-of", type=int, metavar="N", help="draw N and keep the best --samples by CLIP"
+        "--overlap",
+        type=whole_number(1),
+        help="frames that a sliding window takes along (default: half)",
+    )
+    how.add_argument(
+        "--best-of",
+        type=whole_number(1),
+        metavar="N",
+        help="draw N and keep the best --samples by CLIP",
     )
     how.add_argument("--clip-weights", type=Path, metavar="FILE", help="CLIP, for --best-of")
     how.add_argument("--clip-architecture", default="ViT-B-32", help="(default %(default)s)")
-    how.add_argument("--batch-size", type=int, default=8, help="samples at once (default 8)")
+    how.add_argument(
+        "--batch-size", type=whole_number(1), default=8, help="samples at once (default 8)"
+    )
     return parser.parse_args()
 
 
@@ -201,9 +220,6 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence[str]) -> None:
     """`UserError` for arguments that do not belong to the task, and for those that are missing."""
-    for name in ("samples", "batch_size", "keep_frames", "frames", "best_of"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
     media = {"image": bool(arguments.image), "clip": bool(arguments.clip)}
     # A picture is as good a first frame as a clip.
     wants = {task.media, "image" if task.given == "frames" else None} - {None}

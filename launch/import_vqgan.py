@@ -13,6 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_nuwa.command_line import CommandParser, example_in, whole_number
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.models.taming import load_taming
 from megatron_nuwa.models.vqgan import fingerprint, save_vqgan
@@ -36,11 +37,10 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python launch/import_vqgan.py",
         description=__doc__.split(" Example:")[0],
-        epilog=f"example:{__doc__.split(':', 1)[1]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example_in(__doc__),
     )
     parser.add_argument("checkpoint", metavar="CKPT", type=Path)
     parser.add_argument(
@@ -48,7 +48,10 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", metavar="FILE", type=Path, required=True)
     parser.add_argument(
-        "--image-size", metavar="N", type=int, help="pixels a side (default: as it was trained)"
+        "--image-size",
+        metavar="N",
+        type=whole_number(1),
+        help="pixels a side (default: as it was trained)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace FILE where it exists")
     return parser.parse_args()

@@ -6,12 +6,18 @@ deepspeed --hostfile HOSTFILE launch/preflight.py RECIPE --deepspeed_config ds_c
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.command_line import (
+    CommandParser,
+    add_layout,
+    add_local_rank,
+    add_recipe,
+    example_in,
+    number,
+)
 from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training.ending import run_process
@@ -24,38 +30,25 @@ _LOG_WIDTH = 120
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="deepspeed [launcher options] launch/preflight.py",
         description="Check versions, folders, corpora, memory, devices and links of all nodes.",
-        epilog=f"example:{__doc__.split(':', 1)[1]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example_in(__doc__),
     )
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file, such as launch/recipes/demo.yaml"
-    )
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="fields to change, such as run=runs/mine"
-    )
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        metavar="FILE",
-        help="DeepSpeed layout (default: the recipe's training.deepspeed_config)",
-    )
+    add_recipe(parser)
+    add_layout(parser)
     parser.add_argument(
         "--gib_needed",
-        type=float,
+        type=number(above=0),
         metavar="GIB",
         help="memory that one process needs on its device (default: not checked)",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_local_rank(parser)
     return parser.parse_intermixed_args()
 
 
 def read_inputs(arguments: argparse.Namespace, ranks: int) -> tuple[Recipe, Layout]:
     """The recipe and its layout over `ranks` processes."""
-    if arguments.gib_needed is not None and arguments.gib_needed <= 0:
-        raise UserError(f"--gib_needed must be above 0, not {arguments.gib_needed}")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     recipe.require("run", "model", "data")
     assert recipe.model is not None

@@ -6,8 +6,14 @@ deepspeed --num_accelerators 2 launch/pretrain.py launch/recipes/demo.yaml sched
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
+from megatron_nuwa.command_line import (
+    CommandParser,
+    add_layout,
+    add_local_rank,
+    add_recipe,
+    example_in,
+)
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.stopping import StopSignals
@@ -15,25 +21,14 @@ from megatron_nuwa.training.stopping import StopSignals
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="deepspeed [launcher options] launch/pretrain.py",
         description="Pretrain NÜWA on token corpora; continues from the run's newest checkpoint.",
-        epilog=f"example:{__doc__.split(':', 1)[1]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example_in(__doc__),
     )
-    parser.add_argument(
-        "recipe", metavar="RECIPE", help="YAML file, such as launch/recipes/demo.yaml"
-    )
-    parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="fields to change, such as run=runs/mine"
-    )
-    parser.add_argument(
-        "--deepspeed_config",
-        type=Path,
-        metavar="FILE",
-        help="DeepSpeed layout (default: the recipe's training.deepspeed_config)",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    add_recipe(parser)
+    add_layout(parser)
+    add_local_rank(parser)
     return parser.parse_intermixed_args()
 
 

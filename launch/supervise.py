@@ -8,27 +8,33 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_nuwa.command_line import CommandParser, example_in, number, whole_number
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.training.stopping import StopSignals
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python launch/supervise.py",
         description="Run a launcher's command, and start it again after a fault: up to a limit, "
         "while starts add checkpoints, and on nodes of the hostfile that still answer. Its "
         "last lines say which process failed, and why.",
-        epilog=f"example:{__doc__.split(':', 1)[1]}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example=example_in(__doc__),
     )
-    parser.add_argument("--restarts", type=int, default=10, help="at most so many (default: 10)")
     parser.add_argument(
-        "--pause", type=float, default=10.0, metavar="SECONDS", help="before each (default: 10)"
+        "--restarts", type=whole_number(0), default=10, help="at most so many (default: 10)"
+    )
+    parser.add_argument(
+        "--pause",
+        type=number(least=0),
+        default=10.0,
+        metavar="SECONDS",
+        help="before each (default: 10)",
     )
     parser.add_argument(
         "--unfinished",
-        type=int,
+        type=whole_number(0),
         default=0,
         metavar="CODE",
         help="exit code of a run that ended in order before its last step (default: 0)",
@@ -42,9 +48,6 @@ def main() -> int:
     arguments = parse_arguments()
     if not arguments.command:
         raise UserError("no command to supervise; python launch/supervise.py --help shows one")
-    for name in ("restarts", "pause"):
-        if getattr(arguments, name) < 0:
-            raise UserError(f"--{name} must be 0 or more, not {getattr(arguments, name)}")
     with StopSignals() as stop:
         # Here, because importing it takes seconds, in which signals are taken already.
         from megatron_nuwa.training.supervision import Supervisor

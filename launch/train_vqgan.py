@@ -1,15 +1,15 @@
-"""Train a VQ-GAN, the visual tokenizer, from the `vqgan` section of a recipe.
+"""Train a VQ-GAN, the visual tokenizer, from the `vqgan` section of a recipe. Examples:
 
-    deepspeed --num_accelerators 2 launch/train_vqgan.py launch/recipes/demo.yaml
-    python launch/train_vqgan.py launch/recipes/vqgan_f16.yaml vqgan.run=runs/f16 vqgan.steps=1000
+deepspeed --num_accelerators 2 launch/train_vqgan.py launch/recipes/demo.yaml
+python launch/train_vqgan.py launch/recipes/vqgan_f16.yaml vqgan.run=runs/f16 vqgan.steps=1000
 
 With vqgan.model.classes it is VQ-GAN-Seg, trained on the 'sketch' of each item, a map of classes:
 
-    deepspeed launch/train_vqgan.py launch/recipes/vqgan_seg.yaml
+deepspeed launch/train_vqgan.py launch/recipes/vqgan_seg.yaml
 
 A recipe that has both has VQ-GAN-Seg in its section 'sketch_vqgan':
 
-    python launch/train_vqgan.py launch/recipes/demo.yaml --section sketch_vqgan
+python launch/train_vqgan.py launch/recipes/demo.yaml --section sketch_vqgan
 
 On a machine without GPUs set DS_ACCELERATOR=cpu for the deepspeed launcher. A run that was stopped
 continues from its newest checkpoint when the same command is given again.
@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_nuwa.command_line import CommandParser, add_local_rank, add_recipe, example_in
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.frames import MediaFrames
@@ -161,21 +162,20 @@ def _size_and_time(media: Media) -> tuple[int, int] | None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        prog="deepspeed [launcher options] launch/train_vqgan.py",
+        description="Train a VQ-GAN, the visual tokenizer, from a section of a recipe; continues "
+        "from the run's newest checkpoint.",
+        example=example_in(__doc__),
     )
-    parser.add_argument("recipe", type=Path, help="a recipe (YAML) with such a section")
-    parser.add_argument(
-        "overrides", nargs="*", help="fields to change, such as vqgan.optimizer.learning_rate=1e-4"
-    )
+    add_recipe(parser, "vqgan_f16.yaml", "vqgan.optimizer.learning_rate=1e-4")
     parser.add_argument(
         "--section",
         choices=("vqgan", "sketch_vqgan"),
         default="vqgan",
         help="which of the recipe's two VQ-GANs to train (default: %(default)s)",
     )
-    # The deepspeed launcher passes it; the environment says the same.
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    add_local_rank(parser)
     return parser.parse_intermixed_args()
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.mistakes import explain
 
 
 class Settings(BaseModel):
-    """Base of every settings class: immutable, and an unknown key is an error."""
+    """Base of every settings class: immutable, finite, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 T = TypeVar("T", bound=Settings)
@@ -50,12 +52,17 @@ def load_settings(
     return parse_settings(kind, tree, f"{noun} {path}")
 
 
-def parse_settings(kind: type[T], tree: Mapping[str, Any], origin: str) -> T:
-    """Validate a tree of plain values; `UserError` names `origin` and the first wrong field."""
+def parse_settings(
+    kind: type[T], tree: Mapping[str, Any], origin: str, flags: Mapping[str, str] | None = None
+) -> T:
+    """Validate a tree of plain values; `UserError` names `origin` and a wrong field.
+
+    `flags` has the names that fields have on a command line, such as `--fps`.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(f"{origin}: {_explain(kind, error)}") from error
+        raise UserError(f"{origin}: {explain(error, tree, kind, flags or {})}") from error
 
 
 def dump_settings(settings: Settings) -> str:
@@ -80,39 +87,3 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': '{value}' is not a YAML value") from error
-
-
-def _explain(kind: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors()[0]
-    location = [part for part in first["loc"] if isinstance(part, str | int)]
-    field = ".".join(str(part) for part in location)
-    if first["type"] == "extra_forbidden":
-        known = _field_names(kind, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known are: {', '.join(sorted(known))}"
-        return f"unknown key '{field}'; {hint}"
-    if first["type"] == "missing":
-        return f"the field '{field}' is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{field}: {message}" if field else message
-
-
-def _field_names(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """Names of the fields of the settings class at a location inside `kind`."""
-    current: type[BaseModel] = kind
-    for part in location:
-        field = current.model_fields.get(str(part))
-        if field is None:
-            continue
-        for candidate in (field.annotation, *_nested_arguments(field.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                current = candidate
-                break
-    return list(current.model_fields)
-
-
-def _nested_arguments(annotation: Any) -> list[Any]:
-    found: list[Any] = []
-    for argument in get_args(annotation):
-        found += [argument, *_nested_arguments(argument)]
-    return found

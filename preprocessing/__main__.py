@@ -12,7 +12,7 @@ from rich.console import Console
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.shards import CorpusManifest
-from megatron_nuwa.data.text import LARGEST_VOCABULARY, SMALLEST_VOCABULARY, train_bpe
+from megatron_nuwa.data.text import train_bpe
 from megatron_nuwa.errors import UserError
 from preprocessing.command_line import parser
 from preprocessing.communicator import Communicator, join_ranks, on_every_rank, run_ranks
@@ -62,9 +62,9 @@ def _shots(options: argparse.Namespace, communicator: Communicator) -> None:
 
 
 def _settings(kind: type[T], options: argparse.Namespace, communicator: Communicator) -> T:
-    tree = {key: value for key, value in vars(options).items() if key != "command"}
-    origin = f"the arguments of {options.command}"
-    return on_every_rank(communicator, lambda: parse_settings(kind, tree, origin))
+    tree = {key: value for key, value in vars(options).items() if key not in ("command", "parser")}
+    origin, flags = f"the arguments of {options.command}", options.parser.flags()
+    return on_every_rank(communicator, lambda: parse_settings(kind, tree, origin, flags))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -100,13 +100,12 @@ def _show_made(folder: Path, manifest: CorpusManifest) -> None:
 
 def _train_bpe(options: argparse.Namespace) -> None:
     size = options.vocabulary_size
-    if not SMALLEST_VOCABULARY <= size <= LARGEST_VOCABULARY:
-        raise UserError(
-            f"--vocabulary-size must lie between {SMALLEST_VOCABULARY} and {LARGEST_VOCABULARY}, "
-            f"not {size}"
-        )
     if options.output.suffix != ".json":
         raise UserError(f"--output {options.output} must end in .json")
+    if options.output.exists() and not options.overwrite:
+        raise UserError(
+            f"--output {options.output} exists already; name another, or pass --overwrite"
+        )
     bpe = train_bpe(_captions(options.source), size)
     try:
         bpe.save(options.output)

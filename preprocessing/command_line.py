@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.command_line import CommandParser, output_file, whole_number
+from megatron_nuwa.data.text import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 from preprocessing.health import MOST_FAILURES
 
 SOURCE_HELP = (
@@ -15,20 +15,11 @@ SOURCE_HELP = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands; a wrong argument is a `UserError`."""
+def parser() -> CommandParser:
+    """The parser of all commands, which leaves that of the command in `parser`."""
     description = "Commands that make and inspect a token corpus."
-    example = (
-        "example: python -m preprocessing stats corpora/vatex (each COMMAND has its own --help)"
-    )
-    whole = _Parser(prog="python -m preprocessing", description=description, epilog=example)
+    example = "python -m preprocessing stats corpora/vatex    # each COMMAND has its own --help"
+    whole = CommandParser(prog="python -m preprocessing", description=description, example=example)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_tokenize(commands)
     _add_shots(commands)
@@ -57,12 +48,18 @@ def parser() -> argparse.ArgumentParser:
         "--vocabulary-size 16384",
     )
     bpe.add_argument("source", nargs="+", metavar="SOURCE", help=SOURCE_HELP)
-    bpe.add_argument("--output", type=Path, required=True, help="file to write, .json")
-    bpe.add_argument("--vocabulary-size", type=int, required=True, metavar="N")
+    bpe.add_argument("--output", type=output_file, required=True, help="file to write, .json")
+    bpe.add_argument(
+        "--vocabulary-size",
+        type=whole_number(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
+        required=True,
+        metavar="N",
+    )
+    bpe.add_argument("--overwrite", action="store_true", help="replace the file where it exists")
     return whole
 
 
-def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_merge(commands: argparse._SubParsersAction[CommandParser]) -> None:
     parser = _add(
         commands,
         "merge",
@@ -75,7 +72,7 @@ def _add_merge(commands: argparse._SubParsersAction[_Parser]) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder of the new corpus")
 
 
-def _add_split(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_split(commands: argparse._SubParsersAction[CommandParser]) -> None:
     parser = _add(
         commands,
         "split",
@@ -95,7 +92,7 @@ def _add_split(commands: argparse._SubParsersAction[_Parser]) -> None:
         parser.add_argument(f"--output-{side}", type=Path, required=True, metavar="FOLDER")
 
 
-def _add_shots(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_shots(commands: argparse._SubParsersAction[CommandParser]) -> None:
     parser = _add(
         commands,
         "shots",
@@ -120,7 +117,7 @@ def _add_shots(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
 
 
-def _add_tokenize(commands: argparse._SubParsersAction[_Parser]) -> None:
+def _add_tokenize(commands: argparse._SubParsersAction[CommandParser]) -> None:
     parser = _add(
         commands,
         "tokenize",
@@ -270,12 +267,10 @@ def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _add(
-    commands: argparse._SubParsersAction[_Parser], name: str, summary: str, example: str
-) -> _Parser:
-    return commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    commands: argparse._SubParsersAction[CommandParser], name: str, summary: str, example: str
+) -> CommandParser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", example=example
     )
+    parser.set_defaults(parser=parser)
+    return parser

@@ -186,13 +186,17 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
     where the manifest, the VQ-GAN, the BPE or the output folder will not do, and where not a
     single item is good.
     """
+    on_first_rank(communicator, lambda: _check_ranks(options, communicator.size))
     tools = on_every_rank(communicator, lambda: load_tools(options))
     sketch_vqgan = on_every_rank(communicator, lambda: load_sketch_vqgan(options, tools[0]))
     folder = FarmFolder(options.output)
     plan = Plan(folder.plan, options.items_per_shard)
-    # Only the first rank reads the whole source; the others read the plan of a shard at a time.
+    # Only the first rank reads the whole source, and only where there is no plan of it; the others
+    # read the plan of a shard at a time.
     is_first = communicator.rank == 0
-    source = on_every_rank(communicator, lambda: read_source(options.source) if is_first else None)
+    source = on_every_rank(
+        communicator, lambda: read_source(options.source, checked=False) if is_first else None
+    )
 
     def settled() -> CorpusSettings:
         assert source is not None
@@ -220,6 +224,14 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
             take_out_duplicates(options.output, folder.looks, settings.shards, rule, communicator)
         on_first_rank(
             communicator, lambda: _finish(ledger, options, folder, work.pending, watch, farm)
+        )
+
+
+def _check_ranks(options: TokenizeOptions, ranks: int) -> None:
+    if options.decode_ranks_per_encoder and ranks == 1:
+        raise UserError(
+            f"--decode-ranks-per-encoder {options.decode_ranks_per_encoder} needs several ranks, "
+            "and this process is alone: start it with mpirun -n N, or leave the option out"
         )
 
 

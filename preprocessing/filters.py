@@ -98,7 +98,7 @@ class AspectRatio(Filter):
     """Leaves out media whose longer side is more than `largest` times the shorter."""
 
     name: Literal["aspect_ratio"] = "aspect_ratio"
-    largest: float = Field(ge=1, allow_inf_nan=False)
+    largest: float = Field(ge=1)
 
     def objection(self, candidate: Candidate) -> str | None:
         """As `Filter.objection`."""
@@ -113,8 +113,8 @@ class Duration(Filter):
     """Leaves out clips, or windows of clips, shorter or longer than so many seconds."""
 
     name: Literal["duration"] = "duration"
-    shortest: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    longest: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    shortest: float = Field(default=0.0, ge=0)
+    longest: float | None = Field(default=None, gt=0)
 
     def objection(self, candidate: Candidate) -> str | None:
         """As `Filter.objection`; images have no length and are taken."""

@@ -48,7 +48,7 @@ class ShotOptions(Settings):
     source: str
     output: Path
     threshold: float = Field(default=0.5, gt=0, lt=1)
-    decode_seconds: float = Field(default=DEFAULT_LIMITS.seconds, gt=0, allow_inf_nan=False)
+    decode_seconds: float = Field(default=DEFAULT_LIMITS.seconds, gt=0)
 
 
 @dataclass(frozen=True)

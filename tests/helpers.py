@@ -14,23 +14,28 @@ import numpy as np
 import torch
 import yaml
 
-from megatron_nuwa.data.shards import (
-    FORMAT_VERSION,
-    CorpusManifest,
-    Counts,
-    Fingerprints,
-    ShardItem,
-    write_settings,
-    write_shard,
-)
+from benchmarks.harness.corpora import write_corpus
+from megatron_nuwa.data.shards import ShardItem
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
-from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, fingerprint, save_vqgan
+from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
 from megatron_nuwa.training.launcher import free_port
 from megatron_nuwa.training.processes import Processes, join_processes
 
 ROOT = Path(__file__).resolve().parents[1]
 CODES, SKETCH_CODES, CLASSES = 32, 16, 5
 CAPTIONS = ["a red square moves left", "a blue circle stays", "none of them turns around"]
+
+
+class LargestTensor(torch.overrides.TorchFunctionMode):
+    """Notes in `cells` how large the largest tensor is that any operation inside returns."""
+
+    cells = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.cells = max(self.cells, result.numel())
+        return result
 
 
 @dataclass(frozen=True)
@@ -95,24 +100,7 @@ def make_corpus(
                 else ((np.arange(cells) + number) % SKETCH_CODES).astype(np.uint16),
             )
         )
-    sidecar = write_shard(folder, 0, shard, group_items=4)
-    manifest = CorpusManifest(
-        format_version=FORMAT_VERSION,
-        grid=grid,
-        frames_per_second=None if grid[2] == 1 else 8.0,
-        codebook_size=CODES,
-        sketch_codebook_size=None if sketch_vqgan is None else SKETCH_CODES,
-        text_vocabulary_size=bpe.vocabulary_size,
-        fingerprints=Fingerprints(
-            vqgan=fingerprint(vqgan),
-            bpe=bpe.fingerprint,
-            decode="0" * 64,
-            sketch=None if sketch_vqgan is None else fingerprint(sketch_vqgan),
-        ),
-        counts=Counts(items=sidecar.items, captions=sidecar.captions, failed=0),
-        shards=(sidecar.entry(),),
-    )
-    write_settings(folder / "corpus.json", manifest)
+    write_corpus(folder, grid, shard, bpe, vqgan, sketch_vqgan, group_items=4)
     return folder
 
 

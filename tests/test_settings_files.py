@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from helpers import ROOT
 
-from megatron_nuwa.config import load_settings
+from megatron_nuwa.config import Settings, load_settings, parse_settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.recipe import load_recipe
 from preprocessing.filters import FilterSettings
+
+DEMO = ROOT / "launch/recipes/demo.yaml"
 
 
 @pytest.mark.parametrize(
@@ -33,3 +37,72 @@ def test_other_files_are_not_called_recipes(tmp_path: Path) -> None:
         load_settings(FilterSettings, tmp_path / "filters.yaml", noun="--filters")
     with pytest.raises(UserError, match=r"--filters .*absent\.yaml cannot be read: No such file"):
         load_settings(FilterSettings, tmp_path / "absent.yaml", noun="--filters")
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("schedule.steps=-1", "schedule.steps must be at least 1, not -1"),
+        ("schedule.steps=many", "schedule.steps must be a whole number, not 'many'"),
+        ("schedule.steps=1.5", "schedule.steps must be a whole number, not 1.5"),
+        ("schedule.steps=", "schedule.steps must be a whole number, but is empty"),
+        ("optimizer.learning_rate=[1]", "optimizer.learning_rate must be a number, not [1]"),
+        ("optimizer.learning_rate=.inf", "learning_rate must be a finite number, not inf"),
+        ("optimizer.name=sgd", "optimizer.name must be 'adam' or 'adamw', not 'sgd'"),
+        ("optimizer.betas=[0.9]", "optimizer.betas has too few entries: [0.9]"),
+        ("optimizer.frozen=text", "optimizer.frozen must be a list such as [a, b], not 'text'"),
+        ("training.compile=maybe", "training.compile must be true or false, not 'maybe'"),
+        ("training.guard=3", "training.guard must be a group of fields, not 3"),
+        ("model.position_grid=[1,2,3,4]", "must hold at most 3, not [1, 2, 3, 4]"),
+        ("model.position_grid=[1,a,3]", "model.position_grid.1 must be a whole number, not 'a'"),
+        ("data.tasks={}", "data.tasks must hold at least 1, not {}"),
+        ("data.tasks.t2x={}", "the key 't2x' of data.tasks must be 't2i', 'v2v', "),
+        ("data.tasks.t2i.corpora=a", "must be a list such as [a, b], not 'a'"),
+        ("vqgan.stepz=3", "unknown key 'vqgan.stepz'; did you mean 'steps'?"),
+        ("vqgan.data=null", "vqgan.data must be a group of fields, but is empty"),
+        ("vqgan.loss.adversarial=gan", "must be 'hinge', 'log' or 'log_non_saturating', not 'gan'"),
+        ("run=4", "run must be a path, not 4"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_sentence_in_its_own_words(
+    override: str, sentence: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(DEMO, [override])
+    assert str(caught.value).startswith(f"recipe {DEMO}: ")
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("filters", "sentence"),
+    [
+        ("3", "filters must be a list such as [a, b], not 3"),
+        ("[minimum_size]", "filters.0 must be a group of fields, not 'minimum_size'"),
+        ("[{pixels: 3}]", "the field 'filters.0.name' is missing"),
+        ("[{name: x}]", "filters.0.name must be one of 'minimum_size', "),
+        ("[{name: minimum_size}]", "the field 'filters.0.pixels' is missing"),
+        ("[{name: minimum_size, pixels: a}]", "filters.0.pixels must be a whole number, not 'a'"),
+        ("[{name: duration, shortset: 1}]", "'filters.0.shortset'; did you mean 'shortest'?"),
+    ],
+)
+def test_a_mistake_in_one_of_several_kinds_of_filter_is_found(
+    filters: str, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "filters.yaml").write_text(f"filters: {filters}\n")
+    with pytest.raises(UserError) as caught:
+        load_settings(FilterSettings, tmp_path / "filters.yaml", noun="--filters")
+    assert sentence in str(caught.value)
+
+
+def test_a_misspelt_key_is_told_before_the_key_that_it_leaves_missing(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("nam: demo\n")
+    with pytest.raises(UserError, match=r"unknown key 'nam'; did you mean 'name'\?"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_branches_of_a_union_are_told_together() -> None:
+    class Either(Settings):
+        seconds: float | Literal["never"]
+
+    with pytest.raises(UserError, match=r"^here: seconds must be a number or be 'never', not 'x'$"):
+        parse_settings(Either, {"seconds": "x"}, "here")

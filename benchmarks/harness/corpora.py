@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from megatron_nuwa.data.batches import IMAGE_TASKS, SKETCH_TASKS
+from megatron_nuwa.data.shard_tar import GROUP_ITEMS
 from megatron_nuwa.data.shards import (
     FORMAT_VERSION,
     CorpusManifest,
@@ -80,13 +82,26 @@ def _write_corpus(
         )
         for number in range(items)
     ]
-    sidecar = write_shard(folder, 0, shard)
+    write_corpus(folder, grid, shard, bpe, vqgan, sketch_vqgan)
+
+
+def write_corpus(
+    folder: Path,
+    grid: tuple[int, int, int],
+    shard: Sequence[ShardItem],
+    bpe: TextTokenizer,
+    vqgan: Vqgan,
+    sketch_vqgan: Vqgan | None,
+    group_items: int = GROUP_ITEMS,
+) -> None:
+    """Write a corpus of one shard into an empty folder; clips are at 8 frames a second."""
+    sidecar = write_shard(folder, 0, shard, group_items=group_items)
     manifest = CorpusManifest(
         format_version=FORMAT_VERSION,
         grid=grid,
         frames_per_second=None if grid[2] == 1 else 8.0,
-        codebook_size=codes,
-        sketch_codebook_size=sketch_codes,
+        codebook_size=vqgan.config.codebook_size,
+        sketch_codebook_size=None if sketch_vqgan is None else sketch_vqgan.config.codebook_size,
         text_vocabulary_size=bpe.vocabulary_size,
         fingerprints=Fingerprints(
             vqgan=fingerprint(vqgan),

@@ -136,7 +136,13 @@ def write_report(
         "copy_gigabytes_a_second": bytes_a_second / 1e9,
         "cases": list(cases),
     }
-    write_text_atomically(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_json(path, report)
+
+
+def write_json(path: Path | None, report: object) -> None:
+    """Write a report as a whole; nothing where there is no path."""
+    if path is not None:
+        write_text_atomically(path, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def _processor() -> str:

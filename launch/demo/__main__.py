@@ -16,6 +16,7 @@ from launch.demo.results import Goal, read_goals
 from launch.demo.stages import DEFAULT_OUTPUT, demo_stages
 from launch.workflow.command import add_stage_arguments, run_stages
 from launch.workflow.stage import count_accelerators
+from megatron_nuwa.command_line import CommandParser
 from megatron_nuwa.errors import run_command
 
 
@@ -29,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.demo",
         description="Run the whole chain on real clips: media, VQ-GAN, token corpus, pretraining, "
         "resume, generation, report. Stages that are done are not done again.",
-        epilog="example: python -m launch.demo --until tokenize",
+        example="python -m launch.demo --until tokenize",
     )
     parser.add_argument(
         "--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: %(default)s)"

@@ -7,7 +7,6 @@ python -m launch.demo.media --output runs/demo/media
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from PIL import Image
 from launch.demo.catalogue import Catalogue, Cut, Video, clip_cuts, image_cuts, load_catalogue
 from launch.demo.sketches import draw_sketch
 from launch.workflow.media import find_package_file, replaced_folder
+from megatron_nuwa.command_line import CommandParser
 from megatron_nuwa.errors import UserError, run_command
 
 TRUNCATED_ID = "deliberately-truncated"
@@ -45,10 +45,10 @@ _STILL_ENCODER = ("-frames:v", "1", "-update", "1", "-q:v", "2", "-threads", "1"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.demo.media",
         description="Cut captioned clips and images out of the packages in demo-media.txt.",
-        epilog="example: python -m launch.demo.media --output runs/demo/media",
+        example="python -m launch.demo.media --output runs/demo/media",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write; replaced as a whole"

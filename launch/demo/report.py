@@ -5,7 +5,6 @@ python -m launch.demo.report runs/demo
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import sys
@@ -31,6 +30,7 @@ from launch.workflow.results import (
     typical,
 )
 from launch.workflow.runner import StageRecord
+from megatron_nuwa.command_line import CommandParser
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.generation.tasks import TASKS
@@ -41,10 +41,10 @@ _LARGEST_PAGE_BYTES = 12 * 2**20
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.demo.report",
         description="Write report.html into the folder of a demo whose other stages are done.",
-        epilog="example: python -m launch.demo.report runs/demo",
+        example="python -m launch.demo.report runs/demo",
     )
     parser.add_argument("output", type=Path, help="the demo's folder, such as runs/demo")
     output = parser.parse_args(arguments).output

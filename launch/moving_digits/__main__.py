@@ -18,14 +18,13 @@ from launch.moving_digits.sizes import SIZES
 from launch.moving_digits.stages import digit_stages
 from launch.workflow.command import add_stage_arguments, run_stages
 from launch.workflow.stage import count_accelerators
-from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.command_line import CommandParser, whole_number
+from megatron_nuwa.errors import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     options = _parser().parse_args(arguments)
-    if options.seed < 0:
-        raise UserError(f"--seed must be 0 or more, not {options.seed}")
     size = SIZES[options.size]
     accelerators = count_accelerators() if options.size == "gpu" else 0
 
@@ -46,12 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.moving_digits",
         description="Show that pretraining learns: train on handwritten digits that move, generate "
         "clips for captions that were held out, and read which digit appears and how it moves. "
         "Stages that are done are not done again.",
-        epilog="example: python -m launch.moving_digits --until tokenize",
+        example="python -m launch.moving_digits --until tokenize",
     )
     parser.add_argument(
         "size",
@@ -62,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="folder to write (default: the recipe's)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of media, trainings and samples (default: %(default)s)"
+        "--seed",
+        type=whole_number(0),
+        default=0,
+        help="of media, trainings and samples (default: %(default)s)",
     )
     add_stage_arguments(parser)
     return parser

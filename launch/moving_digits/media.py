@@ -5,7 +5,6 @@ python -m launch.moving_digits.media --output runs/moving_digits/media
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ from launch.moving_digits.handwriting import Handwriting, read_handwriting
 from launch.moving_digits.motions import DIGITS, image_caption, scenes
 from launch.moving_digits.world import World, anywhere, draw, path, sketch, start
 from launch.workflow.media import replaced_folder
+from megatron_nuwa.command_line import CommandParser, whole_number
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.errors import UserError, run_command
 
@@ -40,28 +40,34 @@ _ENCODER = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.moving_digits.media",
         description="Write clips, images and sketches of handwritten digits that move.",
-        epilog="example: python -m launch.moving_digits.media --output runs/moving_digits/media",
+        example="python -m launch.moving_digits.media --output runs/moving_digits/media",
     )
     parser.add_argument(
         "--output", type=Path, required=True, help="folder to write; replaced as a whole"
     )
     parser.add_argument(
-        "--clips", type=int, default=6000, help="to train on (default: %(default)s)"
+        "--clips", type=whole_number(1), default=6000, help="to train on (default: %(default)s)"
     )
-    parser.add_argument("--images", type=int, default=6000, help="the same (default: %(default)s)")
-    parser.add_argument("--held-out-clips", type=int, default=480, help="default: %(default)s")
-    parser.add_argument("--held-out-images", type=int, default=480, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--images", type=whole_number(1), default=6000, help="the same (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--held-out-clips", type=whole_number(1), default=480, help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--held-out-images", type=whole_number(1), default=480, help="default: %(default)s"
+    )
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="default: %(default)s")
     for name, field in World.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=int, default=field.default, help="default: %(default)s")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     sizes = {name: getattr(options, name) for name in World.model_fields}
-    world = parse_settings(World, sizes, "the options")
+    world = parse_settings(World, sizes, "the options", parser.flags())
     counts = {
         "train-clips": options.clips,
         "train-images": options.images,

@@ -5,7 +5,6 @@ python -m launch.moving_digits.report runs/moving_digits
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ from launch.moving_digits.world import World
 from launch.workflow.charts import loss_chart
 from launch.workflow.display import duration
 from launch.workflow.results import read_json, read_log, stage_records
+from megatron_nuwa.command_line import CommandParser
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.generation.media import animation, still
@@ -58,11 +58,11 @@ _HOW = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.moving_digits.report",
         description="Write report.html and poster.gif into the folder of a run whose other stages "
         "are done.",
-        epilog="example: python -m launch.moving_digits.report runs/moving_digits",
+        example="python -m launch.moving_digits.report runs/moving_digits",
     )
     parser.add_argument("output", type=Path, help="the run's folder, such as runs/moving_digits")
     parser.add_argument("--size", choices=tuple(SIZES), default="cpu", help="default: %(default)s")

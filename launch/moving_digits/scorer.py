@@ -1,7 +1,7 @@
-"""Score generated clips of moving digits: is the asked digit there, does it move as asked?
+"""Score generated clips of moving digits: is the asked digit there, does it move as asked? Example:
 
-python -m launch.moving_digits.scorer --media runs/moving_digits/media \
-    --vqgan runs/moving_digits/vqgan --samples held_out=runs/moving_digits/samples/held_out \
+python -m launch.moving_digits.scorer --media runs/moving_digits/media \\
+    --vqgan runs/moving_digits/vqgan --samples held_out=runs/moving_digits/samples/held_out \\
     --output runs/moving_digits/scores.json
 
 The digit is read by a network that was trained on the train digits, the motion from the centre of
@@ -11,7 +11,6 @@ VQ-GAN reconstructs them.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from launch.moving_digits.motion_reading import read_motion
 from launch.moving_digits.motions import DIGITS, MOTIONS, Scene, digit_of, scene_of
 from launch.moving_digits.world import World
 from launch.workflow.results import read_json, read_json_lines
+from megatron_nuwa.command_line import CommandParser, example_in, output_file
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
@@ -147,9 +147,10 @@ class Scorer:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m launch.moving_digits.scorer",
         description="Score generated clips and images of moving digits.",
+        example=example_in(__doc__),
     )
     parser.add_argument("--media", type=Path, required=True, help="folder of launch/…/media.py")
     parser.add_argument("--vqgan", type=Path, required=True, help="run folder or file")
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME=FOLDER",
         help="a folder of launch/generate.py; may be repeated",
     )
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="JSON file to write")
     options = parser.parse_args(arguments)
     folders = dict(_named(text) for text in options.samples)
     world = read_world(options.media)

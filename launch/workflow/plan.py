@@ -144,7 +144,7 @@ class Plan:
         command = ("python", "-m", "preprocessing", "train-bpe")
         sources = (str(self.manifests["train-clips"]), str(self.manifests["train-images"]))
         size = ("--vocabulary-size", str(BPE_VOCABULARY))
-        return (*command, *sources, "--output", str(self.bpe), *size)
+        return (*command, *sources, "--output", str(self.bpe), *size, "--overwrite")
 
     def _tokenize(self, name: str, options: tuple[str, ...]) -> tuple[str, ...]:
         # Open MPI pins each of two ranks to one core unless told otherwise, which throttles ffmpeg.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_nuwa.command_line import CommandParser
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.grid import Extent, Grid, nearby_indices
 from megatron_nuwa.ops import cpu, nearby_attention
@@ -32,11 +32,10 @@ _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def main() -> int:
     """Print the table and the self-check; 0 when everything that is available is right."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m megatron_nuwa.ops",
         description="Show the backends of nearby attention and check them against brute force.",
-        epilog="example: CUDA_VISIBLE_DEVICES=0 python -m megatron_nuwa.ops",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="CUDA_VISIBLE_DEVICES=0 python -m megatron_nuwa.ops",
     )
     parser.parse_args()
     try:

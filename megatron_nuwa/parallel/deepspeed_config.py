@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.mistakes import explain
 from megatron_nuwa.parallel.groups import import_deepspeed
 
 
@@ -46,9 +47,7 @@ def check_deepspeed_config(config: Mapping[str, Any], origin: str) -> None:
     try:
         DeepSpeedConfig(watched)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{origin}: DeepSpeed refuses '{field}': {first['msg']}") from error
+        raise UserError(f"{origin}: DeepSpeed refuses it: {_explain(error, config)}") from error
     except (AssertionError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{origin}: DeepSpeed refuses it: {reason}") from error
@@ -57,3 +56,15 @@ def check_deepspeed_config(config: Mapping[str, Any], origin: str) -> None:
             near = difflib.get_close_matches(key, sorted(watched.asked), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UserError(f"{origin}: DeepSpeed does not know the key '{key}'{hint}")
+
+
+def _explain(error: ValidationError, config: Mapping[str, Any]) -> str:
+    """The mistake, with the section that it is in, which DeepSpeed's models do not know."""
+    inner = error.errors()[0]["loc"][:1]
+    sections = [
+        name
+        for name, section in config.items()
+        if isinstance(section, Mapping) and inner and inner[0] in section
+    ]
+    name = sections[0] if len(sections) == 1 else ""
+    return explain(error, config.get(name, {}), section=name)

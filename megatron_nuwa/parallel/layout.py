@@ -13,6 +13,7 @@ from pydantic import Field
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.mistakes import found
 from megatron_nuwa.models.nuwa import NuwaConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -32,6 +33,7 @@ _OWNED_BY_PARALLEL = ("pipeline", "tensor_parallel")
 _OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 # DeepSpeed reads both names.
 _BF16_KEYS = ("bf16", "bfloat16")
+_GROUPS = ("zero_optimization", "fp16", "data_types", *_BF16_KEYS)
 _SHOWN_LAYOUTS = 3
 
 
@@ -97,6 +99,12 @@ def read_layout(path: Path) -> tuple[ParallelSettings, dict[str, Any]]:
     for key in _OWNED_BY_PARALLEL:
         if key in layout:
             raise UserError(f"DeepSpeed config {path}: '{key}' is filled in from 'parallel'")
+    for key in _GROUPS:
+        if not isinstance(layout.get(key, {}), dict):
+            raise UserError(
+                f"DeepSpeed config {path}: {key} must be a group of fields, not "
+                f"{found(layout[key])}"
+            )
     parallel = layout.pop("parallel", {})
     settings = parse_settings(ParallelSettings, parallel, f"DeepSpeed config {path}, 'parallel'")
     return settings, layout

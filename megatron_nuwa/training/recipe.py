@@ -33,7 +33,7 @@ class TaskSettings(Settings):
 
     corpora: list[Path] = Field(min_length=1)
     # Each corpus's share of the samples; null for shares by size, every item once an epoch.
-    corpus_weights: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None
+    corpus_weights: list[Annotated[float, Field(gt=0)]] | None = None
     # Samples a step over all processes.
     batch_size: int = Field(ge=1)
     weight: float = Field(1.0, gt=0)

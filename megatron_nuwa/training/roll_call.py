@@ -12,7 +12,6 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from types import TracebackType
 
 import torch.distributed as dist
 
@@ -52,12 +51,7 @@ class RollCall:
             threading.Thread(target=self._watch, name="roll call's watch", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and not issubclass(kind, StopRequested):
             self._in_order = False
         self._over.set()

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -38,6 +41,37 @@ def prepare_run_folder(run: Path, recipe: Settings, field: str = "run") -> None:
             f"the run folder {run} cannot be written: {error.strerror}; choose another with "
             f"{field}=FOLDER"
         ) from error
+
+
+@contextmanager
+def taken_back(run: Path) -> Iterator[None]:
+    """Leave the run's folder as it was where the block refuses the run with a `UserError`.
+
+    Only the files of `prepare_run_folder` are put back in a folder that was there; a new one goes.
+    """
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
+    files = (run / RECIPE_FILE, run / ENVIRONMENT_FILE)
+    before = {path: path.read_bytes() if path.is_file() else None for path in files}
+    try:
+        yield
+    except UserError:
+        if run in new:
+            shutil.rmtree(run, ignore_errors=True)
+            for folder in new[1:]:
+                # Somebody else may use it by now.
+                with suppress(OSError):
+                    folder.rmdir()
+        else:
+            _put_back(before)
+        raise
+
+
+def _put_back(files: Mapping[Path, bytes | None]) -> None:
+    for path, content in files.items():
+        if content is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_text_atomically(path, content.decode())
 
 
 def describe_environment() -> dict[str, object]:

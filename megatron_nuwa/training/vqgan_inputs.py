@@ -13,6 +13,7 @@ from megatron_nuwa.training.frames import (
     CachedFrames,
     CacheReport,
     DecodedFrames,
+    Draw,
     MediaFrames,
     Sample,
     batches,
@@ -32,7 +33,10 @@ def open_dataset(
     Called by all processes together; `UserError` where nothing can be decoded.
     """
     if not recipe.data.cache_frames:
-        return DecodedFrames(media)
+        decoded = DecodedFrames(media)
+        # The first pass would come to it.
+        processes.first_then_all(lambda: decoded[Draw(0, 0)] if processes.is_first else None)
+        return decoded
 
     def decode() -> CacheReport:
         return cache_frames(media, cache, f"decoding {media.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -17,7 +18,7 @@ from megatron_nuwa.training.frames import MediaFrames, Sample
 from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.progress import track
-from megatron_nuwa.training.run_folder import prepare_run_folder
+from megatron_nuwa.training.run_folder import prepare_run_folder, taken_back
 from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
 from megatron_nuwa.training.vqgan_checkpoint import (
     find_checkpoint,
@@ -62,13 +63,14 @@ def train_vqgan(
     state = VqganStep(recipe, seed, processes)
     step = _resume(state)
     # Only now: a run that is refused must not change the folder of the one it does not fit.
-    if processes.is_first:
-        prepare_run_folder(recipe.run, whole_recipe, f"{recipe.section}.run")
-    processes.barrier()
-    frames = open_dataset(recipe, train, recipe.run / "frames.npy", processes)
-    held = None
-    if held_out is not None:
-        held = open_dataset(recipe, held_out, recipe.run / "held_out_frames.npy", processes)
+    with taken_back(recipe.run) if processes.is_first else nullcontext():
+        if processes.is_first:
+            prepare_run_folder(recipe.run, whole_recipe, f"{recipe.section}.run")
+        processes.barrier()
+        held = None
+        if held_out is not None:
+            held = open_dataset(recipe, held_out, recipe.run / "held_out_frames.npy", processes)
+        frames = open_dataset(recipe, train, recipe.run / "frames.npy", processes)
     if step == 0 and start is not None:
         state.begin_with(start)
     _announce(state, step, frames)

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -38,8 +37,8 @@ class Watchdog:
 
     Every process has its own, so a cut cable or a peer that is stuck ends all of them; NCCL and
     gloo are told to wait longer (`backend_timeout`). So does a process that `roll_call` misses,
-    much sooner. The main thread's stack is written down and
-    shown, in full where it does not merely wait for other processes.
+    much sooner. The main thread's stack is written down and shown, in full where it does not
+    merely wait for other processes.
     """
 
     def __init__(
@@ -72,12 +71,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *reason: object) -> None:
         self._over.set()
         self._thread.join()
 

@@ -32,7 +32,7 @@ class DecodeSettings(Settings):
 
     image_size: int = Field(ge=1)
     frames: int = Field(default=1, ge=1)
-    frames_per_second: float = Field(default=2.5, gt=0, allow_inf_nan=False)
+    frames_per_second: float = Field(default=2.5, gt=0)
     short_clips: Literal["skip", "pad", "faster"] = "skip"
     fit: Literal["crop", "native"] = "crop"
     side_multiple: int = Field(default=16, ge=1)
@@ -64,9 +64,9 @@ class DecodeSettings(Settings):
 class DecodeLimits(Settings):
     """What one item may cost before it is given up; it does not change the pixels of the others."""
 
-    seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    memory_gib: float = Field(default=4.0, gt=0, allow_inf_nan=False)
-    download_gib: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    seconds: float = Field(default=120.0, gt=0)
+    memory_gib: float = Field(default=4.0, gt=0)
+    download_gib: float = Field(default=4.0, gt=0)
 
     @property
     def memory_bytes(self) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks import real_step
 from benchmarks.harness.kernels import kind_of, read_trace, show_profile
 from benchmarks.harness.largest import fits_in_memory, largest, largest_mix
+from benchmarks.harness.options import SMALL
 from benchmarks.harness.step_plan import Mix, StepPlan, token_batches
 from megatron_nuwa.data.batches import TokenBatch
 from megatron_nuwa.plan.devices import DEVICES
@@ -106,7 +107,7 @@ def test_the_largest_mix_is_found_and_steps_go_on_after_it(monkeypatch: pytest.M
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (0, 1 << 29))
-    recipe = load_recipe(ROOT / "launch/recipes/nuwa_870m.yaml", real_step.SMALL)
+    recipe = load_recipe(ROOT / "launch/recipes/nuwa_870m.yaml", SMALL)
     plan = StepPlan(recipe, ROOT / "ds_configs/zero1_bf16.json", DEVICES["cpu"])
     engine = real_step.single_engine(recipe, plan, torch.device("cpu"), micro_batches=3)
     forward = engine.model.cross_entropy.forward

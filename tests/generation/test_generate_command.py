@@ -337,7 +337,10 @@ def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_sampled(
             ("t2i", "--prompt", "x", "--best-of", "4", "--clip-weights", "gone.pt"),
             "there is no file of CLIP weights gone.pt",
         ),
-        (("t2i", "--prompt", "x", "--samples", "0"), "--samples must be 1 or more"),
+        (
+            ("t2i", "--prompt", "x", "--samples", "0"),
+            "--samples must be a whole number of at least 1, not 0",
+        ),
         (("v2v", "--clip", "gone.mp4"), "gone.mp4 does not exist"),
         (("v2v", "--clip", "clip.mp4", "--keep-frames", "3"), "--keep-frames 3 leaves nothing"),
         (("i2i", "--image", "photo.png", "--region", "1,2,3"), "must be four numbers"),

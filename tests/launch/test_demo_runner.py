@@ -196,4 +196,4 @@ def test_an_output_that_is_a_file_is_named(package: str, tmp_path: Path) -> None
 def test_a_seed_below_zero_is_refused_before_anything_is_listed() -> None:
     done = run_command_line(sys.executable, "-m", "launch.moving_digits", "--list", "--seed", "-1")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --seed must be 0 or more, not -1\n"
+    assert done.stderr == "error: --seed must be a whole number of at least 0, not -1\n"

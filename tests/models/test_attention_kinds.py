@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import LargestTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -177,19 +178,9 @@ def test_memory_of_sparse_kinds_stays_below_a_dense_score_matrix(kind: Attention
     grid = Grid(21, 21, 10)
     geometry = Geometry(grid, grid, Extent(3, 3, 3), True)
     query = torch.randn(1, grid.cells, 1, 8)
-    largest = 0
-
-    class Largest(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, Tensor):
-                largest = max(largest, result.numel())
-            return result
-
-    with Largest():
+    with LargestTensor() as largest:
         pattern_of(kind).attend(query, query, query, geometry, None)
-    assert largest <= grid.cells * 140
+    assert largest.cells <= grid.cells * 140
 
 
 @pytest.mark.parametrize("encoder", KINDS)

@@ -161,17 +161,17 @@ def _with(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"double_z": True}, "ddconfig: double_z: "),
-        ({"resamp_with_conv": False}, "ddconfig: resamp_with_conv: "),
+        ({"double_z": True}, "ddconfig: double_z must be False, not true"),
+        ({"resamp_with_conv": False}, "ddconfig: resamp_with_conv must be True, not false"),
         ({"target": "taming.models.vqgan.GumbelVQ"}, "whose tokens are not its nearest codes"),
         ({"remap": "used.npy"}, "renumbers the tokens"),
         ({"z_chanels": 8}, "unknown key 'z_chanels'; did you mean 'z_channels'?"),
-        ({"ch": 20}, "ddconfig: ch: "),
+        ({"ch": 20}, "ddconfig: ch must be a multiple of 32, not 20"),
         ({"out_ch": 4}, "in_channels 3 and out_ch 4 must be equal"),
         ({"n_embed": 65}, "quantize.embedding.weight has shape (64, 40), but"),
         ({"num_res_blocks": 2}, "has no 'encoder.down.0.block.1.norm1.weight'"),
         ({"attn_resolutions": []}, "holds 'decoder.up.1.attn.0.k.bias', which the configuration"),
-        ({"ch_mult": [1] * 7}, "downsampling: "),
+        ({"ch_mult": [1] * 7}, "downsampling must be 4, 8 or 16, not 64"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_named(

@@ -122,8 +122,8 @@ def test_wrong_tokens_are_refused() -> None:
         ({"image_size": 337}, "image_size 337 must be a multiple of downsampling 16"),
         ({"channel_multipliers": [1, 2]}, "channel_multipliers must have 5 numbers"),
         ({"code_dimm": 8}, "unknown key 'code_dimm'; did you mean 'code_dim'?"),
-        ({"gradient": "none"}, "gradient: "),
-        ({"classes": 1}, "classes: "),
+        ({"gradient": "none"}, "gradient must be 'straight_through' or 'rotation', not 'none'"),
+        ({"classes": 1}, "classes must be at least 2, not 1"),
         ({"attention_factors": [32]}, "attention_factors must be among 1, 2, 4, 8, 16, not 32"),
     ],
 )

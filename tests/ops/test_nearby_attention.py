@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import LargestTensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -155,20 +156,10 @@ def test_gather_memory_grows_with_the_window_not_the_context() -> None:
     """At the paper's video size a dense score matrix would take 4,410² · 4 bytes = 78 MB a head."""
     geometry = Geometry(Grid(21, 21, 10), Grid(21, 21, 10), Extent(3, 3, 3), True)
     query = torch.randn(1, geometry.grid.cells, 1, 16)
-    largest = 0
-
-    class Largest(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, Tensor):
-                largest = max(largest, result.numel())
-            return result
-
-    with Largest():
+    with LargestTensor() as largest:
         output, log_sum = gather.forward(query, query, query, None, geometry, 0.25)
         gather.backward(output, query, query, query, None, output, log_sum, geometry, 0.25)
-    assert largest <= geometry.grid.cells * 27
+    assert largest.cells <= geometry.grid.cells * 27
 
 
 def test_gradcheck() -> None:

@@ -147,7 +147,8 @@ def test_every_layout_file_is_what_its_name_says_and_deepspeed_takes_it(path: Pa
     [
         ({"zero_optimisation": {"stage": 1}}, "did you mean 'zero_optimization'?"),
         ({"zero_optimization": {"stage": 1, "overlap": True}}, "overlap"),
-        ({"zero_optimization": {"stage": 7}}, "stage"),
+        ({"zero_optimization": {"stage": 7}}, "refuses it: zero_optimization.stage must be 0, 1"),
+        ({"bf16": {"enable": True}}, "unknown key 'bf16.enable'"),
         ({"bf16": {"enabled": True, "loss_scale": 4}}, "loss_scale"),
     ],
 )
@@ -168,7 +169,8 @@ def test_what_deepspeed_would_ignore_or_refuse_is_named(
         ('{"optimizer": {}}', "'optimizer' is set by the recipe's optimizer"),
         ('{"pipeline": {}}', "'pipeline' is filled in from 'parallel'"),
         ('{"parallel": {"pipelines": 2}}', "did you mean 'pipeline'?"),
-        ('{"parallel": {"tensor": 0}}', "tensor: Input should be greater than or equal to 1"),
+        ('{"parallel": {"tensor": 0}}', "tensor must be at least 1, not 0"),
+        ('{"bf16": true}', "bf16 must be a group of fields, not true"),
         ('{"parallel": 2}', "'parallel'"),
     ],
 )

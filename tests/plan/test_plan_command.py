@@ -65,7 +65,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (("--gpus", "8", "--device", "a100-80g"), "did you mean 'a100-80gb'?"),
-        (("--gpus", "0", "--device", "cpu"), "--gpus must be at least 1, not 0"),
+        (("--gpus", "0", "--device", "cpu"), "--gpus must be a whole number of at least 1"),
         (("--gpus", "48", "--device", "cpu"), "does not divide by 48"),
         (("--gpus", "1", "--device", "cpu", "model.heads=7"), "not a multiple of model.heads 7"),
         (("--gpus", "1", "--device", "cpu", "data=null"), "has no section 'data'"),
@@ -96,5 +96,5 @@ def test_help_has_an_example() -> None:
 def test_a_folder_in_place_of_the_json_file_is_named(tmp_path: Path) -> None:
     done = plan("launch/recipes/demo.yaml", "--gpus", "1", "--device", "cpu", "--json", tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: --json {tmp_path} cannot be written: ")
+    assert done.stderr.startswith(f"error: --json must be a file, not the folder {tmp_path}")
     assert "Traceback" not in done.stderr

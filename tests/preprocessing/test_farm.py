@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import read_sidecar
@@ -33,14 +33,6 @@ def clip_rows(broken: bool = True) -> list[dict[str, object]]:
     if broken:
         rows.insert(3, {"id": "bad", "media": "corrupt.mp4", "captions": CAPTIONS[:1]})
     return rows
-
-
-def arguments(manifest: Path, output: Path, tools: Path, *more: str) -> list[str]:
-    return [
-        *("tokenize", str(manifest), "--output", str(output)),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *more,
-    ]
 
 
 def mpirun(ranks: int, command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -70,7 +62,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, media: Path, tools: Path) -
     """A corpus of seven clips, with one more that is corrupt, in three shards; one process."""
     folder = tmp_path_factory.mktemp("corpora") / "clips"
     manifest = write_manifest(media / "clips.jsonl", clip_rows())
-    command = arguments(manifest, folder, tools, *CLIPS, "--items-per-shard", "3")
+    command = tokenize_command(manifest, folder, tools, *CLIPS, "--items-per-shard", "3")
     assert main(command) == 0
     return folder
 
@@ -82,7 +74,7 @@ def test_corpus_is_byte_identical_for_one_two_and_three_ranks(
     for ranks in (1, 2, 3):
         output = tmp_path / f"ranks{ranks}"
         more = (*CLIPS, "--items-per-shard", "3")
-        done = mpirun(ranks, arguments(media / "clips.jsonl", output, tools, *more))
+        done = mpirun(ranks, tokenize_command(media / "clips.jsonl", output, tools, *more))
         assert done.returncode == 0, done.stderr
         assert contents(output) == expected
         assert "8/8" in done.stdout
@@ -130,7 +122,9 @@ def test_rerun_makes_only_what_is_missing(
     (output / "shard-000001.tar").unlink()
     (output / ".shard-000001.tar.torn").write_bytes(b"half a shard")
     kept = (output / "shard-000000.tar").stat().st_mtime_ns
-    command = arguments(media / "clips.jsonl", output, tools, *CLIPS, "--items-per-shard", "3")
+    command = tokenize_command(
+        media / "clips.jsonl", output, tools, *CLIPS, "--items-per-shard", "3"
+    )
     assert main(command) == 0
     assert "1 shards" in capsys.readouterr().out
     assert contents(output) == contents(corpus)
@@ -157,7 +151,7 @@ def test_rerun_with_other_settings_is_refused(
 ) -> None:
     before = contents(corpus)
     base = [*CLIPS, "--items-per-shard", "3"]
-    assert main(arguments(media / "clips.jsonl", corpus, tools, *base, *change)) == 2
+    assert main(tokenize_command(media / "clips.jsonl", corpus, tools, *base, *change)) == 2
     assert sentence in capsys.readouterr().err
     assert contents(corpus) == before
 
@@ -179,7 +173,7 @@ def test_every_kind_of_bad_item_is_recorded_and_the_good_ones_go_on(
     ]
     manifest = write_manifest(media / "mixed.jsonl", rows)
     output = tmp_path / "mixed"
-    assert main(arguments(manifest, output, tools, "--items-per-shard", "2")) == 0
+    assert main(tokenize_command(manifest, output, tools, "--items-per-shard", "2")) == 0
     read = Corpus(output)
     assert [read.item(n)["id"] for n in range(len(read))] == ["good", "last"]
     assert read.grid == (4, 4, 1)
@@ -208,7 +202,7 @@ def test_long_captions_are_truncated_and_short_clips_padded_on_request(
     ]
     manifest = write_manifest(media / "short.jsonl", rows)
     more = [*CLIPS, "--short-clips", "pad", "--long-captions", "truncate"]
-    assert main(arguments(manifest, tmp_path / "padded", tools, *more)) == 0
+    assert main(tokenize_command(manifest, tmp_path / "padded", tools, *more)) == 0
     read = Corpus(tmp_path / "padded")
     bpe = TextTokenizer.load(tools / "bpe.json")
     assert read.item(0)["frames"] == 3
@@ -223,7 +217,7 @@ def test_corpus_without_a_good_item_leaves_nothing(
 ) -> None:
     rows: list[dict[str, object]] = [{"id": "bad", "media": "corrupt.mp4", "captions": ["a dog"]}]
     manifest = write_manifest(media / "bad.jsonl", rows)
-    assert main(arguments(manifest, tmp_path / "none", tools, *CLIPS)) == 2
+    assert main(tokenize_command(manifest, tmp_path / "none", tools, *CLIPS)) == 2
     assert "all 1 items of" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
@@ -233,8 +227,11 @@ def test_corpus_without_a_good_item_leaves_nothing(
     [
         (["--vqgan", "nowhere.safetensors"], "VQ-GAN nowhere.safetensors does not exist"),
         (["--bpe", "nowhere.json"], "BPE nowhere.json cannot be read"),
-        (["--frames", "0"], "the arguments of tokenize: frames"),
-        (["--frames", "many"], "argument --frames: invalid int value: 'many'"),
+        (["--frames", "0"], "the arguments of tokenize: --frames must be at least 1, not 0"),
+        (["--frames", "many"], "--frames must be a whole number, not many"),
+        (["--fps", "-1"], "the arguments of tokenize: --fps must be above 0, not -1"),
+        (["--fps", "nan"], "--fps must be a number, not nan"),
+        (["--decode-ranks-per-encoder", "3"], "--decode-ranks-per-encoder 3 needs several ranks"),
         (["--frames", "1", "--fps", "2"], "--fps is given"),
     ],
 )
@@ -247,7 +244,7 @@ def test_wrong_arguments_write_nothing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     manifest = write_manifest(media / "arguments.jsonl", clip_rows())
-    assert main(arguments(manifest, tmp_path / "none", tools, *change)) == 2
+    assert main(tokenize_command(manifest, tmp_path / "none", tools, *change)) == 2
     told = capsys.readouterr().err
     assert sentence in told
     assert told.count("\n") == 1
@@ -259,13 +256,13 @@ def test_foreign_output_folder_is_left_alone(
 ) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
     manifest = write_manifest(media / "foreign.jsonl", clip_rows())
-    assert main(arguments(manifest, tmp_path, tools, *CLIPS)) == 2
+    assert main(tokenize_command(manifest, tmp_path, tools, *CLIPS)) == 2
     assert "is not a corpus" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_user_error_ends_all_ranks_with_one_line(media: Path, tools: Path, tmp_path: Path) -> None:
-    done = mpirun(2, arguments(tmp_path / "nowhere.jsonl", tmp_path / "none", tools))
+    done = mpirun(2, tokenize_command(tmp_path / "nowhere.jsonl", tmp_path / "none", tools))
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "nowhere.jsonl" in line]
     assert lines == [f"error: manifest {tmp_path / 'nowhere.jsonl'} does not exist"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from farm_media import CAPTIONS, WriteClip, write_manifest
+from farm_media import CAPTIONS, WriteClip, tokenize_command, write_manifest
 from farm_runs import contents, kill_farm, run_farm, start_farm, wait_until
 from PIL import Image
 
@@ -32,11 +32,9 @@ class Killed(BaseException):
 
 
 def arguments(manifest: Path, output: Path, tools: Path, filters: Path, *more: str) -> list[str]:
-    return [
-        *("tokenize", str(manifest), "--output", str(output), "--filters", str(filters)),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *("--items-per-shard", "5", "--no-report", *more),
-    ]
+    return tokenize_command(
+        manifest, output, tools, "--filters", filters, "--items-per-shard", "5", *more
+    )
 
 
 def write_filters(path: Path, **settings: object) -> Path:

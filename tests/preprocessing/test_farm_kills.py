@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents, kill_farm, run_farm, start_farm, wait_until
 
 from preprocessing.__main__ import main
@@ -31,11 +31,8 @@ def rows(count: int) -> list[dict[str, object]]:
 
 
 def arguments(manifest: Path, output: Path, tools: Path, *more: str) -> list[str]:
-    return [
-        *("tokenize", str(manifest), "--output", str(output), "--no-report"),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *("--frames", "4", "--fps", "5", "--items-per-shard", str(ITEMS_PER_SHARD), *more),
-    ]
+    clips = ("--frames", "4", "--fps", "5", "--items-per-shard", str(ITEMS_PER_SHARD))
+    return tokenize_command(manifest, output, tools, *clips, *more)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 
 from preprocessing.__main__ import main
 
@@ -38,12 +38,8 @@ def test_ten_times_the_items_need_no_more_memory(
         ]
         manifest = write_manifest(media / f"{name}.jsonl", rows)
         forget_highest_memory()
-        command = [
-            *("tokenize", str(manifest), "--output", str(tmp_path / name), "--no-report"),
-            *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-            *("--items-per-shard", "50"),
-        ]
-        assert main(command) == 0
+        more = ("--items-per-shard", "50")
+        assert main(tokenize_command(manifest, tmp_path / name, tools, *more)) == 0
         peaks[name] = highest_memory()
     # 1,800 more items of 3 KiB of pixels and as much of the rest would need 10 MiB.
     assert peaks["many"] - peaks["few"] < 4 * MIB

@@ -6,18 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 
 from megatron_nuwa.data.corpus import Corpus
 from preprocessing.__main__ import main
-
-
-def arguments(manifest: Path, output: Path, tools: Path, *more: str) -> list[str]:
-    return [
-        *("tokenize", str(manifest), "--output", str(output), "--no-report"),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *more,
-    ]
 
 
 def test_captions_keep_their_writers_from_the_manifest_to_the_corpus(
@@ -30,7 +22,7 @@ def test_captions_keep_their_writers_from_the_manifest_to_the_corpus(
     ]
     manifest = write_manifest(tmp_path / "images.jsonl", rows)
     output = tmp_path / "corpus"
-    assert main(arguments(manifest, output, tools)) == 0
+    assert main(tokenize_command(manifest, output, tools)) == 0
     corpus = Corpus(output)
     found = [corpus.item(n).get("provenance") for n in range(3)]
     assert found == [["original", "blip2", None], ["blip2"] * 3, None]
@@ -49,7 +41,7 @@ def test_limits_of_decoding_can_be_raised_for_what_failed(
     image = {**row, "id": "1", "media": str(media / "clip1.mp4")}
     manifest = write_manifest(tmp_path / "clips.jsonl", [row, image])
     clips = ["--frames", "2", "--fps", "5", "--attempts", "1"]
-    command = arguments(manifest, tmp_path / "corpus", tools, *clips)
+    command = tokenize_command(manifest, tmp_path / "corpus", tools, *clips)
     assert main([*command, "--decode-seconds", "0.0001"]) == 2
     assert main([*command, "--decode-memory-gib", "0.001"]) == 2
     assert not (tmp_path / "corpus").exists()
@@ -61,10 +53,9 @@ def test_limits_of_decoding_can_be_raised_for_what_failed(
 def test_limits_must_be_positive(
     media: Path, tools: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = arguments(media / "none.jsonl", tmp_path / "corpus", tools, name, "0")
+    command = tokenize_command(media / "none.jsonl", tmp_path / "corpus", tools, name, "0")
     assert main(command) == 2
-    field = name.removeprefix("--").replace("-", "_")
-    assert field in capsys.readouterr().err
+    assert f"{name} must be above 0, not 0" in capsys.readouterr().err
 
 
 def test_the_other_decoder_is_part_of_the_settings(
@@ -74,7 +65,7 @@ def test_the_other_decoder_is_part_of_the_settings(
     row: dict[str, object] = {"id": "0", "media": str(media / "clip0.mp4"), "captions": CAPTIONS}
     manifest = write_manifest(tmp_path / "clips.jsonl", [row])
     for name in ("ffmpeg", "pyav"):
-        command = arguments(manifest, tmp_path / name, tools, "--frames", "2", "--fps", "5")
+        command = tokenize_command(manifest, tmp_path / name, tools, "--frames", "2", "--fps", "5")
         assert main([*command, "--decoder", name]) == 0
     tars = [(tmp_path / name / "shard-000000.tar").read_bytes() for name in ("ffmpeg", "pyav")]
     assert tars[0] == tars[1]

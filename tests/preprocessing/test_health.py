@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 
 from megatron_nuwa.errors import UserError
 from preprocessing import health
@@ -46,11 +46,8 @@ def test_a_farm_without_its_media_writes_nothing_and_goes_on_when_they_are_back(
     ]
     manifest = write_manifest(media / "health.jsonl", rows)
     output = tmp_path / "corpus"
-    command = [
-        *("tokenize", str(manifest), "--output", str(output), "--no-report", "--frames", "1"),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *("--items-per-shard", "30"),
-    ]
+    more = ("--frames", "1", "--items-per-shard", "30")
+    command = tokenize_command(manifest, output, tools, *more)
     away.mkdir()
     for picture in media.glob("image*.png"):
         picture.rename(away / picture.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from farm_media import CAPTIONS, WriteClip, write_manifest
+from farm_media import CAPTIONS, WriteClip, tokenize_command, write_manifest
 from hostile_clips import LEVELS, clip_bomb, hostile_clips
 from hostile_images import hostile_images, scan_bomb
 from hostile_media import FRAMES, RATE, SIDE, Hostile
@@ -106,9 +106,8 @@ def test_farm_records_them_and_shifts_no_other_item(
     for name, rows in (("mixed", mixed), ("alone", alone)):
         manifest = write_manifest(tmp_path / f"{name}.jsonl", rows)
         frames = ["1"] if kind == "images" else [str(FRAMES), "--fps", str(RATE)]
-        command = ["tokenize", str(manifest), "--output", str(tmp_path / name)]
-        command += ["--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")]
-        assert main([*command, "--frames", *frames, "--items-per-shard", "16"]) == 0
+        more = ("--frames", *frames, "--items-per-shard", "16")
+        assert main(tokenize_command(manifest, tmp_path / name, tools, *more)) == 0
     assert_same_items(Corpus(tmp_path / "mixed"), Corpus(tmp_path / "alone"))
     reasons = read_failures(tmp_path / "mixed")
     for number, item in enumerate(items):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents
 
 from megatron_nuwa.data.cache import ShardCache
@@ -31,13 +31,8 @@ def test_a_corpus_is_made_from_an_object_store_and_read_from_one(
     (tmp_path / "filters.yaml").write_text("filters: [{name: minimum_size, pixels: 30}]\n")
 
     def tokenize(source: str, output: Path) -> dict[str, bytes]:
-        command = [
-            *("tokenize", source, "--output", str(output), "--no-report"),
-            *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-            *("--items-per-shard", "4", "--attempts", "1"),
-            *("--filters", str(tmp_path / "filters.yaml")),
-        ]
-        assert main(command) == 0
+        more = ("--items-per-shard", "4", "--attempts", "1", "--filters", tmp_path / "filters.yaml")
+        assert main(tokenize_command(source, output, tools, *more)) == 0
         return contents(output)
 
     remote = tokenize(f"{object_store}/images.jsonl", tmp_path / "remote")

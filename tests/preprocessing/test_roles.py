@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents, run_farm
 
 from megatron_nuwa.data.corpus import Corpus
@@ -24,14 +24,6 @@ from preprocessing.encoder import Encoders, EncoderSettings, FrameEncoder
 from preprocessing.options import TokenizeOptions, load_tools, plan_key, settle
 from preprocessing.plan import Plan
 from preprocessing.sources import read_manifest
-
-
-def arguments(manifest: Path, output: Path, tools: Path, *more: str) -> list[str]:
-    return [
-        *("tokenize", str(manifest), "--output", str(output), "--no-report"),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *more,
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +61,11 @@ def test_groups_are_neighbours(
 def test_corpus_is_the_same_with_decode_ranks_and_threads(
     images: Path, tools: Path, tmp_path: Path, ranks: int, decode_ranks: int
 ) -> None:
-    lone = arguments(images, tmp_path / "lone", tools, "--items-per-shard", "16")
+    lone = tokenize_command(images, tmp_path / "lone", tools, "--items-per-shard", "16")
     assert main(lone) == 0
     expected = contents(tmp_path / "lone")
     roles = ["--decode-ranks-per-encoder", str(decode_ranks), "--decode-threads", "2"]
-    command = arguments(images, tmp_path / "roles", tools, "--items-per-shard", "16", *roles)
+    command = tokenize_command(images, tmp_path / "roles", tools, "--items-per-shard", "16", *roles)
     done = run_farm(ranks, command)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "roles") == expected
@@ -83,7 +75,7 @@ def test_tokens_are_the_same_for_all_batch_sizes(images: Path, tools: Path, tmp_
     tokens = []
     for size in (1, 3, 7, 32):
         output = tmp_path / f"batch{size}"
-        assert main(arguments(images, output, tools, "--batch-size", str(size))) == 0
+        assert main(tokenize_command(images, output, tools, "--batch-size", str(size))) == 0
         corpus = Corpus(output)
         tokens.append(np.stack([corpus.visual(index) for index in range(len(corpus))]))
     for other in tokens[1:]:
@@ -173,10 +165,10 @@ def test_bfloat16_on_cpu_gives_valid_tokens_and_is_part_of_the_settings(
     images: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "corpus"
-    assert main(arguments(images, output, tools, "--precision", "bfloat16")) == 0
+    assert main(tokenize_command(images, output, tools, "--precision", "bfloat16")) == 0
     assert main(["verify", str(output), "--full"]) == 0
     capsys.readouterr()
-    assert main(arguments(images, output, tools)) == 2
+    assert main(tokenize_command(images, output, tools)) == 2
     assert "was begun with precision = bfloat16, and now it is float32" in capsys.readouterr().err
 
 
@@ -186,7 +178,7 @@ def test_a_gpu_that_is_not_there_is_named(
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     output = tmp_path / "corpus"
-    assert main(arguments(images, output, tools, "--device", "cuda")) == 2
+    assert main(tokenize_command(images, output, tools, "--device", "cuda")) == 2
     assert "--device cuda needs a GPU" in capsys.readouterr().err
     assert not output.exists()
     on_gpus = EncoderSettings(device="cuda", precision="bfloat16", compiled=True)

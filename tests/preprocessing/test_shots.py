@@ -12,7 +12,7 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from farm_media import CAPTIONS, WriteClip, write_manifest
+from farm_media import CAPTIONS, WriteClip, tokenize_command, write_manifest
 from farm_runs import run_farm
 from torch import Tensor
 
@@ -124,12 +124,8 @@ def test_shots_become_items_with_their_own_windows(
 
     # No frame of a shot is another shot's.
     corpus = tmp_path / "corpus"
-    command = [
-        *("tokenize", str(output), "--output", str(corpus), "--no-report"),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-        *("--frames", "4", "--fps", "10", "--attempts", "1"),
-    ]
-    assert main(command) == 0
+    clips = ("--frames", "4", "--fps", "10", "--attempts", "1")
+    assert main(tokenize_command(output, corpus, tools, *clips)) == 0
     made = Corpus(corpus)
     assert {made.item(n)["id"] for n in range(len(made))} == windows.keys() - {"broken"}
     for index in range(len(made)):

@@ -168,7 +168,22 @@ def test_train_bpe_learns_from_all_manifests(
     assert len(set(bpe.encode("zebra quokka").tolist())) == 4
     assert "too few pairs for 530" in capsys.readouterr().out
     assert main([*command, "100"]) == 2
-    assert "--vocabulary-size must lie between" in capsys.readouterr().err
+    assert "--vocabulary-size must be a whole number from 514 to" in capsys.readouterr().err
+
+
+def test_train_bpe_replaces_no_file_unless_told_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, object]] = [{"id": "a", "media": "x.png", "captions": ["a zebra"]}]
+    manifest = write_manifest(tmp_path / "a.jsonl", rows)
+    output = tmp_path / "bpe.json"
+    output.write_text("precious")
+    command = ["train-bpe", str(manifest), "--output", str(output), "--vocabulary-size", "530"]
+    assert main(command) == 2
+    assert "bpe.json exists already; name another, or pass --overwrite" in capsys.readouterr().err
+    assert output.read_text() == "precious"
+    assert main([*command, "--overwrite"]) == 0
+    assert TextTokenizer.load(output).encode("a zebra").any()
 
 
 @pytest.mark.parametrize("command", ["tokenize", "shots", "verify", "stats", "train-bpe"])

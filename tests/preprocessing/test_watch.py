@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from farm_media import CAPTIONS, write_manifest
+from farm_media import CAPTIONS, tokenize_command, write_manifest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -15,10 +15,7 @@ from preprocessing.watch import Watch
 
 
 def arguments(manifest: Path, output: Path, tools: Path) -> list[str]:
-    return [
-        *("tokenize", str(manifest), "--output", str(output), "--items-per-shard", "4"),
-        *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
-    ]
+    return tokenize_command(manifest, output, tools, "--items-per-shard", "4", "--report")
 
 
 @pytest.fixture

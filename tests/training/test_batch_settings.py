@@ -44,10 +44,10 @@ def test_micro_batches_of_any_size_train_alike(small_world: SmallWorld, tmp_path
     ("override", "message"),
     [
         ("data.tasks.t2i.corpus_weights=[1, 2]", "corpus_weights has 2 numbers for 1 corpora"),
-        ("data.tasks.t2i.corpus_weights=[0]", "greater than 0"),
+        ("data.tasks.t2i.corpus_weights=[0]", "must be above 0, not 0"),
         ("data.tasks.t2i.corpus_weights=[.nan]", "finite number"),
-        ("data.micro_batch_tokens=0", "greater than or equal to 1"),
-        ("training.guard.spike_factor=1", "greater than 1"),
+        ("data.micro_batch_tokens=0", "must be at least 1, not 0"),
+        ("training.guard.spike_factor=1", "must be above 1, not 1"),
         ("training.guard.patients=1", "did you mean 'patience'?"),
     ],
 )

@@ -111,7 +111,10 @@ def test_what_cannot_be_started_is_one_sentence(small_world: SmallWorld, tmp_pat
     done = run_command_line(sys.executable, "launch/supervise.py")
     assert (done.returncode, done.stderr[:32]) == (2, "error: no command to supervise; ")
     done = run_command_line(sys.executable, "launch/supervise.py", "--restarts", "-1", "true")
-    assert (done.returncode, done.stderr) == (2, "error: --restarts must be 0 or more, not -1\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --restarts must be a whole number of at least 0, not -1\n",
+    )
     run = [str(small_world.recipe), f"run={tmp_path / 'run'}"]
     for words, message in (
         (["no-such-launcher", "launch/pretrain.py", *run], "no-such-launcher cannot be started"),

@@ -223,9 +223,9 @@ def test_sigterm_to_all_processes_saves_and_ends_with_0(media: Path, tmp_path: P
         ("vqgan.model.classes=5", "loss.reconstruction must be cross_entropy with model.classes"),
         ("vqgan.loss.reconstruction=cross_entropy", "must be cross_entropy with model.classes"),
         ("vqgan.data.unlabelled=255", "data.unlabelled belongs to model.classes"),
-        ("vqgan.ema_decay=1", "vqgan.ema_decay: "),
+        ("vqgan.ema_decay=1", "vqgan.ema_decay must be below 1, not 1"),
         ("vqgan=null", "recipe 'tiny' has no section 'vqgan'"),
-        ("vqgan.batch_size=0", "vqgan.batch_size: "),
+        ("vqgan.batch_size=0", "vqgan.batch_size must be at least 1, not 0"),
     ],
 )
 def test_wrong_recipes_are_refused_before_anything_is_written(
@@ -250,8 +250,25 @@ def test_mistakes_end_the_launched_command_with_one_sentence(media: Path, tmp_pa
     assert "training frames: none of the 2 items can be decoded" in errors[0]
     assert "broken.png" in errors[0]
     assert "Traceback" not in done.stderr
-    run = tmp_path / "run"
-    assert {path.name for path in run.iterdir()} == {"recipe.yaml", "environment.json"}
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_media_that_cannot_be_decoded_leave_the_folder_as_it_was(
+    cached: bool, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"train": [str(media / "bad.jsonl")], "cache_frames": cached, "workers": 0}
+    recipe = write_recipe(tmp_path, media, data=data)
+    with pytest.raises(UserError, match=r"training frames: .* decoded; the "):
+        train_here(monkeypatch, recipe, f"vqgan.run={tmp_path / 'new/run'}")
+    assert not (tmp_path / "new").exists()
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "recipe.yaml").write_text("name: another\n")
+    with pytest.raises(UserError, match=r"training frames: .* decoded; the "):
+        train_here(monkeypatch, recipe, f"vqgan.run={there}", "vqgan.data.held_out=[]")
+    assert [path.name for path in there.iterdir()] == ["recipe.yaml"]
+    assert (there / "recipe.yaml").read_text() == "name: another\n"
 
 
 def test_checkpoint_of_another_model_is_refused(straight_run: Path, media: Path) -> None:

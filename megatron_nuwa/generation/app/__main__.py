@@ -11,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_nuwa.command_line import CommandParser, whole_number
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.generation.trained import open_generator
 
@@ -24,10 +25,10 @@ OFFLINE = {
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m megatron_nuwa.generation.app",
         description="Serve a page that generates with a trained run, to this machine only.",
-        epilog="example: python -m megatron_nuwa.generation.app --run runs/demo/pretrain",
+        example="python -m megatron_nuwa.generation.app --run runs/demo/pretrain",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, help="folder of a pretraining run, or a checkpoint")
@@ -35,7 +36,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default %(default)s)"
     )
-    parser.add_argument("--port", type=int, default=7860, help="(default %(default)s)")
+    parser.add_argument(
+        "--port", type=whole_number(1, 65535), default=7860, help="(default %(default)s)"
+    )
     return parser.parse_args()
 
 
