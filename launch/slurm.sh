@@ -31,26 +31,38 @@ if [[ -f .deepspeed_env ]]; then
     set +a
 fi
 
-# Five minutes before the time limit: save and end, queue again, and continue from there then.
-near_limit=
+# Five minutes before the time limit, and when it is preempted, the run saves and ends; the job is
+# queued again as long as the last step is not reached, and goes on from there then.
+tasks=
+stopping=
 save_and_end() {
-    near_limit=yes
-    echo "the time limit is near: job $SLURM_JOB_ID saves, ends and is queued again"
-    kill -USR1 "$tasks"
+    stopping=yes
+    echo "job $SLURM_JOB_ID was told to end (time limit or preemption): it saves and ends"
+    # Of SIGTERM, srun would kill its tasks.
+    [[ -z $tasks ]] || kill -USR1 "$tasks" 2>/dev/null || true
 }
-trap save_and_end USR1
+trap save_and_end USR1 TERM
 
-# One task a GPU. The processes read rank, size and meeting point from Slurm's variables.
-"$python" -u launch/supervise.py --restarts "${RESTARTS:-10}" \
-    srun --kill-on-bad-exit=1 "$python" -u "$script" "$@" &
+# One task a GPU. The processes read rank, size and meeting point from Slurm's variables. Before
+# 23.11 srun may not take --cpus-per-task over from the job.
+unfinished=75
+"$python" -u launch/supervise.py --restarts "${RESTARTS:-10}" --unfinished "$unfinished" \
+    srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+    "$python" -u "$script" "$@" &
 tasks=$!
+[[ -z $stopping ]] || kill -USR1 "$tasks"
 # A signal ends a wait early; the tasks' own exit code is what counts.
 code=0
 while true; do
     wait "$tasks" && code=0 || code=$?
     kill -0 "$tasks" 2>/dev/null || break
 done
-if [[ -n $near_limit ]] && ((code == 0)); then
-    scontrol requeue "$SLURM_JOB_ID"
+if ((code != unfinished)); then
+    exit "$code"
 fi
-exit "$code"
+if scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then
+    echo "job $SLURM_JOB_ID was cancelled before the last step, so it is not queued again"
+    exit 0
+fi
+echo "the last step is not reached: job $SLURM_JOB_ID is queued again"
+scontrol requeue "$SLURM_JOB_ID"

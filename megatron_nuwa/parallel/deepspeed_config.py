@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.mistakes import explain
+from megatron_nuwa.parallel.groups import import_deepspeed
 
 
 class _Watched(dict[str, Any]):
@@ -41,8 +40,7 @@ def check_deepspeed_config(config: Mapping[str, Any], origin: str) -> None:
     ignore at the top level, and for a value that it refuses. A batch size that the recipe fills
     in later may be missing.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
 
     watched = _Watched({"train_micro_batch_size_per_gpu": 1, **config})

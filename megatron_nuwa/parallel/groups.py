@@ -5,31 +5,31 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from megatron_nuwa.parallel.accelerator import deepspeeds_choice, on_gpu
 from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.parallel.tensor import TensorGroup
 
 
 def import_deepspeed() -> Any:
     """DeepSpeed, told to be quiet and not to compile what CPUs do not need."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed calls collectives by the names that torch is about to rename.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated.*")
-    import deepspeed
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils import logger
+    with deepspeeds_choice():
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils import logger
+
+        get_accelerator()
 
     logger.setLevel(logging.WARNING)
     # Python 3.11.0 to 3.11.3 would pickle it as a call of getattr, which no safe reader allows.
     ZeroStageEnum.__reduce_ex__ = lambda stage, _protocol: (ZeroStageEnum, (stage.value,))
-    if not torch.cuda.is_available():
+    if not on_gpu():
         # Its shared-memory collectives take a minute to compile and bring nothing to gloo runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from megatron_nuwa.errors import FailedProcessError, run_command
+from megatron_nuwa.training.stopping import STOP_SIGNALS
 
 
 def run_process(main: Callable[[], int | None]) -> NoReturn:
@@ -37,6 +39,9 @@ def leave(code: int) -> NoReturn:
     when the interpreter would be taken down; one that comes for Python's lock then aborts the
     process, and its launcher sees that instead of the exit code.
     """
+    # Whoever still asks it to stop must not change its exit code.
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     try:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):

@@ -26,6 +26,7 @@ from megatron_nuwa.errors import (
 )
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.training.processes import Processes
+from megatron_nuwa.training.stopping import StopRequested
 
 FAULTS_FOLDER = "faults"
 # How gloo and NCCL say that a peer is gone; they have no error class of their own for it.
@@ -102,7 +103,7 @@ def written_down(run: Path, processes: Processes, step: Callable[[], int]) -> It
     """
     try:
         yield
-    except ReportedElsewhereError:
+    except (ReportedElsewhereError, StopRequested):
         raise
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error, UnreadableError):

@@ -41,7 +41,7 @@ def open_inputs(recipe: Recipe, replicas: int) -> Inputs:
     assert recipe.tokenizers is not None
     assert recipe.data is not None
     assert recipe.model is not None
-    _check_batches(recipe.data, replicas)
+    check_batches(recipe.data, replicas)
     vqgan = load_vqgan(recipe.tokenizers.vqgan)
     if vqgan.config.classes is not None:
         raise UserError(
@@ -151,7 +151,8 @@ def write_run_folder(run: Path, recipe: Recipe, inputs: Inputs) -> None:
     inputs.bpe.save(run / BPE_FILE)
 
 
-def _check_batches(data: DataSettings, replicas: int) -> None:
+def check_batches(data: DataSettings, replicas: int) -> None:
+    """Raise `UserError` where a task's batch has no equal shares for all replicas."""
     parts = replicas * data.accumulation
     divisor = f"{replicas} data-parallel replicas"
     if data.accumulation > 1:

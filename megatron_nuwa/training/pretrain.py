@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,35 +16,26 @@ from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import try_to_write, write_text_atomically
 from megatron_nuwa.models.nuwa import Nuwa
-from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.groups import find_place
-from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
 from megatron_nuwa.training.building import build_engine, complete_config
 from megatron_nuwa.training.checkpoint import STATE_FILE, Checkpoints, read_state
-from megatron_nuwa.training.compiling import check_compile
 from megatron_nuwa.training.costs import unit_costs
 from megatron_nuwa.training.drawing import ShowSamples, draw_samples
 from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.evaluation import evaluate, held_out_items, in_words, summary
 from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
-from megatron_nuwa.training.fine_tuning import StartWeights, find_source, fit
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
-from megatron_nuwa.training.inputs import (
-    Inputs,
-    open_inputs,
-    task_batches,
-    write_run_folder,
-)
+from megatron_nuwa.training.inputs import task_batches, write_run_folder
 from megatron_nuwa.training.monitor import Monitor
-from megatron_nuwa.training.name_patterns import check_frozen
 from megatron_nuwa.training.prefetch import prefetched
-from megatron_nuwa.training.preflight import preflight
+from megatron_nuwa.training.preparing import MemoryNeeded, Prepared, prepare, read_whole_layout
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.relayout import load
+from megatron_nuwa.training.roll_call import RollCall
 from megatron_nuwa.training.run_folder import ENVIRONMENT_FILE, RECIPE_FILE, describe_environment
 from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
@@ -55,8 +46,6 @@ from megatron_nuwa.training.watchdog import Watchdog
 # After a longer step the processes also look for stop signals between the next one's micro-batches;
 # short ones are spared that, because it would have the CPUs wait for the GPUs.
 LONG_STEP_SECONDS = 5.0
-# Bytes that one process needs on its device, for a layout and its DeepSpeed config.
-MemoryNeeded = Callable[[Layout, dict[str, Any]], int]
 
 
 def pretrain(
@@ -65,54 +54,69 @@ def pretrain(
     processes: Processes,
     show_samples: ShowSamples | None = None,
     memory_needed: MemoryNeeded | None = None,
+    stop: StopSignals | None = None,
 ) -> None:
     """Train to the end of the recipe's schedule, from the run's newest checkpoint if it has one.
 
-    Every process of the run calls it. Raises `UserError` before anything is allocated or written
-    when the recipe, the layout, the nodes, the corpora and the tokenizers do not fit together, or
-    where there is less memory than `memory_needed` says.
+    Every process of the run calls it; `stop` may have taken signals before. Raises `UserError`
+    before anything is allocated or written when the recipe, the layout, the nodes, the corpora and
+    the tokenizers do not fit together, or where there is less memory than `memory_needed` says.
     """
+    if processes.is_first:
+        print(processes, flush=True)
+    with StopSignals() if stop is None else nullcontext(stop) as signals:
+        try:
+            _pretrain(recipe, layout_path, processes, show_samples, memory_needed, signals)
+        except StopRequested as request:
+            if processes.is_first:
+                ends = "before this start's first step: nothing to save, ending"
+                print(f"{request} received {ends}", flush=True)
 
-    def read() -> tuple[Layout, dict[str, Any]]:
-        recipe.require("run", "model", "tokenizers", "data")
-        assert recipe.model is not None
-        settings, config = read_layout(layout_path)
-        check_deepspeed_config(config, f"DeepSpeed config {layout_path}")
-        layout = check_layout(settings, config, recipe.model, processes.world_size)
-        check_compile(recipe.training, layout, processes.device)
-        return layout, config
 
-    def check() -> tuple[Inputs, resume.Start, StartWeights | None]:
-        assert recipe.model is not None
-        check_frozen(recipe.optimizer.frozen, recipe.model)
-        inputs = open_inputs(recipe, layout.data)
-        description = resume.describe(recipe, layout, config, inputs)
-        start = resume.find_start(recipe, description, found)
-        return inputs, start, fit(source, recipe, inputs)
-
-    layout, config = processes.first_then_all(read)
-    needs = None if memory_needed is None else memory_needed(layout, config)
-    for warning in preflight(recipe, layout, processes, bytes_needed=needs):
-        if processes.is_first:
-            print(f"warning: {warning}", flush=True)
-    found = processes.first_tells(lambda: resume.find_newest(recipe))
-    source = None if found[0] else processes.first_tells(lambda: find_source(recipe))
-    inputs, start, weights = processes.first_then_all(check)
+def _pretrain(
+    recipe: Recipe,
+    layout_path: Path,
+    processes: Processes,
+    show_samples: ShowSamples | None,
+    memory_needed: MemoryNeeded | None,
+    stop: StopSignals,
+) -> None:
+    """Raises `StopRequested` where the signal comes before the first step."""
+    layout, config = read_whole_layout(recipe, layout_path, processes)
     assert recipe.run is not None
     assert recipe.data is not None
-    if processes.is_first:
-        for line in (*start.messages, *([] if weights is None else [weights.summary()])):
-            print(line, flush=True)
-        clear_faults(recipe.run)
-        write_run_folder(recipe.run, recipe, inputs)
-    samples = start.step * sum(task.batch_size for task in recipe.data.tasks.values())
-    with Monitor(
-        recipe.run, enabled=processes.is_first, step=start.step, samples=samples
-    ) as monitor:
-        training = Pretraining(recipe, layout, config, inputs, processes, monitor, weights)
-        with written_down(recipe.run, processes, lambda: training.step):
-            training.begin(start)
-            training.run(show_samples)
+    training: Pretraining | None = None
+
+    def reached() -> int:
+        return 0 if training is None else training.step
+
+    seconds = recipe.training.hang_seconds
+    with (
+        RollCall(processes) as roll_call,
+        Watchdog(seconds, recipe.run, processes, reached, roll_call) as watchdog,
+    ):
+
+        def go_on() -> None:
+            watchdog.beat()
+            stop.check(processes)
+
+        prepared = prepare(recipe, layout, config, processes, memory_needed, go_on)
+        start = prepared.start
+        if processes.is_first:
+            said = [] if prepared.weights is None else [prepared.weights.summary()]
+            for line in (*start.messages, *said):
+                print(line, flush=True)
+            clear_faults(recipe.run)
+            write_run_folder(recipe.run, recipe, prepared.inputs)
+        samples = start.step * sum(task.batch_size for task in recipe.data.tasks.values())
+        with Monitor(
+            recipe.run, enabled=processes.is_first, step=start.step, samples=samples
+        ) as monitor:
+            training = Pretraining(recipe, prepared, processes, monitor, stop, watchdog)
+            with written_down(recipe.run, processes, reached):
+                training.begin(start)
+                go_on()
+                training.run(show_samples)
 
 
 class Pretraining:
@@ -121,25 +125,25 @@ class Pretraining:
     def __init__(
         self,
         recipe: Recipe,
-        layout: Layout,
-        config: dict[str, Any],
-        inputs: Inputs,
+        prepared: Prepared,
         processes: Processes,
         monitor: Monitor,
-        weights: StartWeights | None = None,
+        stop: StopSignals,
+        watchdog: Watchdog,
     ) -> None:
         assert recipe.run is not None
         assert recipe.model is not None
         assert recipe.data is not None
+        layout, inputs, weights = prepared.layout, prepared.inputs, prepared.weights
         self.recipe, self.inputs = recipe, inputs
         self.processes, self.monitor = processes, monitor
         self.folder = recipe.run
-        self.description = resume.describe(recipe, layout, config, inputs)
+        self.description = resume.describe(recipe, layout, prepared.config, inputs)
         self.tasks = task_batches(recipe, inputs)
         self.place = find_place(layout)
         self.held_out = held_out_items(recipe, inputs, self.place.replica, layout.data)
         full_config = complete_config(
-            config,
+            prepared.config,
             sum(task.micro_batch_count(layout.data) for task in self.tasks.values()),
             layout.data,
             recipe.optimizer.gradient_clipping,
@@ -161,10 +165,7 @@ class Pretraining:
             None if sketch_vqgan is None else sketch_vqgan.codebook(),
         )
         make_skippable(self.engine.deepspeed, self._should_skip)
-        self.stop = StopSignals(processes)
-        self.watchdog = Watchdog(
-            recipe.training.hang_seconds, self.folder, processes, lambda: self.step
-        )
+        self.stop, self.watchdog = stop, watchdog
         self.engine.between = self._between
         self._asks_between = 1
         self.saver = _saver(recipe, self.engine, processes, self.watchdog.beat)
@@ -199,7 +200,7 @@ class Pretraining:
     def run(self, show_samples: ShowSamples | None) -> None:
         """Train until the schedule or `training.stop_at_step` ends, or a signal asks to stop.
 
-        The last state is on the disk then.
+        The last state is on the disk then. Raises `StopRequested` where no step was made before.
         """
         recipe = self.recipe
         last = min(recipe.schedule.steps, recipe.training.stop_at_step or recipe.schedule.steps)
@@ -207,13 +208,16 @@ class Pretraining:
             if self.processes.is_first:
                 print(f"nothing to do: step {self.step} of {last} is reached already", flush=True)
             return
-        with self.stop, self.watchdog:
-            try:
-                self._train(last, show_samples)
-            except StopRequested as request:
-                if self.processes.is_first:
-                    print(f"{request} received: saving step {self.step} and ending", flush=True)
-            self.saver.finish(self.step, self._texts())
+        first = self.step
+        self.watchdog.steps_begin()
+        try:
+            self._train(last, show_samples)
+        except StopRequested as request:
+            if self.step == first:
+                raise
+            if self.processes.is_first:
+                print(f"{request} received: saving step {self.step} and ending", flush=True)
+        self.saver.finish(self.step, self._texts())
 
     def _train(self, last: int, show_samples: ShowSamples | None) -> None:
         recipe = self.recipe
@@ -252,7 +256,7 @@ class Pretraining:
         """Between micro-batches: steps and evaluations may last longer than a signal's grace."""
         self.watchdog.beat()
         if self._asks_between:
-            self.stop.check()
+            self.stop.check(self.processes)
 
     def _should_skip(self) -> bool:
         """Judge the step before its optimizer step; DeepSpeed asks on every process."""

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from megatron_nuwa.errors import ReportedElsewhereError, UserError
 from megatron_nuwa.parallel.groups import import_deepspeed
 from megatron_nuwa.training.launcher import adopt_launcher_environment
+from megatron_nuwa.training.meeting import choose_device, choose_device_together, meet
 
 T = TypeVar("T")
 # How long the first process waits for the others to start, and they for it.
 _PATIENCE = timedelta(minutes=10)
+_NCCL_MONITOR = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,13 @@ class Processes:
     world_size: int
     local_rank: int
     device: torch.device
+
+    def __str__(self) -> str:
+        number = f"{self.world_size} process{'es' if self.world_size > 1 else ''}"
+        if self.device.type == "cpu":
+            return f"{number} on the CPU"
+        each = "each on a GPU" if self.world_size > 1 else "on a GPU"
+        return f"{number}, {each} ({torch.cuda.get_device_name(self.device)})"
 
     @property
     def is_first(self) -> bool:
@@ -99,14 +108,19 @@ class Processes:
 
 
 @contextmanager
-def join_processes(patience: timedelta = _PATIENCE) -> Iterator[Processes]:
+def join_processes(
+    patience: timedelta = _PATIENCE, timeout: timedelta | None = None
+) -> Iterator[Processes]:
     """Join the process group that a launcher described in the environment; alone without one.
 
     The launchers are deepspeed, torchrun, OpenMPI's mpirun and Slurm's srun. Uses NCCL with one
-    GPU a process, gloo on CPUs. The group is destroyed at the end, because a process that exits
-    with a live group can end with a non-zero code. A group that exists already is used and left
-    alone. Raises `UserError` where the port is taken, where the others do not come within
-    `patience`, and where a process has no GPU of its own.
+    GPU a process, gloo on CPUs. `timeout` is how long a collective of any group may wait before
+    the backend ends the process (default: torch's). The group is destroyed at the end, because a
+    process that exits with a live group can end with a non-zero code; an exception leaves NCCL's to
+    the end of the process. A group that exists already
+    is used and left alone. Raises `UserError` where the port is taken, where the others do not
+    come within `patience` or have another kind of device, and where a process has no GPU of its
+    own.
     """
     adopt_launcher_environment()
     os.environ.setdefault("RANK", "0")
@@ -114,59 +128,57 @@ def join_processes(patience: timedelta = _PATIENCE) -> Iterator[Processes]:
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ["LOCAL_RANK"])
-    device, backend = _device_and_backend(local_rank)
-    is_ours = not dist.is_initialized()
-    if is_ours and int(os.environ["WORLD_SIZE"]) > 1:
+    if dist.is_initialized():
+        device = choose_device(local_rank)
+        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        return
+    store: dist.Store
+    if world_size > 1:
         # Imported while a group exists, it holds on to that for ever; gloo's threads then outlive
         # `destroy_process_group` and abort the process now and then when the interpreter ends.
         import_deepspeed()
-        dist.init_process_group(
-            backend,
-            store=_meet(patience),
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-        )
-    elif is_ours:
+        meeting = meet(patience)
+        device = choose_device_together(meeting, rank, world_size, local_rank, patience)
+        # NCCL's communicators are made at their first use, through the store.
+        meeting.set_timeout(timeout or dist.default_pg_timeout)
+        store = dist.PrefixStore("default_pg", meeting)
+    else:
         # A lone process needs no agreed port, which could collide with another run's.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
-    finally:
-        if is_ours:
-            dist.destroy_process_group()
-
-
-def _device_and_backend(local_rank: int) -> tuple[torch.device, str]:
-    if not torch.cuda.is_available():
-        return torch.device("cpu"), "gloo"
-    count = torch.cuda.device_count()
-    if local_rank >= count:
-        raise UserError(
-            f"process {local_rank} of {socket.gethostname()} sees only {count} GPUs: start as many "
-            "processes a node as it has GPUs, and let each see them all (Slurm: --gpus-per-node)"
+        device, rank, store = choose_device(local_rank), 0, dist.HashStore()
+    with _patient_backends(timeout):
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device, "nccl"
+        try:
+            yield Processes(rank, world_size, local_rank, device)
+        except BaseException:
+            # NCCL would wait here for collectives that the others may never join.
+            if backend != "nccl":
+                dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()
 
 
-def _meet(patience: timedelta) -> dist.Store:
-    """The store at MASTER_ADDR:MASTER_PORT through which the processes find one another."""
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+@contextmanager
+def _patient_backends(timeout: timedelta | None) -> Iterator[None]:
+    """Give every group that is made in the block this time-out.
+
+    DeepSpeed makes its groups without naming one, so the defaults that torch looks up are changed.
+    """
+    if timeout is None:
+        yield
+        return
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    usual = {name: getattr(dist.distributed_c10d, name) for name in names}
+    # NCCL's monitor ends the process, too, when a call of CUDA's does not come back.
+    os.environ.setdefault(_NCCL_MONITOR, str(int(timeout.total_seconds())))
+    for name in names:
+        setattr(dist.distributed_c10d, name, timeout)
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-    except dist.DistError as error:
-        if "EADDRINUSE" in str(error):
-            raise UserError(
-                f"{place} (MASTER_ADDR:MASTER_PORT) is in use by another program: pass another "
-                "port with deepspeed --master_port, or set MASTER_PORT"
-            ) from error
-        raise UserError(
-            f"the {os.environ['WORLD_SIZE']} processes did not meet at {place} "
-            f"(MASTER_ADDR:MASTER_PORT) within {patience.total_seconds():.0f} s: see whether one "
-            "of them failed to start, whether a firewall stands between the nodes, and whether "
-            "another port (deepspeed --master_port) is free"
-        ) from error
-    store.set_timeout(dist.default_pg_timeout)
-    return dist.PrefixStore("default_pg", store)
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(dist.distributed_c10d, name, value)

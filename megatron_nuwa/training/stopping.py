@@ -6,9 +6,11 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_nuwa.training.processes import Processes
+if TYPE_CHECKING:
+    # A process takes signals before it spends seconds on importing torch.
+    from megatron_nuwa.training.processes import Processes
 
 # What schedulers and launchers send before they kill; Slurm's --signal may be the second.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -26,8 +28,7 @@ class StopSignals:
     processes agree on. Outside the main thread no signals are taken.
     """
 
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
+    def __init__(self) -> None:
         self._received = 0
         self._usual: dict[int, Any] = {}
 
@@ -48,9 +49,9 @@ class StopSignals:
         """The number of the signal that this process got, 0 before."""
         return self._received
 
-    def check(self) -> None:
+    def check(self, processes: Processes) -> None:
         """Raise `StopRequested` on every process if any got a signal; each must call it."""
-        raise_if_stopped(self._processes.agree([self._received])[0])
+        raise_if_stopped(processes.agree([self._received])[0])
 
 
 def outlive_stop_signals(_worker: int) -> None:

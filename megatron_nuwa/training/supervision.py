@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import write_text_atomically
-from megatron_nuwa.training.checkpoint import Checkpoints
+from megatron_nuwa.files import try_to_write, write_text_atomically
+from megatron_nuwa.training.checkpoint import Checkpoints, step_of
 from megatron_nuwa.training.faults import FAULTS_FOLDER, cause, clear_faults, read_faults
-from megatron_nuwa.training.recipe import load_recipe
-from megatron_nuwa.training.stopping import STOP_SIGNALS
+from megatron_nuwa.training.nodes import on_nodes_left, why_not_with
+from megatron_nuwa.training.recipe import Recipe, load_recipe
+from megatron_nuwa.training.stopping import StopSignals
 
-_SCRIPT = "pretrain.py"
+_SCRIPT, _LAYOUT = "pretrain.py", "--deepspeed_config"
 _MISTAKE = 2
-_SSH_SECONDS = 5
+_LOOK_SECONDS = 0.2
+# A launcher that has started no process here by then has them all on other nodes.
+_LAUNCHER_SECONDS = 20.0
+# So many stops in a row may come before a run's next checkpoint; preemptions can be quick.
+_STOPS_FILE, _STOPS = "stops.json", 5
 # Else an ssh to a node that has gone silent never ends, and pdsh waits for it.
 _KEEP_ALIVE = "-o ServerAliveInterval=10 -o ServerAliveCountMax=3"
 
@@ -34,61 +39,72 @@ class Supervisor:
 
     A restart needs a checkpoint that the start before has added, but for the first; a mistake of
     the user is not tried again. Stop signals are handed to the run's processes. Commands that do
-    not pretrain run once.
+    not pretrain run once. `unfinished` is the exit code for a run that ended in order before its
+    last step, so that whoever started it can queue it again (default: 0).
     """
 
-    def __init__(self, command: Sequence[str], *, restarts: int, pause_seconds: float) -> None:
-        self._command = list(command)
+    def __init__(
+        self,
+        command: Sequence[str],
+        stop: StopSignals,
+        *,
+        restarts: int,
+        pause_seconds: float,
+        unfinished: int = 0,
+    ) -> None:
+        self._given = self._command = list(command)
+        self._stop = stop
         self._restarts, self._pause_seconds = restarts, pause_seconds
-        self._run = run_of(command)
-        self._child: subprocess.Popen[bytes] | None = None
-        self._stopping = False
+        self._unfinished = unfinished
+        self._recipe = recipe_of(command)
+        self._run = None if self._recipe is None else self._recipe.run
 
     def supervise(self) -> int:
         """Run to the end; returns the exit code of the last start, 128 + N for a signal N."""
-        usual = {number: signal.signal(number, self._hand_on) for number in STOP_SIGNALS}
-        try:
-            return self._starts()
-        finally:
-            for number, handler in usual.items():
-                signal.signal(number, handler)
-
-    def _starts(self) -> int:
         for restart in range(self._restarts + 1):
+            if self._stop.received:
+                return self._stopped_between(restart)
             before = self._checkpoints()
             code = self._start()
             if self._run is None or code == 0:
-                return code
+                return self._in_order() if code == 0 else code
             reason = self._why_not_again(code, restart, bool(self._checkpoints() - before))
             said = f"the run in {self._run} ended with code {code}: {cause(read_faults(self._run))}"
             if reason is not None:
                 # The last line of the console.
-                print(f"{said}\n{reason}", file=sys.stderr, flush=True)
+                _say(f"{said}\n{reason}")
                 return code
-            print(
+            _say(
                 f"{said}\nstart {restart + 2} of at most {self._restarts + 1}, "
-                f"in {self._pause_seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
+                f"in {self._pause_seconds:.0f} s"
             )
-            time.sleep(self._pause_seconds)
-            self._command = self._on_nodes_left()
-        raise AssertionError("the last start has a reason to be the last")
+            end = time.monotonic() + self._pause_seconds
+            while time.monotonic() < end and not self._stop.received:
+                time.sleep(_LOOK_SECONDS)
+            if not self._stop.received:
+                self._command = self._on_nodes_left()
+        return self._stopped_between(self._restarts)
 
     def _start(self) -> int:
         if self._run is not None:
             clear_faults(self._run)
         try:
-            self._child = subprocess.Popen(self._command, env=environment(os.environ))
+            child = subprocess.Popen(self._command, env=environment(os.environ))
         except OSError as error:
             raise UserError(f"{self._command[0]} cannot be started: {error.strerror}") from error
-        code = self._child.wait()
+        code, handed_on, looks = None, False, 0
+        while code is None:
+            with suppress(subprocess.TimeoutExpired):
+                code = child.wait(_LOOK_SECONDS)
+            if code is None and self._stop.received and not handed_on:
+                looks += 1
+                handed_on = self._hand_on(child, looks * _LOOK_SECONDS > _LAUNCHER_SECONDS)
         return code if code >= 0 else 128 - code
 
     def _why_not_again(self, code: int, restart: int, progress: bool) -> str | None:
         assert self._run is not None
         faults = read_faults(self._run)
-        if self._stopping:
+        if self._stop.received:
             return "it was asked to stop and is not started again"
         if code == _MISTAKE or (faults and faults[0].kind == "mistake"):
             return "that has to be mended first, so it is not started again"
@@ -101,43 +117,74 @@ class Supervisor:
     def _checkpoints(self) -> set[tuple[str, int]]:
         if self._run is None:
             return set()
-        folder = Checkpoints(self._run / "checkpoints", keep=1)
-        return {(path.name, path.stat().st_ino) for path in folder.all()}
+        return {(path.name, path.stat().st_ino) for path in self._checkpoint_folders()}
 
-    def _hand_on(self, number: int, frame: FrameType | None) -> None:
-        self._stopping = True
-        if self._child is None:
-            return
+    def _checkpoint_folders(self) -> list[Path]:
+        assert self._run is not None
+        return Checkpoints(self._run / "checkpoints", keep=1).all()
+
+    def _hand_on(self, child: subprocess.Popen[bytes], to_launcher: bool) -> bool:
+        """Hand the stop signal to the run's processes; False while none would survive it."""
+        number = self._stop.received
+        ready = [process for process in _training_processes(child.pid) if takes(process, number)]
         # One process is enough: they agree. Launchers, however, would die of the signal.
-        for process in _training_processes(self._child.pid) or [psutil.Process(self._child.pid)]:
-            process.send_signal(number)
+        for process in ready:
+            with suppress(psutil.Error):
+                process.send_signal(number)
+        if ready:
+            return True
+        if Path(self._command[0]).name == "srun":
+            # Its tasks are no children of it. It hands on SIGUSR1; of SIGTERM it kills them.
+            child.send_signal(signal.SIGUSR1)
+        elif self._run is None or to_launcher:
+            child.send_signal(number)
+        else:
+            return False
+        return True
+
+    def _stopped_between(self, restart: int) -> int:
+        _say(f"asked to stop before start {restart + 1}, which is left out")
+        return self._in_order()
+
+    def _in_order(self) -> int:
+        """The exit code of a run that ended in order: whether it reached its last step counts."""
+        if self._unfinished == 0 or self._recipe is None or self._run is None:
+            return 0
+        note = self._run / FAULTS_FOLDER / _STOPS_FILE
+        folders = self._checkpoint_folders()
+        newest = folders[-1].name if folders else None
+        schedule, stop_at = self._recipe.schedule.steps, self._recipe.training.stop_at_step
+        if folders and step_of(folders[-1]) >= min(schedule, stop_at or schedule):
+            note.unlink(missing_ok=True)
+            return 0
+        stops = 1 + _stops_noted(note, newest)
+        if stops > _STOPS:
+            note.unlink(missing_ok=True)
+            _say(
+                f"the run in {self._run} was stopped {stops} times without a new checkpoint, so it "
+                "is not queued again: give it more time, or see what takes it so long to begin"
+            )
+            return 1
+        text = json.dumps({"checkpoint": newest, "stops": stops})
+        try_to_write(lambda: write_text_atomically(note, text))
+        return self._unfinished
 
     def _on_nodes_left(self) -> list[str]:
-        """The command without the nodes of its hostfile that do not answer any more."""
+        assert self._recipe is not None
         assert self._run is not None
-        command = list(self._command)
-        place = next((n for n, word in enumerate(command) if word in ("--hostfile", "-H")), None)
-        if place is None or "deepspeed" not in Path(command[0]).name:
-            return command
-        lines = Path(command[place + 1]).read_text(encoding="utf-8").splitlines()
-        lines = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        left = [line for line in lines if _answers(line.split()[0])]
-        lost = [line.split()[0] for line in lines if line not in left]
-        if not lost or not left:
-            return command
-        hostfile = self._run / FAULTS_FOLDER / "hostfile"
-        write_text_atomically(hostfile, "\n".join(left) + "\n")
-        print(f"without {', '.join(lost)}, which no longer answers", file=sys.stderr, flush=True)
-        command[place + 1] = str(hostfile)
-        if "--master_addr" in command and command[command.index("--master_addr") + 1] in lost:
-            command[command.index("--master_addr") + 1] = left[0].split()[0]
-        return command
+        layout_file = _layout_of(self._given) or self._recipe.training.deepspeed_config
+        # Of all nodes that were given: one that answers again is taken again.
+        return on_nodes_left(
+            self._given,
+            self._run / FAULTS_FOLDER / "hostfile",
+            why_not_with(self._recipe, layout_file),
+        )
 
 
-def run_of(command: Sequence[str]) -> Path | None:
-    """The run folder of a command that pretrains; None for others.
+def recipe_of(command: Sequence[str]) -> Recipe | None:
+    """The recipe of a command that pretrains; None for others.
 
-    Raises `UserError` where its recipe cannot be read.
+    Raises `UserError` where it cannot be read.
     """
     place = next((n for n, word in enumerate(command) if Path(word).name == _SCRIPT), None)
     if place is None:
@@ -145,7 +192,7 @@ def run_of(command: Sequence[str]) -> Path | None:
     words = [
         word
         for before, word in pairwise(command[place:])
-        if not word.startswith("-") and before != "--deepspeed_config"
+        if not word.startswith("-") and before != _LAYOUT
     ]
     recipe = [word for word in words if "=" not in word]
     if not recipe:
@@ -153,7 +200,40 @@ def run_of(command: Sequence[str]) -> Path | None:
             f"{_SCRIPT} is given no recipe; example: {_SCRIPT} launch/recipes/demo.yaml"
         )
     overrides = [word for word in words if "=" in word]
-    return load_recipe(recipe[0], overrides).run
+    return load_recipe(recipe[0], overrides)
+
+
+def takes(process: psutil.Process, number: int) -> bool:
+    """Whether a process has a handler for a signal by now; else it would die of it."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
+    except OSError:
+        # Gone, or no Linux.
+        return bool(process.is_running()) and not Path("/proc/self").exists()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def _layout_of(command: Sequence[str]) -> Path | None:
+    for before, word in pairwise([*command, ""]):
+        if before == _LAYOUT:
+            return Path(word)
+        if before.startswith(f"{_LAYOUT}="):
+            return Path(before.split("=", maxsplit=1)[1])
+    return None
+
+
+def _stops_noted(note: Path, newest: str | None) -> int:
+    """How often the run was stopped in a row with this newest checkpoint."""
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        return int(noted["stops"]) if noted["checkpoint"] == newest else 0
+    except (OSError, ValueError, TypeError, KeyError):
+        return 0
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
@@ -167,7 +247,11 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
 def _training_processes(launcher: int) -> list[psutil.Process]:
     """The run's processes on this node, as far as the launcher started them."""
     found = []
-    for process in psutil.Process(launcher).children(recursive=True):
+    try:
+        children = psutil.Process(launcher).children(recursive=True)
+    except psutil.Error:
+        return []
+    for process in children:
         try:
             words = process.cmdline()
         except psutil.Error:
@@ -176,19 +260,3 @@ def _training_processes(launcher: int) -> list[psutil.Process]:
         if words and "python" in Path(words[0]).name and Path(script).name == _SCRIPT:
             found.append(process)
     return found
-
-
-def _answers(host: str) -> bool:
-    options = shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", ""))
-    options += ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_SSH_SECONDS}"]
-    try:
-        done = subprocess.run(
-            ["ssh", *options, host, "true"],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=3 * _SSH_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    return done.returncode == 0

@@ -77,7 +77,7 @@ def train_vqgan(
     samples = step * recipe.batch_size
     with (
         Monitor(recipe.run, enabled=processes.is_first, step=step, samples=samples) as monitor,
-        StopSignals(processes) as stop,
+        StopSignals() as stop,
     ):
         try:
             evaluation = _run_steps(state, seed, step, frames, held, monitor, stop)

@@ -22,6 +22,7 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 SUMS = ["rank 0 of 2 local 0 sum 3", "rank 1 of 2 local 1 sum 3"]
 # srun as the processes see it: every task has a number, and the step has a list of nodes.
 FAKE_SRUN = """#!/usr/bin/env bash
+[[ -z ${SRUN_CALLS:-} ]] || echo "$@" >> "$SRUN_CALLS"
 while [[ $1 == --* ]]; do shift; done
 trap 'kill -USR1 "${tasks[@]}"' USR1
 export SLURM_JOB_ID=71 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_NODELIST=localhost
@@ -38,7 +39,28 @@ for task in 0 1; do
 done
 exit $code
 """
-FAKE_SCONTROL = '#!/usr/bin/env bash\necho "$@" >> "$SCONTROL_CALLS"\n'
+FAKE_SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then
+    echo "JobId=71 JobState=${JOB_STATE:-RUNNING} Requeue=1"
+else
+    echo "$@" >> "$SCONTROL_CALLS"
+fi
+"""
+# Stands for a run of 20 steps: it saves the step STEP when it is told to end, unless CODE says no.
+STOPPABLE = """
+import os, pathlib, signal, sys, time
+folder, rank = pathlib.Path({folder!r}), os.environ["SLURM_PROCID"]
+def end(*_):
+    if "STEP" in os.environ:
+        step = f"step_{{int(os.environ['STEP']):08d}}"
+        (folder / "run/checkpoints" / step).mkdir(parents=True, exist_ok=True)
+    sys.exit(int(os.environ["CODE"]) * int(rank))
+signal.signal(signal.SIGUSR1, end)
+signal.signal(signal.SIGTERM, end)
+(folder / f"ready{{rank}}").write_text(str(os.getpid()))
+time.sleep(60)
+sys.exit(9)
+"""
 
 
 @pytest.fixture
@@ -255,38 +277,97 @@ def test_the_slurm_job_runs_the_preflight_on_two_tasks(
     assert not (small_world.folder / "slurm").exists()
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_near_the_time_limit_the_slurm_job_saves_and_is_queued_again(
-    fake_slurm: Path, tmp_path: Path, code: int
-) -> None:
-    """Unless the save fails; the tasks' exit code is the job's."""
-    calls, ready = tmp_path / "calls", tmp_path / "ready"
-    script = tmp_path / "task.py"
-    script.write_text(
-        "import os, pathlib, signal, sys, time\n"
-        f"end = lambda *_: sys.exit({code} * int(os.environ['SLURM_PROCID']))\n"
-        "signal.signal(signal.SIGUSR1, end)\n"
-        f"pathlib.Path('{ready}' + os.environ['SLURM_PROCID']).touch()\n"
-        "time.sleep(60)\n"
-        "sys.exit(9)\n"
-    )
-    extra = {
-        "PATH": f"{fake_slurm}{os.pathsep}{environment()['PATH']}",
-        "SCRIPT": str(script),
-        "SCONTROL_CALLS": str(calls),
-        "SLURM_JOB_ID": "71",
-    }
-    job = subprocess.Popen(
-        ["bash", "launch/slurm.sh", "RECIPE"], cwd=ROOT, env=environment(**extra)
-    )
-    try:
+class StoppableJob:
+    """launch/slurm.sh over two tasks that end when they are told to."""
+
+    def __init__(self, world: SmallWorld, slurm: Path, folder: Path, **extra: str) -> None:
+        self.folder, self.calls, self.srun_calls = folder, folder / "calls", folder / "srun_calls"
+        script = folder / "pretrain.py"
+        script.write_text(STOPPABLE.format(folder=str(folder)))
+        variables = {
+            "PATH": f"{slurm}{os.pathsep}{environment()['PATH']}",
+            "SCRIPT": str(script),
+            "SCONTROL_CALLS": str(self.calls),
+            "SRUN_CALLS": str(self.srun_calls),
+            "SLURM_JOB_ID": "71",
+            "CODE": "0",
+        }
+        command = ["bash", "launch/slurm.sh", str(world.recipe), f"run={folder / 'run'}"]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment(**variables | extra),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for task in (0, 1):
-            wait_for(Path(f"{ready}{task}"))
-        job.send_signal(signal.SIGUSR1)
-        assert job.wait(50) == code
-    finally:
-        job.kill()
-    assert (calls.read_text() if calls.exists() else "") == ("" if code else "requeue 71\n")
+            wait_for(folder / f"ready{task}")
+
+    def signal_tasks(self, number: int) -> None:
+        """What Slurm does to the tasks themselves."""
+        for task in (0, 1):
+            os.kill(int((self.folder / f"ready{task}").read_text()), number)
+
+    def end(self) -> tuple[int, str]:
+        """The job's exit code, and what was asked of scontrol."""
+        try:
+            self.output, _ = self.process.communicate(timeout=50)
+        finally:
+            self.process.kill()
+        return self.process.returncode, self.calls.read_text() if self.calls.exists() else ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_near_the_time_limit_the_slurm_job_saves_and_is_queued_again(
+    small_world: SmallWorld, fake_slurm: Path, tmp_path: Path, number: int
+) -> None:
+    job = StoppableJob(small_world, fake_slurm, tmp_path, STEP="7", SLURM_CPUS_PER_TASK="8")
+    job.process.send_signal(number)
+    assert job.end() == (0, "requeue 71\n")
+    assert "it saves and ends" in job.output
+    # Which some versions of srun do not take over from the job.
+    assert "--cpus-per-task=8 " in job.srun_calls.read_text()
+
+
+def test_a_preempted_slurm_job_is_queued_again(
+    small_world: SmallWorld, fake_slurm: Path, tmp_path: Path
+) -> None:
+    """Slurm tells the tasks to end, and nobody else."""
+    job = StoppableJob(small_world, fake_slurm, tmp_path, STEP="7")
+    job.signal_tasks(signal.SIGTERM)
+    assert job.end() == (0, "requeue 71\n")
+
+
+@pytest.mark.parametrize(
+    ("variables", "code"),
+    [
+        ({"STEP": "20"}, 0),
+        ({"STEP": "7", "JOB_STATE": "CANCELLED"}, 0),
+        ({"CODE": "3"}, 3),
+    ],
+    ids=["last step", "cancelled", "failed to save"],
+)
+def test_a_slurm_job_that_is_over_is_not_queued_again(
+    small_world: SmallWorld,
+    fake_slurm: Path,
+    tmp_path: Path,
+    variables: dict[str, str],
+    code: int,
+) -> None:
+    job = StoppableJob(small_world, fake_slurm, tmp_path, **variables)
+    job.process.send_signal(signal.SIGUSR1)
+    assert job.end() == (code, "")
+
+
+def test_a_slurm_job_that_makes_no_step_is_not_queued_for_ever(
+    small_world: SmallWorld, fake_slurm: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run/faults").mkdir(parents=True)
+    note = tmp_path / "run/faults/stops.json"
+    note.write_text('{"checkpoint": null, "stops": 5}')
+    job = StoppableJob(small_world, fake_slurm, tmp_path)
+    job.signal_tasks(signal.SIGTERM)
+    assert job.end() == (1, "")
 
 
 def wait_for(path: Path) -> None:

@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers import ROOT, SmallWorld, run_command_line
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.training import supervision
-from megatron_nuwa.training.supervision import Supervisor, environment, run_of
+from megatron_nuwa.training import nodes, supervision
+from megatron_nuwa.training.recipe import load_recipe
+from megatron_nuwa.training.stopping import StopSignals
+from megatron_nuwa.training.supervision import Supervisor, environment, recipe_of
 
 # Stands for a run: the codes of its starts, and a checkpoint before each that has a "+".
 FAKE = """
@@ -59,10 +62,8 @@ def test_a_run_is_started_again_while_that_helps(
     script = tmp_path / "pretrain.py"
     script.write_text(FAKE.format(folder=str(tmp_path), plan=plan))
     command = [sys.executable, str(script), str(small_world.recipe), f"run={tmp_path / 'run'}"]
-    supervisor = Supervisor(command, restarts=restarts, pause_seconds=0)
-    handler = signal.getsignal(signal.SIGTERM)
+    supervisor = Supervisor(command, StopSignals(), restarts=restarts, pause_seconds=0)
     assert supervisor.supervise() == code
-    assert signal.getsignal(signal.SIGTERM) is handler
     assert len(list(tmp_path.glob("start_*"))) == starts
     errors = capfd.readouterr().err
     if reason is None:
@@ -97,10 +98,7 @@ def test_a_stop_signal_reaches_the_run_which_is_not_started_again(
         text=True,
     )
     try:
-        end = time.monotonic() + 60
-        while not (tmp_path / "ready").exists():
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        wait_for(tmp_path / "ready")
         process.send_signal(signal.SIGUSR1)
         _, errors = process.communicate(timeout=50)
     finally:
@@ -124,10 +122,14 @@ def test_what_cannot_be_started_is_one_sentence(small_world: SmallWorld, tmp_pat
         (["deepspeed", "launch/pretrain.py", "nothing.yaml"], "recipe nothing.yaml"),
     ):
         with pytest.raises(UserError, match=f"^{message}"):
-            Supervisor(words, restarts=1, pause_seconds=0).supervise()
+            Supervisor(words, StopSignals(), restarts=1, pause_seconds=0).supervise()
 
 
 def test_the_run_is_found_in_the_command(small_world: SmallWorld) -> None:
+    def run_of(command: list[str]) -> Path | None:
+        found = recipe_of(command)
+        return None if found is None else found.run
+
     start = ["deepspeed", "--hostfile", "h", "launch/pretrain.py"]
     layout = ["--deepspeed_config", "ds_configs/zero1_bf16.json"]
     recipe = str(small_world.recipe)
@@ -139,26 +141,197 @@ def test_the_run_is_found_in_the_command(small_world: SmallWorld) -> None:
         run_of([*start, recipe, "nothing=1"])
 
 
-def test_a_restart_leaves_out_nodes_that_do_not_answer(
-    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The launcher is a program of that name which fails, with what it was given written down."""
-    (tmp_path / "hosts").write_text("# all\nn1 slots=2\nn2 slots=2\nn3 slots=2\n")
-    launcher = tmp_path / "deepspeed"
+def nodes_of_starts(
+    world: SmallWorld, folder: Path, answers: list[str], *words: str
+) -> tuple[list[list[str]], list[str]]:
+    """The hostfiles and the arguments of two starts, between which only some of n1 to n4 answer.
+
+    The launcher is a program of deepspeed's name which fails, with what it was given written down.
+    """
+    (folder / "hosts").write_text("# all\n" + "".join(f"n{n} slots=2\n" for n in (1, 2, 3, 4)))
+    launcher = folder / "deepspeed"
     launcher.write_text(
-        f'#!/usr/bin/env bash\necho "$@" >> {tmp_path}/given\ncat "$2" >> {tmp_path}/hosts_given\n'
-        "exit 1\n"
+        f'#!/usr/bin/env bash\necho "$@" >> {folder}/given\n'
+        f"echo $(cut -s -d' ' -f1 \"$2\") >> {folder}/hosts_given\nexit 1\n"
     )
     launcher.chmod(0o755)
-    monkeypatch.setattr(supervision, "_answers", lambda host: host != "n1")
-    words = [str(launcher), "--hostfile", str(tmp_path / "hosts"), "--master_addr", "n1"]
-    words += ["launch/pretrain.py", str(small_world.recipe), f"run={tmp_path / 'run'}"]
-    assert Supervisor(words, restarts=5, pause_seconds=0).supervise() == 1
-    first, second = (tmp_path / "given").read_text().splitlines()
+    command = [str(launcher), "--hostfile", str(folder / "hosts"), "--master_addr", "n1"]
+    command += ["launch/pretrain.py", str(world.recipe), f"run={folder / 'run'}", *words]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nodes, "_answers", lambda host: host in answers)
+        assert Supervisor(command, StopSignals(), restarts=5, pause_seconds=0).supervise() == 1
+    hosts = [line.split() for line in (folder / "hosts_given").read_text().splitlines()]
+    return hosts, (folder / "given").read_text().splitlines()
+
+
+def test_a_restart_leaves_out_nodes_that_do_not_answer(
+    small_world: SmallWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sizes = [f"data.tasks.{task}.batch_size=24" for task in ("t2i", "v2v", "t2v")]
+    left = ["n2", "n3", "n4"]
+    (_, hosts), (first, second) = nodes_of_starts(small_world, tmp_path, left, *sizes)
+    assert hosts == left
     assert "--master_addr n1" in first
     assert "--master_addr n2" in second
-    hosts = (tmp_path / "hosts_given").read_text().splitlines()
-    assert hosts[4:] == ["n2 slots=2", "n3 slots=2"]
+    errors = capfd.readouterr().err
+    assert "without n1, which no longer answers" in errors
+    assert "nodes left" not in errors
+
+
+def test_of_the_nodes_left_the_most_that_share_every_batch_are_taken(
+    small_world: SmallWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A batch of 8 has no equal shares for the six processes of three nodes."""
+    sizes = [f"data.tasks.{task}.batch_size=8" for task in ("t2i", "v2v", "t2v")]
+    (_, hosts), (_, second) = nodes_of_starts(small_world, tmp_path, ["n1", "n2", "n4"], *sizes)
+    assert hosts == ["n1", "n2"]
+    assert "--master_addr n1" in second
+    assert (
+        "on 2 of the 3 nodes left (n1, n2), because data.tasks.t2i.batch_size 8 does not divide by "
+        "6 data-parallel replicas" in capfd.readouterr().err
+    )
+
+
+def test_the_870m_recipe_goes_on_on_four_of_seven_nodes() -> None:
+    recipe = load_recipe(ROOT / "launch/recipes/nuwa_870m.yaml")
+    layout = ROOT / recipe.training.deepspeed_config
+    why_not = nodes.why_not_with(recipe, layout)
+    assert [count for count in range(1, 9) if why_not(8 * count) is None] == [1, 2, 4, 8]
+    left = [nodes._Node(f"n{number} slots=8") for number in range(7)]
+    command = ["deepspeed", "--hostfile", "h", "launch/pretrain.py", "r"]
+    assert nodes._most_that_fit(command, left, why_not) == left[:4]
+    # What is trained by the launcher's own choice of slots and nodes counts.
+    some = ["deepspeed", "--num_nodes", "6", "--num_gpus", "4", "launch/pretrain.py", "r"]
+    assert nodes._most_that_fit(some, left, why_not) == left[:4]
+    two = ["deepspeed", "--num_nodes", "2", "launch/pretrain.py", "r"]
+    assert nodes._most_that_fit(two, left, why_not) == left
+    chosen = ["deepspeed", "--exclude", "n0:1", "launch/pretrain.py", "r"]
+    assert nodes._most_that_fit(chosen, left, why_not) == left
+
+
+def test_a_node_that_answers_again_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    given = ["deepspeed", "--hostfile", str(tmp_path / "hosts"), "launch/pretrain.py", "r"]
+    answering = ["n2"]
+    monkeypatch.setattr(nodes, "_answers", lambda host: host in answering)
+    shorter = nodes.on_nodes_left(given, tmp_path / "shorter", lambda processes: None)
+    assert Path(shorter[2]).read_text() == "n2 slots=1\n"
+    answering.append("n1")
+    assert nodes.on_nodes_left(given, tmp_path / "shorter", lambda processes: None) == given
+
+
+SLOW_TO_CATCH = """
+import pathlib, signal, sys, time
+pathlib.Path({begun!r}).touch()
+time.sleep(2)
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0))
+time.sleep(60)
+"""
+
+
+def supervise(world: SmallWorld, script: Path, *options: str) -> subprocess.Popen[str]:
+    """launch/supervise.py around a script that stands for a run, by now with its handlers."""
+    command = [sys.executable, "launch/supervise.py", *options, sys.executable, str(script)]
+    command += [str(world.recipe), f"run={script.parent / 'run'}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 30
+    while not supervision.takes(psutil.Process(process.pid), signal.SIGUSR1):
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    return process
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["nothing started", "run not ready"])
+def test_a_stop_signal_at_the_beginning_ends_in_order(
+    small_world: SmallWorld, tmp_path: Path, is_late: bool
+) -> None:
+    """A run that has no handler yet would die of it."""
+    script, begun = tmp_path / "pretrain.py", tmp_path / "begun"
+    script.write_text(SLOW_TO_CATCH.format(begun=str(begun)))
+    process = supervise(small_world, script)
+    try:
+        if is_late:
+            wait_for(begun)
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=50)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    assert errors == ("" if is_late else "asked to stop before start 1, which is left out\n")
+    assert begun.exists() == is_late
+
+
+def test_srun_is_told_to_end_its_tasks_by_the_signal_that_it_hands_on(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
+    """Of SIGTERM it would kill them; they are no children of it."""
+    srun, begun = tmp_path / "srun", tmp_path / "begun"
+    srun.write_text(
+        "#!/usr/bin/env bash\ntrap 'exit 0' USR1\ntrap 'exit 9' TERM\n"
+        f"touch {begun}\nwhile true; do sleep 0.1; done\n"
+    )
+    srun.chmod(0o755)
+    command = [str(srun), sys.executable, "launch/pretrain.py", str(small_world.recipe)]
+    process = subprocess.Popen(
+        [sys.executable, "launch/supervise.py", *command, f"run={tmp_path / 'run'}"], cwd=ROOT
+    )
+    try:
+        wait_for(begun)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+
+
+def test_a_stop_signal_between_two_starts_ends_in_order(
+    small_world: SmallWorld, tmp_path: Path
+) -> None:
+    script = tmp_path / "pretrain.py"
+    script.write_text(FAKE.format(folder=str(tmp_path), plan=["1", "0"]))
+    process = supervise(small_world, script, "--pause", "50", "--unfinished", "75")
+    try:
+        assert process.stderr is not None
+        lines = [process.stderr.readline(), process.stderr.readline()]
+        assert lines[1] == "start 2 of at most 11, in 50 s\n"
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert errors == "asked to stop before start 2, which is left out\n"
+    assert process.returncode == 75
+    assert len(list(tmp_path.glob("start_*"))) == 1
+
+
+def test_a_run_before_its_last_step_is_told_by_the_exit_code(
+    small_world: SmallWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """But not for ever, where stops come without a new checkpoint."""
+    script = tmp_path / "pretrain.py"
+    script.write_text(FAKE.format(folder=str(tmp_path), plan=["0", "0", "+0", *"000000", "+0"]))
+
+    def code(*overrides: str) -> int:
+        run = [str(small_world.recipe), f"run={tmp_path / 'run'}", *overrides]
+        command = [sys.executable, str(script), *run]
+        return Supervisor(
+            command, StopSignals(), restarts=0, pause_seconds=0, unfinished=75
+        ).supervise()
+
+    assert [code() for _ in range(2)] == [75, 75]
+    # The third adds the checkpoint of step 2, of 20.
+    assert [code() for _ in range(6)] == [75, 75, 75, 75, 75, 1]
+    assert "was stopped 6 times without a new checkpoint" in capfd.readouterr().err
+    assert code("training.stop_at_step=2") == 0
+    # That of step 9.
+    assert code("schedule.steps=9") == 0
 
 
 def test_ssh_notices_a_silent_node() -> None:
