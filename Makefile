@@ -58,6 +58,7 @@ bench-gpu: install ## on a GPU: encoding, sampling, a step of 870 M, the kernels
 		--output runs/bench-gpu/real_step.json \
 		training.checkpoint_activations=none training.compile=true
 	$(BIN)/python -m benchmarks.nearby_kernels --output runs/bench-gpu/nearby_kernels.json
+	$(BIN)/python -m benchmarks.kernel_layouts --output runs/bench-gpu/kernel_layouts.json
 	$(BIN)/python -W ignore -m benchmarks.nearby_attention --output runs/bench-gpu/nearby_attention.json
 
 lint: install ## style, types and the direction of imports

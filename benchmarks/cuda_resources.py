@@ -89,7 +89,8 @@ class Kernel:
         """Warps of a block."""
         if not self.is_tensor_core:
             return _DIRECT_WARPS
-        return warp_tables.shape_of(int(self.title.split()[-1]), "dK" in self.title, True).warps
+        sums: warp_tables.Sums = "context gradients" if "dK" in self.title else "outputs"
+        return warp_tables.shape_of(int(self.title.split()[-1]), sums, True).warps
 
     @property
     def is_tensor_core(self) -> bool:
@@ -160,7 +161,7 @@ def table_figures(case: Case, mirrored: bool) -> dict[str, float]:
     device, grids = torch.device("cpu"), (case.geometry.grid, case.geometry.context_grid)
     warp_tables.warp_tables.cache_clear()
     start = time.perf_counter()
-    shape = warp_tables.shape_of(64, mirrored, True)
+    shape = warp_tables.shape_of(64, "context gradients" if mirrored else "outputs", True)
     tables = warp_tables.warp_tables(case.geometry, mirrored, shape, device)
     seconds = time.perf_counter() - start
     block_chunks, columns, rows, starts, _, entries = (t.numpy() for t in tables)

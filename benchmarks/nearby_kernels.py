@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bytes_a_second = copy_bandwidth(clock, device, quick=False)
     reports = {}
     for case in cases(False):
-        times = _kernel_times(case, load, options.repeats)
+        times = kernel_times(case, load, options.repeats)
         floors = Floors.of(case, load, bytes_a_second)
         reports[case.name] = {"microseconds": times, "floor_ms": floors.forward_backward_ms}
     _show(reports, device)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _kernel_times(case: Case, load: Load, repeats: int) -> dict[str, float]:
+def kernel_times(case: Case, load: Load, repeats: int) -> dict[str, float]:
     """Median microseconds of each kernel, with the L2 cache emptied before each pass."""
     grid, context_grid, extent, causal = case.geometry
     tensors = [

@@ -191,9 +191,12 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
     sketch_vqgan = on_every_rank(communicator, lambda: load_sketch_vqgan(options, tools[0]))
     folder = FarmFolder(options.output)
     plan = Plan(folder.plan, options.items_per_shard)
-    # Only the first rank reads the whole source; the others read the plan of a shard at a time.
+    # Only the first rank reads the whole source, and only where there is no plan of it; the others
+    # read the plan of a shard at a time.
     is_first = communicator.rank == 0
-    source = on_every_rank(communicator, lambda: read_source(options.source) if is_first else None)
+    source = on_every_rank(
+        communicator, lambda: read_source(options.source, checked=False) if is_first else None
+    )
 
     def settled() -> CorpusSettings:
         assert source is not None

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path, PurePath
-from typing import Any, cast
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from preprocessing.sources import SourceItem
+from preprocessing.sources import SourceItem, TarMember
 
 _ITEM: TypeAdapter[SourceItem] = TypeAdapter(SourceItem)
 # How JSON tells a local path from an address.
@@ -17,7 +16,7 @@ _PATH = "local path"
 
 def tree_of_item(item: SourceItem) -> dict[str, Any]:
     """The item as plain values that JSON can hold."""
-    return cast(dict[str, Any], _plain(asdict(item)))
+    return {name: _plain(value) for name, value in vars(item).items()}
 
 
 def item_of_tree(tree: dict[str, Any]) -> SourceItem:
@@ -28,8 +27,8 @@ def item_of_tree(tree: dict[str, Any]) -> SourceItem:
 def _plain(value: Any) -> Any:
     if isinstance(value, PurePath):
         return {_PATH: str(value)}
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, TarMember):
+        return {name: _plain(part) for name, part in vars(value).items()}
     return value
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_nuwa.config import Settings, parse_settings
+from megatron_nuwa.data.shard_list import ShardEntry, ShardList
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
     FORMAT_VERSION,
@@ -33,6 +34,7 @@ from preprocessing.decoders import DecodeSettings
 from preprocessing.encoder import EncoderSettings
 from preprocessing.filters import NEAR_DUPLICATES, FilterSettings
 from preprocessing.isolation import SketchSettings
+from preprocessing.sources import Source
 
 # Raised whenever the same frames and settings would be encoded in other batches than before.
 ENCODE_RULES_VERSION = 2
@@ -80,6 +82,18 @@ class CorpusSettings(Settings):
         """The manifest's rows that a shard covers."""
         start = shard * self.items_per_shard
         return range(start, min(start + self.items_per_shard, self.manifest_items))
+
+
+def items_begun(folder: Path, source: Source) -> int | None:
+    """How many items a corpus has that was begun from this source; None where there is none."""
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        return None
+    try:
+        written = parse_settings(CorpusSettings, read_json(path), str(path))
+    except UserError:
+        return None
+    return written.manifest_items if written.manifest_sha256 == source.fingerprint else None
 
 
 class Ledger:
@@ -153,20 +167,23 @@ class Ledger:
     def commit(self) -> CorpusManifest | None:
         """Write `failures.jsonl` and, last of all, `corpus.json`; None where no item is good."""
         settings = self.settings
-        entries, empty, failed = [], [], 0
-        left_out: Counter[str] = Counter()
-        with written_atomically(self.folder / FAILURES_FILE) as stream:
+        empty: list[str] = []
+        left_out: Counter[str | None] = Counter()
+
+        def entries() -> Iterator[ShardEntry]:
             for shard in range(settings.shards):
                 sidecar = self._written(shard)
-                if sidecar.items:
-                    entries.append(sidecar.entry())
-                else:
-                    empty.append(f"{sidecar.shard}.json")
                 for failure in sidecar.failures:
                     stream.write(failure_line(failure).encode() + b"\n")
-                    failed += failure.filter is None
-                    left_out.update([failure.filter] if failure.filter else [])
-        if not entries:
+                    left_out[failure.filter] += 1
+                if sidecar.items:
+                    yield sidecar.entry()
+                else:
+                    empty.append(f"{sidecar.shard}.json")
+
+        with written_atomically(self.folder / FAILURES_FILE) as stream:
+            shards = ShardList.of(entries())
+        if not shards:
             return None
         frames = settings.decode.frames
         manifest = CorpusManifest(
@@ -178,12 +195,12 @@ class Ledger:
             text_vocabulary_size=settings.text_vocabulary_size,
             fingerprints=settings.fingerprints,
             counts=Counts(
-                items=sum(entry.items for entry in entries),
-                captions=sum(entry.captions for entry in entries),
-                failed=failed,
-                left_out=dict(sorted(left_out.items())),
+                items=shards.total("items"),
+                captions=shards.total("captions"),
+                failed=left_out.pop(None, 0),
+                left_out={name: count for name, count in sorted(left_out.items()) if name},
             ),
-            shards=tuple(entries),
+            shards=shards,
         )
         # The commit must not reach the disk before the names of the files that it lists.
         sync(self.folder)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.shard_list import MOST_SHARDS, ShardEntry
 from megatron_nuwa.data.shards import (
     CorpusManifest,
     Fingerprints,
-    Sidecar,
     read_sidecar,
     shard_name,
     write_settings,
@@ -21,10 +23,8 @@ from megatron_nuwa.data.shards import (
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sync
 from preprocessing.ledger import FAILURES_FILE
+from preprocessing.repeated_ids import collected_ids
 from preprocessing.whole_corpus import check_output, commit, made_whole, sound_manifest
-
-# Their names have six digits.
-_MOST_SHARDS = 1_000_000
 
 
 def merge(corpora: Sequence[Path], output: Path) -> CorpusManifest:
@@ -50,24 +50,28 @@ def merge(corpora: Sequence[Path], output: Path) -> CorpusManifest:
                 f"corpora {corpora[0]} and {folder} differ in {field}; only corpora of the same "
                 f"settings can be merged"
             )
-    if sum(len(manifest.shards) for manifest in manifests) > _MOST_SHARDS:
-        raise UserError(f"the corpora have more than {_MOST_SHARDS:,} shards together")
+    if sum(len(manifest.shards) for manifest in manifests) > MOST_SHARDS:
+        raise UserError(f"the corpora have more than {MOST_SHARDS:,} shards together")
     _check_ids(corpora)
     with made_whole([output]) as [draft]:
-        sidecars: list[Sidecar] = []
-        for folder, manifest in zip(corpora, manifests, strict=True):
-            for entry in manifest.shards:
-                sidecars.append(_take_over(folder, entry.name, draft, len(sidecars)))
-        return commit(draft, manifests[0], sidecars, list(_failures(corpora)))
+        shards = (
+            (folder, entry.name)
+            for folder, manifest in zip(corpora, manifests, strict=True)
+            for entry in manifest.shards
+        )
+        entries = (
+            _take_over(folder, name, draft, number) for number, (folder, name) in enumerate(shards)
+        )
+        return commit(draft, manifests[0], entries, _failures(corpora))
 
 
-def _take_over(folder: Path, name: str, draft: Path, number: int) -> Sidecar:
+def _take_over(folder: Path, name: str, draft: Path, number: int) -> ShardEntry:
     """Give the new corpus one shard under its new number."""
     new = shard_name(number)
     sidecar = read_sidecar(folder / f"{name}.json").model_copy(update={"shard": new})
     _link_or_copy(folder / f"{name}.tar", draft / f"{new}.tar")
     write_settings(draft / f"{new}.json", sidecar)
-    return sidecar
+    return sidecar.entry()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -93,15 +97,26 @@ def _settings(manifest: CorpusManifest) -> dict[str, Any]:
     return {**prints, **{name: getattr(manifest, name) for name in names}}
 
 
-def _check_ids(corpora: Sequence[Path]) -> None:
-    owners: dict[str, Path] = {}
-    for folder in corpora:
-        corpus = Corpus(folder)
-        for index in range(len(corpus)):
-            name = corpus.item(index)["id"]
-            if name in owners:
-                raise UserError(f"corpora {owners[name]} and {folder} both hold the item {name!r}")
-            owners[name] = folder
+def _check_ids(folders: Sequence[Path]) -> None:
+    corpora = [Corpus(folder) for folder in folders]
+    ends = list(accumulate(len(corpus) for corpus in corpora))
+
+    def place(row: int) -> tuple[int, int]:
+        number = bisect_right(ends, row)
+        return number, row - (ends[number - 1] if number else 0)
+
+    def name_of(row: int) -> str:
+        number, index = place(row)
+        return str(corpora[number].item(index)["id"])
+
+    with collected_ids() as ids:
+        for corpus in corpora:
+            for line in corpus.lines():
+                ids.add(line["id"])
+        pair = ids.first_repeat(name_of)
+    if pair is not None:
+        one, other = (folders[place(row)[0]] for row in pair)
+        raise UserError(f"corpora {one} and {other} both hold the item {name_of(pair[1])!r}")
 
 
 def _failures(corpora: Sequence[Path]) -> Iterator[str]:

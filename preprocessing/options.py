@@ -10,7 +10,8 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_nuwa.config import Settings, load_settings
-from megatron_nuwa.data.shards import MOST_SHARDS, Fingerprints
+from megatron_nuwa.data.shard_list import MOST_SHARDS
+from megatron_nuwa.data.shards import Fingerprints
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, TextTokenizer
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
@@ -20,7 +21,7 @@ from preprocessing.encoder import DeviceChoice, EncoderSettings, Precision
 from preprocessing.filters import FilterSettings
 from preprocessing.health import MOST_FAILURES
 from preprocessing.isolation import SketchSettings
-from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings
+from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings, items_begun
 from preprocessing.plan import PlanKey
 from preprocessing.sources import Source, SourceItem, local_copy
 
@@ -135,13 +136,15 @@ def settle(
     sketch_vqgan: Vqgan | None = None,
 ) -> CorpusSettings:
     """Every setting of the corpus, defaults filled in."""
-    _check_shards(options, len(source))
+    # Of a corpus that was begun, all rows have been checked and counted.
+    items = items_begun(options.output, source) or len(source)
+    _check_shards(options, items)
     encoder = EncoderSettings.chosen(options.device, options.precision, options.compiled)
     frames = options.frames or _default_frames(source)
     decode = _decode_settings(options, frames, vqgan.config.image_size)
     return CorpusSettings(
         manifest_sha256=source.fingerprint,
-        manifest_items=len(source),
+        manifest_items=items,
         decode=decode,
         grid_side=vqgan.grid_side,
         codebook_size=vqgan.config.codebook_size,

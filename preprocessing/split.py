@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import posixpath
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from megatron_nuwa.data.corpus import Corpus
-from megatron_nuwa.data.shards import CorpusManifest, ShardItem, Sidecar, write_shard
+from megatron_nuwa.data.shard_list import ShardEntry
+from megatron_nuwa.data.shards import CorpusManifest, write_shard
 from megatron_nuwa.errors import UserError
 from preprocessing.shard_items import shard_item
 from preprocessing.whole_corpus import check_output, commit, made_whole, sound_manifest
+
+# Items whose numbers are held at a time.
+_AT_ONCE = 1 << 16
 
 
 def split(
@@ -32,11 +39,11 @@ def split(
     check_output(output_heldout, "--output-heldout")
     manifest = sound_manifest(folder)
     corpus = Corpus(folder)
-    sides: tuple[list[int], list[int]] = ([], [])
-    for index in range(len(corpus)):
-        sides[is_held_out(corpus.item(index)["media"], held_out)].append(index)
-    for name, side in zip(("training", "held-out"), sides, strict=True):
-        if not side:
+    is_held = np.fromiter(
+        (is_held_out(line["media"], held_out) for line in corpus.lines()), bool, len(corpus)
+    )
+    for name, side in (("training", ~is_held), ("held-out", is_held)):
+        if not side.any():
             raise UserError(
                 f"the {name} side of corpus {folder} would be empty with --held-out {held_out:g}; "
                 f"it takes whole media files, and the corpus has too few"
@@ -44,7 +51,7 @@ def split(
     with made_whole([output_train, output_heldout]) as drafts:
         train, held = (
             commit(draft, manifest, _write_side(draft, corpus, side))
-            for draft, side in zip(drafts, sides, strict=True)
+            for draft, side in zip(drafts, (~is_held, is_held), strict=True)
         )
         return train, held
 
@@ -55,8 +62,8 @@ def is_held_out(media: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * (1 << 64)
 
 
-def _write_side(folder: Path, corpus: Corpus, indices: list[int]) -> list[Sidecar]:
-    items_per_shard = max(corpus.shard_sizes)
+def _write_side(folder: Path, corpus: Corpus, side: np.ndarray) -> Iterator[ShardEntry]:
+    items_per_shard = int(corpus.shard_sizes.max())
     items = (
         shard_item(
             corpus.item(index),
@@ -64,13 +71,11 @@ def _write_side(folder: Path, corpus: Corpus, indices: list[int]) -> list[Sideca
             corpus.texts(index),
             corpus.sketch(index) if corpus.has_sketches else None,
         )
-        for index in indices
+        for start in range(0, len(side), _AT_ONCE)
+        for index in (start + np.flatnonzero(side[start : start + _AT_ONCE])).tolist()
     )
-    return list(_write_shards(folder, items, items_per_shard))
-
-
-def _write_shards(folder: Path, items: Iterator[ShardItem], size: int) -> Iterator[Sidecar]:
-    number = 0
-    while part := list(islice(items, size)):
-        yield write_shard(folder, number, part)
-        number += 1
+    for number in itertools.count():
+        part = list(islice(items, items_per_shard))
+        if not part:
+            return
+        yield write_shard(folder, number, part).entry()

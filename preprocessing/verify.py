@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_nuwa.data.corpus import Corpus, check_shard
+from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.group_index import check_shard
+from megatron_nuwa.data.shard_list import ShardList
 from megatron_nuwa.data.shard_tar import ITEMS
 from megatron_nuwa.data.shards import (
     CORPUS_FILE,
@@ -25,6 +27,7 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sha256_of
 from megatron_nuwa.grid import Grid
 from preprocessing.ledger import FAILURES_FILE
+from preprocessing.repeated_ids import collected_ids
 
 ITEM_FIELDS = {"id", "captions", "first_caption", "frames", "media", "start", "end"}
 OPTIONAL_FIELDS = {"provenance", "perceptual_hashes"}
@@ -71,17 +74,17 @@ def _other_files(folder: Path, manifest: CorpusManifest) -> Iterator[str]:
 
 
 def _sums(folder: Path, manifest: CorpusManifest) -> Iterator[str]:
+    shards = ShardList.of(manifest.shards)
     for field in ("items", "captions"):
-        total = sum(getattr(entry, field) for entry in manifest.shards)
+        total = shards.total(field)
         if total != getattr(manifest.counts, field):
             yield (
                 f"{folder / 'corpus.json'} counts {getattr(manifest.counts, field)} {field}, "
                 f"but its shards add up to {total}"
             )
-    known = {f"{entry.name}.tar" for entry in manifest.shards}
-    for tar in sorted(folder.glob("*.tar")):
-        if tar.name not in known:
-            yield f"{tar} is not listed in corpus.json"
+    tars = {path.name for path in folder.glob("*.tar")}
+    for name in sorted(tars.difference(f"{entry.name}.tar" for entry in shards)):
+        yield f"{folder / name} is not listed in corpus.json"
     try:
         with (folder / FAILURES_FILE).open("rb") as lines:
             listed = sum(1 for _ in lines)
@@ -128,20 +131,24 @@ def _shard_damage(
 
 def _item_damage(folder: Path) -> Iterator[str]:
     corpus = Corpus(folder)
-    seen: set[str] = set()
-    for index in range(len(corpus)):
-        try:
-            item = corpus.item(index)
-        except (UserError, json.JSONDecodeError) as error:
-            yield f"corpus {folder}, item {index}: {error}"
-            return
-        if not _is_complete(item, len(corpus.texts(index))):
-            yield f"corpus {folder}, item {index} has other fields or captions than it should"
-        elif not 1 <= item["frames"] <= corpus.grid.s:
-            yield f"corpus {folder}, item {index} counts {item['frames']} of {corpus.grid.s} frames"
-        elif item["id"] in seen:
-            yield f"corpus {folder} holds the id {item['id']!r} twice"
-        seen.add(str(item.get("id")))
+    with collected_ids() as ids:
+        lines = corpus.lines()
+        for index in range(len(corpus)):
+            try:
+                item = next(lines)
+            except (UserError, json.JSONDecodeError) as error:
+                yield f"corpus {folder}, item {index}: {error}"
+                return
+            if not _is_complete(item, len(corpus.texts(index))):
+                yield f"corpus {folder}, item {index} has other fields or captions than it should"
+            elif not 1 <= item["frames"] <= corpus.grid.s:
+                yield (
+                    f"corpus {folder}, item {index} counts {item['frames']} of {corpus.grid.s} "
+                    f"frames"
+                )
+            ids.add(str(item.get("id")))
+        for _, row in ids.repeats(lambda row: str(corpus.item(row).get("id"))):
+            yield f"corpus {folder} holds the id {corpus.item(row).get('id')!r} twice"
 
 
 def _is_complete(item: dict[str, Any], captions: int) -> bool:

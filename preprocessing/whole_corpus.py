@@ -6,13 +6,14 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_nuwa.data.shards import CorpusManifest, Counts, Sidecar, commit_corpus, read_manifest
+from megatron_nuwa.data.shard_list import ShardEntry, ShardList
+from megatron_nuwa.data.shards import CorpusManifest, Counts, commit_corpus, read_manifest
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import sync, write_text_atomically
+from megatron_nuwa.files import sync, written_atomically
 from preprocessing.ledger import FAILURES_FILE
 from preprocessing.verify import find_damage
 
@@ -63,17 +64,26 @@ def made_whole(outputs: Sequence[Path]) -> Iterator[list[Path]]:
 
 
 def commit(
-    folder: Path, like: CorpusManifest, sidecars: Sequence[Sidecar], failures: Sequence[str] = ()
+    folder: Path,
+    like: CorpusManifest,
+    entries: Iterable[ShardEntry],
+    failures: Iterable[str] = (),
 ) -> CorpusManifest:
-    """Write `failures.jsonl`, of these lines, and `corpus.json`, with the settings of another."""
-    write_text_atomically(folder / FAILURES_FILE, "".join(line + "\n" for line in failures))
-    filters = [json.loads(line).get("filter") for line in failures]
+    """Write `failures.jsonl`, of these lines, and `corpus.json`, with the settings of another.
+
+    The entries, of which there may be very many, are asked for one by one and first.
+    """
+    shards = ShardList.of(entries)
+    left_out: Counter[str | None] = Counter()
+    with written_atomically(folder / FAILURES_FILE) as stream:
+        for line in failures:
+            stream.write(line.encode() + b"\n")
+            left_out[json.loads(line).get("filter")] += 1
     counts = Counts(
-        items=sum(sidecar.items for sidecar in sidecars),
-        captions=sum(sidecar.captions for sidecar in sidecars),
-        failed=filters.count(None),
-        left_out=dict(sorted(Counter(name for name in filters if name).items())),
+        items=shards.total("items"),
+        captions=shards.total("captions"),
+        failed=left_out.pop(None, 0),
+        left_out={name: count for name, count in sorted(left_out.items()) if name},
     )
-    shards = tuple(sidecar.entry() for sidecar in sidecars)
     manifest = like.model_copy(update={"counts": counts, "shards": shards})
     return commit_corpus(folder, manifest, [FAILURES_FILE])

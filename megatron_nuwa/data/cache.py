@@ -16,6 +16,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
+from megatron_nuwa.data.cache_index import PART, CacheIndex
 from megatron_nuwa.errors import UserError
 
 FOLDER_VARIABLE = "MEGATRON_NUWA_CACHE"
@@ -82,7 +83,7 @@ class ShardCache:
             raise UserError(f"{origin} cannot be brought into {self.folder}: {reason}") from error
 
     def _bring(self, path: Path, size: int, origin: str, fetch: Callable[[], IO[bytes]]) -> None:
-        part = self.folder / f"{path.name}.{size}.part"
+        part = self.folder / f"{path.name}.{size}{PART}"
         self._reserve(part, size)
         try:
             digest, arrived = hashlib.sha256(), 0
@@ -95,57 +96,57 @@ class ShardCache:
                 os.fsync(target.fileno())
             if arrived != size or digest.hexdigest() != path.name:
                 raise UserError(f"{origin} has other bytes than were written (its sha256 differs)")
-            # A file that takes its name while a folder is listed may be listed twice or not at all.
-            with self._room_lock():
+            with self._room() as room:
                 os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+                room.forget(part.name)
+                room.add(path.name)
+        except BaseException:
+            with self._room() as room:
+                self._give_up(part, room)
+            raise
 
     def _reserve(self, part: Path, size: int) -> None:
         """Make room by removing what was opened longest ago; wait where only arrivals are left."""
         while True:
-            with self._room_lock():
-                if self._make_room(size, part.name):
+            with self._room() as room:
+                if self._make_room(size, part.name, room):
                     part.touch()
+                    room.add_arrival(part.name, size)
                     return
             time.sleep(_POLL_SECONDS)
 
-    def _make_room(self, size: int, name: str) -> bool:
-        files: list[tuple[int, int, Path]] = []
-        taken = size
-        for entry in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                status = entry.stat()
-                if entry.suffix == ".part":
-                    taken += self._room_of_arrival(entry, name)
-                elif entry.is_file():
-                    taken += status.st_size
-                    files.append((status.st_mtime_ns, status.st_size, entry))
-        for _, bytes_freed, entry in sorted(files):
-            if taken <= self.max_bytes:
-                break
-            entry.unlink(missing_ok=True)
-            taken -= bytes_freed
-        return taken <= self.max_bytes
+    def _make_room(self, size: int, name: str, room: CacheIndex) -> bool:
+        for arrival in room.arrivals():
+            self._give_up_dead(self.folder / arrival, name, room)
+        while room.taken + size > self.max_bytes and (oldest := room.oldest()):
+            (self.folder / oldest).unlink(missing_ok=True)
+            room.forget(oldest)
+        return room.taken + size <= self.max_bytes
 
-    def _room_of_arrival(self, part: Path, own: str) -> int:
-        """Bytes that an arriving file will take; none for what a killed process left, which goes.
+    def _give_up_dead(self, part: Path, own: str, room: CacheIndex) -> None:
+        """Remove an arriving file that a killed process has left.
 
         Whoever brings a file holds its arrival lock, which the caller does for those of its lock.
         """
-        sha256, size, _ = part.name.split(".")
+        sha256 = part.name.split(".")[0]
         if sha256[:2] == own[:2]:
-            part.unlink(missing_ok=True)
-            return 0
-        try:
-            with self._arrival_lock(sha256, timeout=0):
-                part.unlink(missing_ok=True)
-                return 0
-        except Timeout:
-            return int(size)
+            self._give_up(part, room)
+            return
+        with contextlib.suppress(Timeout), self._arrival_lock(sha256, timeout=0):
+            self._give_up(part, room)
 
-    def _room_lock(self) -> FileLock:
-        return FileLock(self.folder / "locks" / "room")
+    def _give_up(self, part: Path, room: CacheIndex) -> None:
+        part.unlink(missing_ok=True)
+        room.forget(part.name)
+        with contextlib.suppress(FileNotFoundError):
+            # Its process may have been killed after it had given it its name.
+            room.add(part.name.split(".")[0])
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[CacheIndex]:
+        locks = self.folder / "locks"
+        with FileLock(locks / "room"), CacheIndex(self.folder, locks / "index").opened() as room:
+            yield room
 
     def _arrival_lock(self, sha256: str, timeout: float = -1) -> FileLock:
         # As many lock files as there are first bytes, not as many as there were ever shards.

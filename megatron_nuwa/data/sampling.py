@@ -96,7 +96,7 @@ class SamplingOrder:
         batch_size: int,
         weights: Sequence[float] | None = None,
         shuffle_window: int | None = None,
-        shard_sizes: Sequence[Sequence[int]] | None = None,
+        shard_sizes: Sequence[Sequence[int] | np.ndarray] | None = None,
     ) -> None:
         sizes = [int(size) for size in corpus_sizes]
         if not sizes or min(sizes) < 1:
@@ -106,7 +106,7 @@ class SamplingOrder:
         self._key = mix(seed, zlib.crc32(task.encode()))
         self._starts = np.concatenate([[0], np.cumsum(np.array(sizes, np.int64))])
         self.batch_size = batch_size
-        shards: Sequence[Sequence[int] | None] = [None] * len(sizes)
+        shards = [np.array([size], np.int64) for size in sizes]
         if shuffle_window is not None:
             shards = _checked_shards(shuffle_window, shard_sizes, sizes)
         self._deal: _Deal | None = None
@@ -116,8 +116,7 @@ class SamplingOrder:
                 _Epochs(size, shuffle_window, own) for size, own in zip(sizes, shards, strict=True)
             ]
         else:
-            every = [size for own in shards if own is not None for size in own]
-            self._epochs = [_Epochs(self.items, shuffle_window, every)]
+            self._epochs = [_Epochs(self.items, shuffle_window, np.concatenate(shards))]
         self._block_size = min(max(self.items, _SMALLEST_BLOCK), _LARGEST_BLOCK)
         self._blocks: dict[int, Picks] = {}
 
@@ -187,17 +186,15 @@ class SamplingOrder:
 class _Epochs:
     """Permutations of the same items, one an epoch, each whole or window by window."""
 
-    def __init__(
-        self, count: int, window: int | None = None, shards: Sequence[int] | None = None
-    ) -> None:
+    def __init__(self, count: int, window: int | None, shards: np.ndarray) -> None:
         self._count, self._window = count, window
-        self._sizes = np.array(shards or [count], np.int64)
+        self._sizes = shards
         self._firsts = np.cumsum(self._sizes) - self._sizes
         self._tour = lru_cache(maxsize=2)(self._new_tour)
 
-    def __reduce__(self) -> tuple[type, tuple[int, int | None, list[int]]]:
+    def __reduce__(self) -> tuple[type, tuple[int, int | None, np.ndarray]]:
         # A remembered tour stays behind.
-        return _Epochs, (self._count, self._window, self._sizes.tolist())
+        return _Epochs, (self._count, self._window, self._sizes)
 
     def items(self, positions: np.ndarray, key: int, salts: tuple[int, ...]) -> np.ndarray:
         """The items at ascending positions of the endless row of epochs, int64."""
@@ -264,15 +261,16 @@ def _deal_table(shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _checked_shards(
-    window: int, shards: Sequence[Sequence[int]] | None, sizes: Sequence[int]
-) -> Sequence[Sequence[int]]:
+    window: int, shards: Sequence[Sequence[int] | np.ndarray] | None, sizes: Sequence[int]
+) -> list[np.ndarray]:
     if window < 1:
         raise ValueError(f"shuffle_window must be at least 1, not {window}")
-    if shards is None or [sum(own) for own in shards] != list(sizes):
+    found = [np.asarray(own, np.int64) for own in shards or []]
+    if [int(own.sum()) for own in found] != list(sizes):
         raise ValueError("shuffle_window needs shard_sizes that add up to the corpora's sizes")
-    if any(size < 1 for own in shards for size in own):
+    if any((own < 1).any() for own in found):
         raise ValueError("shard_sizes must be at least 1 each")
-    return shards
+    return found
 
 
 def dealt(position: int, shares: Sequence[int]) -> tuple[int, int]:

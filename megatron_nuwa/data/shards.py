@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, WrapValidator, model_serializer
 
 from megatron_nuwa.config import Settings, parse_settings
+from megatron_nuwa.data.shard_list import (
+    SHARD_DIGITS,
+    ShardEntry,
+    ShardList,
+    laid_out,
+    with_shards,
+)
 from megatron_nuwa.data.shard_tar import (
     GROUP_ITEMS,
     SKETCH,
@@ -29,9 +36,6 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sha256_of, write_text_atomically, written_atomically
 
 FORMAT_VERSION = 1
-# Shards have names of so many digits.
-_DIGITS = 6
-MOST_SHARDS = 10**_DIGITS
 CORPUS_FILE = "corpus.json"
 
 
@@ -63,20 +67,6 @@ class Counts(Settings):
     left_out: dict[str, int] = Field(default_factory=dict)
 
 
-class ShardEntry(Settings):
-    """One shard in `corpus.json`; `bytes` and `sha256` are those of its tar.
-
-    `sidecar_sha256` is that of its sidecar's bytes; corpora of the first releases have none.
-    """
-
-    name: str = Field(pattern=rf"^shard-\d{{{_DIGITS}}}$")
-    items: int = Field(ge=1)
-    captions: int = Field(ge=1)
-    bytes: int = Field(ge=0)
-    sha256: str
-    sidecar_sha256: str | None = None
-
-
 class CorpusManifest(Settings):
     """`corpus.json`, the last file of a corpus to appear and so its commit.
 
@@ -93,7 +83,7 @@ class CorpusManifest(Settings):
     text_vocabulary_size: int = Field(ge=1, le=1 << 16)
     fingerprints: Fingerprints
     counts: Counts
-    shards: tuple[ShardEntry, ...]
+    shards: Annotated[Sequence[ShardEntry], WrapValidator(ShardList.validated)]
     files: dict[str, str] = Field(default_factory=dict)
     sha256: str | None = None
 
@@ -116,7 +106,8 @@ class CorpusManifest(Settings):
 
     def sealed(self) -> CorpusManifest:
         """The manifest with the checksum of all its other fields."""
-        return self.model_copy(update={"sha256": _seal(self.model_dump(mode="json"))})
+        unsealed = self.model_copy(update={"sha256": None})
+        return self.model_copy(update={"sha256": _sha256(_manifest_text(unsealed))})
 
 
 class Duplicate(Settings):
@@ -166,7 +157,7 @@ class Sidecar(Settings):
 
 def shard_name(number: int) -> str:
     """`shard-000007` for 7."""
-    return f"shard-{number:0{_DIGITS}d}"
+    return f"shard-{number:0{SHARD_DIGITS}d}"
 
 
 def write_shard(
@@ -209,9 +200,13 @@ def write_shard(
 
 def settings_text(settings: Settings) -> str:
     """The one way in which these settings are written down."""
-    # Absent means null, but a manifest of the first releases says null.
-    keeps_none = isinstance(settings, CorpusManifest)
-    return _json_text(settings.model_dump(mode="json", exclude_none=not keeps_none))
+    return _json_text(settings.model_dump(mode="json", exclude_none=True))
+
+
+def _manifest_text(manifest: CorpusManifest) -> Iterator[bytes | memoryview]:
+    """What is written of a manifest, piece by piece: it lists up to a million shards."""
+    without = manifest.model_copy(update={"shards": ()}).model_dump(mode="json")
+    return with_shards(_json_text(without).encode(), ShardList.of(manifest.shards).text())
 
 
 def is_intact(content: bytes) -> bool:
@@ -219,14 +214,21 @@ def is_intact(content: bytes) -> bool:
 
     It goes by the file's own fields, so that a corpus stays intact when this program learns more.
     """
-    tree = parse_json(content, CORPUS_FILE)
+    parts = laid_out(content)
+    shell = content if parts is None else parts.shell
+    tree = parse_json(shell, CORPUS_FILE)
     if tree.get("sha256") is None:
         return True
-    return tree["sha256"] == _seal(tree) and content == _json_text(tree).encode()
+    unsealed = [_json_text({**tree, "sha256": None}).encode()]
+    sealed = unsealed if parts is None else with_shards(unsealed[0], [parts.text])
+    return tree["sha256"] == _sha256(sealed) and shell == _json_text(tree).encode()
 
 
-def _seal(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(_json_text({**tree, "sha256": None}).encode()).hexdigest()
+def _sha256(pieces: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def _without_absent(tree: dict[str, Any], field: str) -> dict[str, Any]:
@@ -240,9 +242,12 @@ def _json_text(tree: dict[str, Any]) -> str:
 
 def write_settings(path: Path, settings: Settings) -> None:
     """Write one of the corpus's JSON files atomically; a manifest gets its seal."""
-    if isinstance(settings, CorpusManifest):
-        settings = settings.sealed()
-    write_text_atomically(path, settings_text(settings))
+    if not isinstance(settings, CorpusManifest):
+        write_text_atomically(path, settings_text(settings))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_atomically(path) as stream:
+        stream.writelines(_manifest_text(settings.sealed()))
 
 
 def commit_corpus(folder: Path, manifest: CorpusManifest, files: Sequence[str]) -> CorpusManifest:
@@ -252,9 +257,9 @@ def commit_corpus(folder: Path, manifest: CorpusManifest, files: Sequence[str]) 
     """
     present = [name for name in files if (folder / name).is_file()]
     sums = {name: sha256_of(folder / name) for name in sorted(present)}
-    manifest = manifest.model_copy(update={"files": sums}).sealed()
+    manifest = manifest.model_copy(update={"files": sums})
     write_settings(folder / CORPUS_FILE, manifest)
-    return manifest
+    return manifest.sealed()
 
 
 def read_manifest(folder: Path) -> CorpusManifest:
@@ -267,7 +272,10 @@ def read_manifest(folder: Path) -> CorpusManifest:
 
 def parse_manifest(content: bytes, origin: str) -> CorpusManifest:
     """`corpus.json` from its bytes; `UserError` naming `origin` where it is not one of ours."""
-    tree = parse_json(content, origin)
+    parts = laid_out(content)
+    tree = parse_json(content if parts is None else parts.shell, origin)
+    if parts is not None:
+        tree["shards"] = parts.shards
     version = tree.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(

@@ -14,8 +14,9 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,6 +40,10 @@ _INSTRUCTION_FLAGS = {
 }
 
 
+# The commands that compile a library's sources into a folder.
+CommandsIn = Callable[[Path], "list[list[str]]"]
+
+
 class CannotBuildError(Exception):
     """Why a library cannot be compiled here, in one sentence."""
 
@@ -48,13 +53,14 @@ def library_name(name: str) -> str:
     return f"_native_{name}.so"
 
 
-def build(name: str, target: Path) -> str:
+def build(name: str, target: Path, commands_in: CommandsIn | None = None) -> str:
     """Compile the library "cpu" or "cuda" into the file `target`; what the compilers said.
 
-    Raises `CannotBuildError`.
+    `commands_in` gives other commands than `compile_commands` does. Raises `CannotBuildError`.
     """
     with TemporaryDirectory() as folder:
-        commands = compile_commands(name, Path(folder))
+        find = commands_in or partial(compile_commands, name)
+        commands = find(Path(folder))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             said = list(pool.map(_run, commands))
         objects = [command[-1] for command in commands]
@@ -123,7 +129,9 @@ def cxx_compiler() -> str:
 
 
 def cuda_compile_commands(
-    folder: Path, architectures: Sequence[str] = CUDA_ARCHITECTURES
+    folder: Path,
+    architectures: Sequence[str] = CUDA_ARCHITECTURES,
+    more_flags: Sequence[str] = (),
 ) -> list[list[str]]:
     """nvcc on every `csrc/cuda/*.cu`; its output tells registers and spills of every kernel."""
     nvcc, torch = _nvcc(), _torch_folder()
@@ -131,6 +139,7 @@ def cuda_compile_commands(
     flags = [
         *("-O3", "-std=c++20", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
         *("-DUSE_CUDA", _TORCH_TARGET, f"-I{torch / 'include'}", *targets),
+        *more_flags,
     ]
     return [
         [nvcc, *flags, "-c", str(source), "-o", str(folder / f"{source.stem}.o")]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_nuwa.ops.native import operators, why_missing
 from megatron_nuwa.ops.tables import Geometry
-from megatron_nuwa.ops.warp_tables import row_tables, shape_of, warp_tables
+from megatron_nuwa.ops.warp_tables import Sums, row_tables, shape_of, warp_tables
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)
@@ -55,7 +55,7 @@ def forward(
     size = query.shape[-1]
     query, key, value = _prepared(query, key, value)
     output, log_sum = operators("cuda").cuda_forward(
-        query, key, value, _contiguous(mask), tables(query, geometry, False), scale
+        query, key, value, _contiguous(mask), tables(query, geometry, "outputs"), scale
     )
     return output[..., :size], log_sum
 
@@ -83,19 +83,20 @@ def backward(
         _contiguous(mask),
         output,
         log_sum,
-        tables(query, geometry, False),
-        tables(query, geometry, True),
+        tables(query, geometry, "query gradients"),
+        tables(query, geometry, "context gradients"),
         scale,
     )
     grad_query, grad_key, grad_value = (gradient[..., :size] for gradient in gradients)
     return grad_query, grad_key, grad_value
 
 
-def tables(query: Tensor, geometry: Geometry, mirrored: bool) -> list[Tensor]:
+def tables(query: Tensor, geometry: Geometry, sums: Sums) -> list[Tensor]:
     """The tables that the kernels for this dtype and head size walk, on the query's device."""
+    mirrored = sums == "context gradients"
     if query.dtype == torch.float32:
         return list(row_tables(geometry, mirrored, query.device))
-    shape = shape_of(query.shape[-1], mirrored, _is_large(query.device))
+    shape = shape_of(query.shape[-1], sums, _is_large(query.device))
     return list(warp_tables(geometry, mirrored, shape, query.device))
 
 

@@ -24,10 +24,15 @@ def build_report() -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
+def library_path(name: str) -> Path:
+    """Where `_native_<name>.so` lies, or would lie."""
+    return _FOLDER / library_name(name)
+
+
 @lru_cache
 def why_missing(name: str) -> str | None:
     """Load `_native_<name>.so`; None when its operators are there, or else why not."""
-    library = _FOLDER / library_name(name)
+    library = library_path(name)
     if not library.exists():
         reason = build_report().get("reasons", {}).get(name) or (
             "the package was not installed with pip; `python megatron_nuwa/ops/build.py` builds it"

@@ -14,7 +14,7 @@ one. Nothing overwrites the last chunks of a block, one a stage, so those may al
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,8 @@ from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS, Visibility, best_blocks
 _BANKS = 8
 _CACHED_GEOMETRIES = 64
 
+# What a kernel sums.
+Sums = Literal["outputs", "query gradients", "context gradients"]
 Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -88,12 +90,12 @@ class RowTables(NamedTuple):
     columns: Tensor
 
 
-def shape_of(head_dim: int, mirrored: bool, is_large: bool) -> Shape:
-    """The kernel for a head size that is built: `Shape` of tiles.cuh.
+def shape_of(head_dim: int, sums: Sums, is_large: bool) -> Shape:
+    """The kernel for a head size that is built: `layout_of` of tiles.cuh.
 
     `is_large`: does a multiprocessor have the shared memory of compute capability 9.0?
     """
-    if mirrored and head_dim == 64:
+    if sums == "context gradients" and head_dim == 64:
         return Shape(6, 96 if is_large else 48, 4, 2 * head_dim)
     return Shape(8, 32 if head_dim > 64 else 64, 6 if is_large else 4, 2 * head_dim)
 

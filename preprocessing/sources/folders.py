@@ -29,7 +29,7 @@ class FolderSource(Source):
             item, contents = self._read(len(self))
             self._id_hashes.append(hash_of_id(item.id))
             digest.update(repr((name, sidecars, contents)).encode())
-        self.fingerprint = digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
 
     def item(self, row: int) -> SourceItem:
         """The item of a row."""

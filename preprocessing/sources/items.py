@@ -51,15 +51,19 @@ class SourceItem:
 class Source(Sequence[SourceItem]):
     """Items by row, read when they are asked for: what is held is a few bytes a row.
 
-    Can be pickled; `folder` is what media are named relative to, and `fingerprint` the sha256 of
-    all that decides the items (not of the media).
+    Can be pickled; `folder` is what media are named relative to.
     """
 
     folder: Location
-    fingerprint: str
+    _fingerprint: str
 
     def __init__(self, id_hashes: array[int]) -> None:
         self._id_hashes = id_hashes
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of all that decides the items (not of the media)."""
+        return self._fingerprint
 
     @abstractmethod
     def item(self, row: int) -> SourceItem:
@@ -100,7 +104,8 @@ class Source(Sequence[SourceItem]):
 
 def hash_of_id(name: str) -> int:
     """64 bits of an id."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    content = name.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 class Texts:

@@ -29,12 +29,12 @@ def locate(text: str | Path) -> Location:
 
 def join(folder: Location, name: str) -> Location:
     """A name as written in a file of the folder: relative to it, absolute, or an address."""
-    named = locate(name)
-    if isinstance(named, str):
-        return named
-    if isinstance(folder, str) and not named.is_absolute():
-        return f"{folder.rstrip('/')}/{named.as_posix()}"
-    return folder / named if isinstance(folder, Path) else named
+    if _ADDRESS.match(name):
+        return name
+    if isinstance(folder, Path):
+        return folder / name
+    named = Path(name)
+    return named if named.is_absolute() else f"{folder.rstrip('/')}/{named.as_posix()}"
 
 
 def parent(location: Location) -> Location:

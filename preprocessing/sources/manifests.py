@@ -9,38 +9,91 @@ import json
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from megatron_nuwa.errors import UserError
 from preprocessing.sources.items import Source, SourceItem, hash_of_id
 from preprocessing.sources.locations import Location, RandomReader, open_binary, parent, readable
-from preprocessing.sources.rows import FIELDS, item_of_row
+from preprocessing.sources.rows import FIELDS, check_row, item_of_row
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-class TextManifest(Source):
-    """What JSON-lines and CSV have in common: a row is a piece of the file."""
+class Manifest(Source):
+    """A file whose rows are checked whole when the first of them, or their number, is asked for.
+
+    Its fingerprint, the sha256 of its bytes, is to be had for much less.
+    """
 
     def __init__(self, location: Location) -> None:
         super().__init__(array("Q"))
         self.folder = parent(location)
+        self._location = location
         self._name = f"manifest {location}"
+        self._is_checked = False
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the file."""
+        if not hasattr(self, "_fingerprint"):
+            with readable(self._name), open_binary(self._location) as stream:
+                self._fingerprint = _sha256(stream)
+        return self._fingerprint
+
+    def check(self) -> None:
+        """Read all rows, once; `UserError` naming the first that will not do."""
+        if self._is_checked:
+            return
+        self._check_rows()
+        self._is_checked = True
+        if not len(self):
+            raise UserError(f"{self._name} holds no items")
+
+    def __len__(self) -> int:
+        self.check()
+        return super().__len__()
+
+    @abstractmethod
+    def _check_rows(self) -> None:
+        """Read all rows, note their hashes and places, and the fingerprint."""
+
+    def _changed(self) -> UserError:
+        return UserError(f"{self._name} has changed while it was read; repeat the command")
+
+
+class TextManifest(Manifest):
+    """What JSON-lines and CSV have in common: a row is a piece of the file."""
+
+    def __init__(self, location: Location) -> None:
+        super().__init__(location)
         self._reader = RandomReader(location)
         self._starts, self._sizes = array("q"), array("l")
+
+    def _check_rows(self) -> None:
+        for where, start, size, row in self._read():
+            self._starts.append(start)
+            self._sizes.append(size)
+            self._id_hashes.append(hash_of_id(check_row(row, where).id))
+
+    def __iter__(self) -> Iterator[SourceItem]:
+        for where, _, _, row in self._read():
+            yield item_of_row(row, self.folder, where)
+
+    def _read(self) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
+        """What `_rows` says of the whole file; sets the fingerprint."""
         digest = hashlib.sha256()
-        with readable(self._name), open_binary(location) as stream:
-            for where, start, size, row in self._rows(_hashed(stream, digest)):
-                item = item_of_row(row, self.folder, where)
-                self._starts.append(start)
-                self._sizes.append(size)
-                self._id_hashes.append(hash_of_id(item.id))
-        self.fingerprint = digest.hexdigest()
+        with readable(self._name), open_binary(self._location) as stream:
+            yield from self._rows(_hashed(stream, digest))
+        found = digest.hexdigest()
+        if getattr(self, "_fingerprint", found) != found:
+            raise self._changed()
+        self._fingerprint = found
 
     def item(self, row: int) -> SourceItem:
         """The item of a row."""
+        self.check()
         content = self._reader.read(self._starts[row], self._sizes[row])
         where = f"{self._name}, item {row}"
         return item_of_row(self._parse(content.decode(), where), self.folder, where)
@@ -124,34 +177,30 @@ class CsvManifest(TextManifest):
         return row
 
 
-class ParquetManifest(Source):
+class ParquetManifest(Manifest):
     """A parquet file, one row group of which is held at a time."""
 
     def __init__(self, location: Location) -> None:
-        super().__init__(array("Q"))
-        self.folder = parent(location)
-        self._location = location
-        self._name = f"manifest {location}"
+        super().__init__(location)
         self._group: tuple[int, Any] = (-1, None)
+
+    def _check_rows(self) -> None:
         sizes = []
-        with _parquet(location, self._name) as file:
+        row_number = 0
+        with _parquet(self._location, self._name) as file:
             for number in range(file.num_row_groups):
                 table = self._table(file, number)
                 sizes.append(table.num_rows)
                 for batch in table.to_batches(max_chunksize=1024):
                     for row in batch.to_pylist():
-                        where = f"{self._name}, row {len(self)}"
-                        item = item_of_row(row, self.folder, where)
-                        self._id_hashes.append(hash_of_id(item.id))
+                        where = f"{self._name}, row {row_number}"
+                        self._id_hashes.append(hash_of_id(check_row(row, where).id))
+                        row_number += 1
         self._starts = np.cumsum([0, *sizes])
-        digest = hashlib.sha256()
-        with readable(self._name), open_binary(location) as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
-        self.fingerprint = digest.hexdigest()
 
     def item(self, row: int) -> SourceItem:
         """The item of a row."""
+        self.check()
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         held, table = self._group
         if held != number:
@@ -198,6 +247,13 @@ class _parquet:  # noqa: N801 - used like a function
         if isinstance(error, self._arrow.ArrowException):
             reason = " ".join(str(error).split())
             raise UserError(f"{self._name} is not a readable parquet file: {reason}") from error
+
+
+def _sha256(stream: IO[bytes]) -> str:
+    digest = hashlib.sha256()
+    while chunk := stream.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _hashed(stream: Any, digest: Any) -> Iterator[bytes]:

@@ -10,10 +10,15 @@ from megatron_nuwa.errors import UserError
 from preprocessing.sources.folders import FolderSource
 from preprocessing.sources.items import Source
 from preprocessing.sources.locations import Location, file_system, locate, readable, suffix
-from preprocessing.sources.manifests import CsvManifest, JsonLinesManifest, ParquetManifest
+from preprocessing.sources.manifests import (
+    CsvManifest,
+    JsonLinesManifest,
+    Manifest,
+    ParquetManifest,
+)
 from preprocessing.sources.tars import TarSource
 
-MANIFESTS: dict[str, Callable[[Location], Source]] = {
+MANIFESTS: dict[str, Callable[[Location], Manifest]] = {
     ".jsonl": JsonLinesManifest,
     ".ndjson": JsonLinesManifest,
     ".csv": CsvManifest,
@@ -22,15 +27,16 @@ MANIFESTS: dict[str, Callable[[Location], Source]] = {
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def read_source(name: str | Path) -> Source:
+def read_source(name: str | Path, checked: bool = True) -> Source:
     """Items of a manifest, of tars (`x.tar`, `x-{000..041}.tar`, a folder of tars) or of a folder.
 
     A local path or any fsspec address. Empty captions, repeated ids and absent media are left for
-    the farm, which records them item by item. Raises `UserError` naming the file and the place.
+    the farm, which records them item by item. Raises `UserError` naming the file and the place;
+    of the rows of a manifest that is not `checked` only when they are asked for.
     """
     location = locate(name)
     if suffix(location) in MANIFESTS:
-        return read_manifest(name)
+        return read_manifest(name, checked)
     if suffix(location) == ".tar":
         return _with_items(TarSource(_expanded(location)), f"tar {location}")
     if not _is_folder(location):
@@ -44,11 +50,12 @@ def read_source(name: str | Path) -> Source:
     return _with_items(FolderSource(location), f"folder {location}")
 
 
-def read_manifest(path: str | Path) -> Source:
+def read_manifest(path: str | Path, checked: bool = True) -> Source:
     """Items of a JSON-lines, CSV or parquet manifest; media are named relative to its folder.
 
-    Every row is checked now and read again when its item is asked for. Raises `UserError` naming
-    the file, the line (parquet: the row) and the field.
+    Every row is checked now (where not `checked`, when the first is asked for) and read again when
+    its item is asked for. Raises `UserError` naming the file, the line (parquet: the row) and the
+    field.
     """
     location = locate(path)
     kind = MANIFESTS.get(suffix(location))
@@ -56,7 +63,10 @@ def read_manifest(path: str | Path) -> Source:
         raise UserError(f"manifest {path} must end in .jsonl, .csv or .parquet")
     if isinstance(location, Path) and not location.is_file():
         raise UserError(f"manifest {path} does not exist")
-    return _with_items(kind(location), f"manifest {path}")
+    manifest = kind(location)
+    if checked:
+        manifest.check()
+    return manifest
 
 
 def _with_items(source: Source, what: str) -> Source:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_nuwa.errors import UserError
 from preprocessing.sources.items import SourceItem
@@ -13,28 +14,53 @@ from preprocessing.sources.locations import Location, join
 
 FIELDS = ("id", "media", "captions", "start", "end", "sketch", "provenance")
 
+_REQUIRED = FIELDS[:3]
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def item_of_row(row: Mapping[str, Any], folder: Location, where: str) -> SourceItem:
     """The item of a manifest's row; `UserError` begins with `where` and names the field."""
-    for name in ("id", "media", "captions"):
+    item = check_row(row, where)
+    sketch = row.get("sketch")
+    return SourceItem(
+        id=item.id,
+        media=join(folder, row["media"]),
+        captions=item.captions,
+        start=item.start,
+        end=item.end,
+        sketch=None if sketch is None else join(folder, sketch),
+        provenance=item.provenance,
+    )
+
+
+class CheckedRow(NamedTuple):
+    """What a good row says, without the places of its media."""
+
+    id: str
+    captions: tuple[str, ...]
+    start: float | None
+    end: float | None
+    provenance: tuple[str | None, ...] | None
+
+
+def check_row(row: Mapping[str, Any], where: str) -> CheckedRow:
+    """Whether a row is good, for less than its item costs; `UserError` as of `item_of_row`."""
+    for name in _REQUIRED:
         if row.get(name) is None:
             near = difflib.get_close_matches(name, [str(key) for key in row], n=1, cutoff=0.7)
             hint = f" (is '{near[0]}' meant?)" if near and near[0] != name else ""
             raise UserError(f"{where}: the field '{name}' is missing{hint}")
-    start, end = (_seconds(row.get(name), name, where) for name in ("start", "end"))
+    start = _seconds(row.get("start"), "start", where)
+    end = _seconds(row.get("end"), "end", where)
     if end is not None and end <= (start or 0.0):
         raise UserError(f"{where}: the field 'end' must be later than 'start'")
-    sketch = row.get("sketch")
     captions = _captions(row["captions"], where)
-    return SourceItem(
-        id=_identifier(row["id"], where),
-        media=join(folder, _text(row["media"], "media", where)),
-        captions=captions,
-        start=start,
-        end=end,
-        sketch=None if sketch is None else join(folder, _text(sketch, "sketch", where)),
-        provenance=_provenance(row.get("provenance"), len(captions), where),
-    )
+    name = _identifier(row["id"], where)
+    _text(row["media"], "media", where)
+    if row.get("sketch") is not None:
+        _text(row["sketch"], "sketch", where)
+    provenance = _provenance(row.get("provenance"), len(captions), where)
+    return CheckedRow(name, captions, start, end, provenance)
 
 
 def _identifier(value: Any, where: str) -> str:
@@ -46,7 +72,7 @@ def _identifier(value: Any, where: str) -> str:
 def _text(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise UserError(f"{where}: the field '{field}' must be a non-empty text, not {value!r}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if not value.isascii() and _SURROGATE.search(value):
         raise UserError(f"{where}: the field '{field}' is not valid Unicode text: {value!r}")
     return value
 

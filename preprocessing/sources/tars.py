@@ -43,7 +43,7 @@ class TarSource(Source):
                 medium = item.media
                 assert isinstance(medium, TarMember)
                 digest.update(repr((item.id, medium.name, medium.size, sidecars)).encode())
-        self.fingerprint = digest.hexdigest()
+        self._fingerprint = digest.hexdigest()
 
     def item(self, row: int) -> SourceItem:
         """The item of a row."""

@@ -147,9 +147,9 @@ def test_peers_have_names_of_their_own() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="times the kernels where there is a GPU")
-def test_times_of_kernels_need_a_gpu_and_say_so(tmp_path: Path) -> None:
-    command = ("-m", "benchmarks.nearby_kernels", "--output", tmp_path / "no.json")
-    done = run_command_line(sys.executable, *command)
+@pytest.mark.parametrize("name", ["benchmarks.nearby_kernels", "benchmarks.kernel_layouts"])
+def test_times_of_kernels_need_a_gpu_and_say_so(tmp_path: Path, name: str) -> None:
+    done = run_command_line(sys.executable, "-m", name, "--output", tmp_path / "no.json")
     assert done.returncode == 2
-    assert "benchmarks.nearby_kernels needs a GPU" in done.stderr
+    assert f"{name} needs a GPU" in done.stderr
     assert not list(tmp_path.iterdir())

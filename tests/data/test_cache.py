@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 from filelock import FileLock
@@ -185,3 +185,60 @@ def test_threads_that_want_the_same_shard_fetch_it_once(tmp_path: Path) -> None:
         thread.join()
     assert seen == [content(1)] * 8
     assert far.fetched == 1
+
+
+def test_an_arrival_lists_no_folder_however_full_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(200):
+        (tmp_path / name(content(number, 10))).write_bytes(content(number, 10))
+    far, cache = Far(), ShardCache(tmp_path, 2000)
+    far.read(cache, content(200, 10))
+    looked: list[object] = []
+    for function in (os.scandir, os.listdir):
+
+        def noted(*where: object, function: Any = function) -> object:
+            looked.extend(where)
+            return function(*where)
+
+        monkeypatch.setattr(os, function.__name__, noted)
+    for number in (201, 202, 0, 1):
+        far.read(ShardCache(tmp_path, 2000), content(number, 10))
+    assert looked == []
+    monkeypatch.undo()
+    assert stored(tmp_path) == 2000
+
+
+@pytest.mark.parametrize("damage", ["removed", "torn", "foreign", "files", "moment"])
+def test_the_bound_holds_whatever_became_of_the_index(tmp_path: Path, damage: str) -> None:
+    far, cache = Far(), ShardCache(tmp_path, 3000)
+    index = tmp_path / "locks" / "index"
+    for number in (1, 2, 3):
+        far.read(cache, content(number))
+    if damage == "removed":
+        index.unlink()
+    elif damage == "torn":
+        index.write_bytes(index.read_bytes()[:5000])
+    elif damage == "foreign":
+        index.write_bytes(b"nothing of ours" * 1000)
+    elif damage == "files":
+        (tmp_path / name(content(1))).unlink()
+        (tmp_path / name(content(7))).write_bytes(content(7))
+        (tmp_path / name(content(8))).write_bytes(content(8))
+        (tmp_path / f"{name(content(9))}.2500.part").touch()
+    else:
+        # As if a process had been killed in the moment after the folder was changed.
+        before = index.read_bytes()
+        far.read(cache, content(5))
+        index.write_bytes(before)
+    for number in (4, 5, 6):
+        assert far.read(cache, content(number)) == content(number)
+        assert taken(tmp_path) <= 3000
+    assert stored(tmp_path) == 3000
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_index_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "locks" / "index").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"far/shard\.tar cannot be brought into .*index"):
+        Far().read(ShardCache(tmp_path, 3000), content(1))

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
+from benchmarks import kernel_layouts
 from benchmarks.cuda_resources import Kernel, blocks_a_processor, compiled_kernels, shared_bytes
+from benchmarks.kernel_layouts import CANDIDATES
 from megatron_nuwa.ops import build, cuda
+from megatron_nuwa.ops.warp_tables import Sums, shape_of
 
 # What only a PyTorch with CUDA has; the library asks for it weakly.
 ONLY_WITH_CUDA = {"aoti_torch_get_current_cuda_stream"}
@@ -81,6 +86,24 @@ def test_the_backend_asks_for_the_shared_memory_that_its_kernels_take(
         for size in SIZES
     }
     assert taken == cuda.SHARED_BYTES[architecture == "sm_90a"]
+
+
+def test_the_first_of_the_layouts_to_be_timed_is_what_the_package_ships() -> None:
+    for sums in get_args(Sums):
+        assert CANDIDATES[0].shape_of(64, sums, True) == shape_of(64, sums, True)
+
+
+@pytest.mark.slow
+def test_every_layout_to_be_timed_compiles_and_tells_its_registers(tmp_path: Path) -> None:
+    output = tmp_path / "layouts.json"
+    assert kernel_layouts.main(["--build-only", "--output", str(output)]) == 0
+    candidates = json.loads(output.read_text())["candidates"]
+    assert len(candidates) == len(CANDIDATES)
+    for candidate in candidates:
+        assert candidate.keys() == set(get_args(Sums))
+        assert all(0 < of["registers"] <= 168 for of in candidate.values())
+    # What is shipped spills nothing.
+    assert all(of["spilled_bytes"] == 0 for of in candidates[0].values())
 
 
 def test_the_library_needs_nothing_that_this_torch_lacks(compiled: Build) -> None:

@@ -6,8 +6,9 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Sequence
+from ctypes import c_int32
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest.mock import MagicMock
 
 import pytest
@@ -17,9 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.kernel_layouts import CANDIDATES, Candidate, Layout
 from megatron_nuwa.grid import Extent, Grid
 from megatron_nuwa.ops import cuda, nearby_attention
 from megatron_nuwa.ops.tables import Geometry
+from megatron_nuwa.ops.warp_tables import Sums
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parents[1] / "megatron_nuwa/ops/csrc/cuda"
@@ -41,12 +44,10 @@ class Call(ctypes.Structure):
     """`Call` of simulate.cpp."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in ("batch", "heads", "queries", "keys", "blocks", "mirrored_blocks")
-        ),
+        *((name, c_int32) for name in ("batch", "heads", "queries", "keys")),
+        ("blocks", c_int32 * 3),
         ("scale", ctypes.c_float),
-        ("at_end", ctypes.c_int32),
+        ("at_end", c_int32),
         *(
             (name, Array)
             for name in (
@@ -54,8 +55,7 @@ class Call(ctypes.Structure):
                 *("grad_query", "grad_key", "grad_value"),
             )
         ),
-        ("tables", Array * 6),
-        ("mirrored", Array * 6),
+        ("tables", Array * 6 * 3),
     )
 
 
@@ -88,16 +88,17 @@ def simulate(
     scale: float,
     at_end: bool = True,
 ) -> tuple[Tensor, ...]:
-    """Output, log_sum and three gradients; `tables` are those of queries and the mirrored."""
+    """Output, log_sum and three gradients; `tables` are those of the three passes."""
     batch, queries, heads, size = query.shape
     results = [torch.empty_like(t) for t in (query, query, key, value)]
     log_sum = torch.empty(batch, heads, queries)
     statistics = torch.empty(batch, heads, queries, 2)
     output, *gradients = results
     call = Call(
-        *(batch, heads, queries, key.shape[1], *(len(t[0]) - 1 for t in tables), scale, at_end),
+        *(batch, heads, queries, key.shape[1], (c_int32 * 3)(*(len(t[0]) - 1 for t in tables))),
+        *(scale, at_end),
         *map(Array.of, (query, key, value, mask, grad, output, log_sum, statistics, *gradients)),
-        *((Array * 6)(*map(Array.of, t)) for t in tables),
+        (Array * 6 * 3)(*((Array * 6)(*map(Array.of, t)) for t in tables)),
     )
     dtype = "float" if query.dtype == torch.float32 else "bf16"
     getattr(simulator, f"simulate_{dtype}_{size}")(ctypes.byref(call))
@@ -105,7 +106,7 @@ def simulate(
 
 
 def tables_of(geometry: Geometry, query: Tensor) -> list[list[Tensor]]:
-    return [cuda.tables(query, geometry, mirrored) for mirrored in (False, True)]
+    return [cuda.tables(query, geometry, sums) for sums in get_args(Sums)]
 
 
 class SimulatedOperators:
@@ -124,10 +125,9 @@ class SimulatedOperators:
         scale: float,
     ) -> tuple[Tensor, ...]:
         # The backward kernels run too; that their sums come out as zeros is not looked at.
-        mirrored = tables_of(self.geometry, query)[1]
+        every = (tables, *tables_of(self.geometry, query)[1:])
         grad = torch.zeros_like(query)
-        both = (tables, mirrored)
-        return simulate(self.simulator, query, key, value, grad, mask, both, scale)[:2]
+        return simulate(self.simulator, query, key, value, grad, mask, every, scale)[:2]
 
     def cuda_backward(
         self,
@@ -142,8 +142,8 @@ class SimulatedOperators:
         mirrored: list[Tensor],
         scale: float,
     ) -> tuple[Tensor, ...]:
-        both = (tables, mirrored)
-        results = simulate(self.simulator, query, key, value, grad, mask, both, scale)
+        every = (tables_of(self.geometry, query)[0], tables, mirrored)
+        results = simulate(self.simulator, query, key, value, grad, mask, every, scale)
         assert torch.equal(results[0], output)
         assert torch.equal(results[1], log_sum)
         return results[2:]
@@ -257,6 +257,50 @@ def test_kernels_of_a_device_with_less_shared_memory_equal_the_definition(
         for causal in (True, False):
             geometry = Geometry(grid, grid, Extent(7, 7, 7), causal)
             check(smaller, geometry, torch.bfloat16, size, 4, True, 4.0, images=(1, 1))
+
+
+# Warps that do nothing but gather, in several ways; and fewer warps than any of the kernels has.
+OTHER_LAYOUTS = (
+    Candidate(
+        Layout(9, 1, 2, 64, 6, 4, 32), Layout(7, 1, 2, 64, 6, 3, 16), Layout(7, 1, 2, 64, 6, 2, 16)
+    ),
+    Candidate(
+        Layout(7, 1, 3, 64, 4, 2, 16), Layout(8, 2, 2, 64, 6, 2, 16), Layout(5, 1, 2, 32, 8, 4, 16)
+    ),
+    Candidate(
+        Layout(4, 0, 3, 48, 5, 3, 16), Layout(4, 4, 2, 128, 4, 2, 16), Layout(2, 0, 3, 48, 6, 3, 16)
+    ),
+)
+
+
+@pytest.mark.parametrize("candidate", OTHER_LAYOUTS)
+def test_kernels_of_other_layouts_equal_the_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidate: Candidate
+) -> None:
+    check_candidate(tmp_path, monkeypatch, candidate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("candidate", CANDIDATES)
+def test_kernels_of_layouts_to_be_timed_equal_the_definition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, candidate: Candidate
+) -> None:
+    check_candidate(tmp_path, monkeypatch, candidate)
+
+
+def check_candidate(folder: Path, monkeypatch: pytest.MonkeyPatch, candidate: Candidate) -> None:
+    monkeypatch.setattr(cuda, "shape_of", candidate.shape_of)
+    header = folder / "layouts.h"
+    header.write_text(candidate.header())
+    simulator = compiled_simulator(folder, "-include", str(header))
+    video, image = Grid(7, 9, 6), Grid(3, 5, 1)
+    for masked in (False, True):
+        for geometry in (
+            Geometry(video, video, Extent(7, 7, 7), True),
+            Geometry(video, video, Extent(3, 3, 3), False),
+            Geometry(image, video, Extent(3, None, 3), False),
+        ):
+            check(simulator, geometry, torch.bfloat16, 64, 5, masked, 4.0, images=(1, 2))
 
 
 def test_padding_tokens_may_hold_anything(simulator: ctypes.CDLL) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -23,9 +24,9 @@ VIDEO = Grid(21, 21, 10)
 # Those of the kernels, and one that none of them has.
 SHAPES = sorted(
     {
-        warp_tables.shape_of(size, mirrored, is_large)
+        warp_tables.shape_of(size, sums, is_large)
         for size in (32, 64, 128)
-        for mirrored in (False, True)
+        for sums in get_args(warp_tables.Sums)
         for is_large in (False, True)
     }
     | {Shape(3, 24, 5, 128)}
@@ -153,7 +154,8 @@ def test_tables_of_a_video_are_made_fast_and_waste_little(
     width: int, efficiency: float, rereads: float, mirrored: bool
 ) -> None:
     geometry = Geometry(VIDEO, VIDEO, Extent(width, width, width), True)
-    shape = warp_tables.shape_of(64, mirrored, True)
+    sums: warp_tables.Sums = "context gradients" if mirrored else "outputs"
+    shape = warp_tables.shape_of(64, sums, True)
     warp_tables.warp_tables.cache_clear()
     start = time.process_time()
     tables = warp_tables.warp_tables(geometry, mirrored, shape, CPU)

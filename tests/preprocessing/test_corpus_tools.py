@@ -29,7 +29,7 @@ from preprocessing.__main__ import main
 from preprocessing.ledger import failure_line
 from preprocessing.merge import merge
 from preprocessing.split import is_held_out, split
-from preprocessing.stats import failure_kinds
+from preprocessing.stats import failure_kinds, percentile
 from preprocessing.verify import find_damage
 
 
@@ -175,6 +175,26 @@ def test_merged_corpus_holds_all_items_in_linked_shards(
     assert find_damage(one, full=True) == []
 
 
+def test_merge_names_the_first_repeated_item_with_few_ids_in_memory(
+    tmp_path: Path, bpe: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preprocessing.repeated_ids._ROWS_AT_ONCE", 8)
+    one, two, three = (write_corpus(tmp_path / name, bpe, name) for name in "abc")
+    merge([one, two, three], tmp_path / "all")
+    assert find_damage(tmp_path / "all", full=True) == []
+    again = tmp_path / "again"
+    with pytest.raises(UserError, match=r"corpora .*all and .*b both hold the item 'b0'"):
+        merge([tmp_path / "all", two, one], again)
+    assert not again.exists()
+
+
+def test_percentiles_of_counted_values_are_those_of_the_values() -> None:
+    values = np.random.default_rng(0).integers(0, 78, 999)
+    for share in (0, 12.3, 50, 95, 100):
+        found = percentile(np.bincount(values, minlength=78), share)
+        assert found == pytest.approx(float(np.percentile(values, share)))
+
+
 def test_merge_copies_where_links_do_not_reach(
     tmp_path: Path, bpe: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,7 +242,7 @@ def test_failing_disk_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("preprocessing.whole_corpus.write_text_atomically", full)
+    monkeypatch.setattr("preprocessing.whole_corpus.written_atomically", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         split(folder, 0.3, tmp_path / "train", tmp_path / "held")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

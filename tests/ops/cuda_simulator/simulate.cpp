@@ -53,12 +53,12 @@ struct Array {
 
 // What a call passes: sizes, and arrays by their places below.
 struct Call {
-  int32_t batch, heads, queries, keys, blocks, mirrored_blocks;
+  int32_t batch, heads, queries, keys, blocks[3];
   float scale;
   int32_t at_end;
   Array query, key, value, mask, grad, output, log_sum, statistics;
   Array grad_query, grad_key, grad_value;
-  Array tables[6], mirrored[6];
+  Array tables[3][6];  // of outputs, gradients of queries, and those of keys and values
 };
 
 struct WalkTables {
@@ -82,7 +82,7 @@ void run(const typename Pass::Arguments& arguments, const WalkTables& tables, in
          int batch) {
   static_assert(Memory<Pass>::kBytes <= kSharedBytesLimit);
   run_kernel({blocks, arguments.problem.heads, batch},
-             Shape<Pass::kSize, Pass::kMirrored>::kThreads,
+             Shape<Pass>::kThreads,
              [&] { walk<Pass>(arguments, tables.walk()); });
 }
 
@@ -100,7 +100,8 @@ void simulate(const Call& call) {
   const Guarded statistics = out(call.statistics);
   const Guarded grad_query = out(call.grad_query), grad_key = out(call.grad_key);
   const Guarded grad_value = out(call.grad_value);
-  const WalkTables tables(call.tables, at_end), mirrored(call.mirrored, at_end);
+  const WalkTables of_outputs(call.tables[0], at_end), tables(call.tables[1], at_end);
+  const WalkTables mirrored(call.tables[2], at_end);
   const Problem problem{call.heads, call.queries, call.keys, call.scale, mask.as<bool>()};
   const Problem mirror{call.heads, call.keys, call.queries, call.scale, mask.as<bool>()};
   const T *q = query.as<T>(), *k = key.as<T>(), *v = value.as<T>(), *g = grad.as<T>();
@@ -128,14 +129,14 @@ void simulate(const Call& call) {
     run_kernel({direct_blocks(static_cast<int64_t>(images) * call.keys)}, 32 * kDirectWarps,
                [&] { direct_backward<size, true>(mirrored_backward, mirrored.direct()); });
   } else {
-    run<Forward<T, size>>({problem, {q}, {k, v}, output.as<T>(), log_sum.as<float>()}, tables,
-                          call.blocks, call.batch);
+    run<Forward<T, size>>({problem, {q}, {k, v}, output.as<T>(), log_sum.as<float>()}, of_outputs,
+                          call.blocks[0], call.batch);
     run<Backward<T, size, false>>({problem, {q, g}, {k, v}, of_query, {grad_query.as<T>()},
                                    output.as<T>(), log_sum.as<float>()},
-                                  tables, call.blocks, call.batch);
+                                  tables, call.blocks[1], call.batch);
     run<Backward<T, size, true>>(
         {mirror, {k, v}, {q, g}, of_query, {grad_key.as<T>(), grad_value.as<T>()}, nullptr, nullptr},
-        mirrored, call.mirrored_blocks, call.batch);
+        mirrored, call.blocks[2], call.batch);
   }
 }
 

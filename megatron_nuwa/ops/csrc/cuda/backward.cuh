@@ -15,10 +15,10 @@ class Backward {
  public:
   using Element = T;
   static constexpr int kSize = size;
+  static constexpr Sums kSums = mirrored ? Sums::kContextGradients : Sums::kQueryGradients;
   static constexpr bool kMirrored = mirrored;
   static constexpr bool kInRegisters = size <= 64;
   static constexpr int kRowTensors = 2;
-  static constexpr int kBlocksPerProcessor = size > 64 ? 1 : 2;
   static constexpr int kOutputs = mirrored ? 2 : 1;
 
   struct Arguments {
@@ -81,7 +81,8 @@ class Backward {
       if (arguments_.problem.context_mask != nullptr)
         visible = columns.template visible<2 * size>(beside);
 #pragma unroll 1  // registers are short for both at once
-    for (int half = 0; half < 2; ++half) add_half(columns, half, visible, ring, beside);
+    for (int half = 0; half < 2; ++half)
+      add_half(columns, half, visible >> 8 * half, ring, beside);
   }
 
   __device__ __forceinline__ void store(char* staging, const TileTokens<size>& tokens) {
@@ -116,7 +117,7 @@ class Backward {
  private:
   static constexpr int kNext = Memory<Backward>::kTensor;
 
-  // 16 of a group's columns.
+  // 16 of a group's columns; bit 4 · octet + i of `visible` is of the octet's accumulator i.
   __device__ __forceinline__ void add_half(const Group& columns, int half, uint32_t visible,
                                            uint32_t ring, const char* beside) {
     float weights[2][4] = {}, changes[2][4] = {};
@@ -139,7 +140,7 @@ class Backward {
       for (int i = 0; i < 4; ++i) {
         const float2 statistic = mirrored ? of_column[i % 2] : statistics_[i / 2];
         const float weight = exp2_fast(fmaf(weights[octet][i], to_log2, -statistic.x));
-        weights[octet][i] = visible >> (8 * half + 4 * octet + i) & 1 ? weight : 0;
+        weights[octet][i] = visible >> (4 * octet + i) & 1 ? weight : 0;
         changes[octet][i] = weights[octet][i] * (changes[octet][i] - statistic.y);
       }
     }

@@ -10,10 +10,10 @@ class Forward {
  public:
   using Element = T;
   static constexpr int kSize = size;
+  static constexpr Sums kSums = Sums::kOutputs;
   static constexpr bool kMirrored = false;
   static constexpr bool kInRegisters = true;
   static constexpr int kRowTensors = 1;
-  static constexpr int kBlocksPerProcessor = size > 64 ? 1 : 2;
 
   struct Arguments {
     Problem problem;
@@ -34,38 +34,9 @@ class Forward {
     const uint32_t visible = arguments_.problem.context_mask == nullptr
                                  ? columns.visible()
                                  : columns.template visible<2 * size>(is_seen);
-    float products[kGroup / 8][4] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      add_products<T, size>(products[2 * half], products[2 * half + 1], tile[0], ring,
-                            columns.as_columns(half));
-    float high[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int octet = 0; octet < kGroup / 8; ++octet)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& product = products[octet][i];
-        product = visible >> (4 * octet + i) & 1 ? product : -INFINITY;
-        high[i / 2] = fmaxf(high[i / 2], product);
-      }
-    // A reference that lags behind by a factor of 2^8 is as good; it saves most rescaling. Weights
-    // are found without waiting for the answer, and seldom once more.
-    float weights[kGroup / 8][4];
-    weigh(weights, products);
-    const bool is_far = (high[0] - reference_[0]) * to_log2_ > kLag ||
-                        (high[1] - reference_[1]) * to_log2_ > kLag;
-    if (__any_sync(kAllLanes, is_far)) {
-      raise_reference(high);
-      weigh(weights, products);
-    }
-#pragma unroll
-    for (int octet = 0; octet < kGroup / 8; ++octet)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum_[i / 2] += weights[octet][i];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      add_weighted<T, size>(output_, weights[2 * half], weights[2 * half + 1],
-                            ring + Memory<Forward>::kTensor, columns.as_rows(half));
+#pragma unroll 1  // as much at once as there are registers for
+    for (int half = 0; half < 2; half += kHalves)
+      add_halves(columns, half, visible >> 8 * half, ring);
   }
 
   __device__ __forceinline__ void store(char* staging, const TileTokens<size>& tokens) {
@@ -92,12 +63,52 @@ class Forward {
 
  private:
   static constexpr float kLag = 8;
+  static constexpr int kOctets = layout_of(kSums, size, kIsLarge).at_once / 8;
+  static constexpr int kHalves = kOctets / 2;
 
-  __device__ __forceinline__ void weigh(float (&weights)[kGroup / 8][4],
-                                        const float (&products)[kGroup / 8][4]) const {
+  // The columns of a group from half `first` on; bit 4 · octet + i of `visible` is of the octet's
+  // accumulator i.
+  __device__ __forceinline__ void add_halves(const Group& columns, int first, uint32_t visible,
+                                             uint32_t ring) {
+    float products[kOctets][4] = {};
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+      add_products<T, size>(products[2 * half], products[2 * half + 1], tile[0], ring,
+                            columns.as_columns(first + half));
+    float high[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& product = products[octet][i];
+        product = visible >> (4 * octet + i) & 1 ? product : -INFINITY;
+        high[i / 2] = fmaxf(high[i / 2], product);
+      }
+    // A reference that lags behind by a factor of 2^8 is as good; it saves most rescaling. Weights
+    // are found without waiting for the answer, and seldom once more.
+    float weights[kOctets][4];
+    weigh(weights, products);
+    const bool is_far = (high[0] - reference_[0]) * to_log2_ > kLag ||
+                        (high[1] - reference_[1]) * to_log2_ > kLag;
+    if (__any_sync(kAllLanes, is_far)) {
+      raise_reference(high);
+      weigh(weights, products);
+    }
+#pragma unroll
+    for (int octet = 0; octet < kOctets; ++octet)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum_[i / 2] += weights[octet][i];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+      add_weighted<T, size>(output_, weights[2 * half], weights[2 * half + 1],
+                            ring + Memory<Forward>::kTensor, columns.as_rows(first + half));
+  }
+
+  __device__ __forceinline__ void weigh(float (&weights)[kOctets][4],
+                                        const float (&products)[kOctets][4]) const {
     const float shift[2] = {-reference_[0] * to_log2_, -reference_[1] * to_log2_};
 #pragma unroll
-    for (int octet = 0; octet < kGroup / 8; ++octet)
+    for (int octet = 0; octet < kOctets; ++octet)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         weights[octet][i] = exp2_fast(fmaf(products[octet][i], to_log2_, shift[i / 2]));

@@ -19,7 +19,7 @@ cudaError_t launch(const typename Pass::Arguments& arguments, const Tables& tabl
   if (error == cudaSuccess)
     error = cudaFuncSetAttribute(walk<Pass>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  constexpr int kThreads = Shape<Pass::kSize, Pass::kMirrored>::kThreads;
+  constexpr int kThreads = Shape<Pass>::kThreads;
   const dim3 grid(blocks, heads, batch);
   walk<Pass><<<grid, kThreads, bytes, stream>>>(arguments, tables);
   return cudaGetLastError();

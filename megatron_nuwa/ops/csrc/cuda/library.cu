@@ -105,7 +105,7 @@ void check_tables(const std::vector<Tensor>& tables, size_t count) {
 
 template <class Pass>
 Tables tables_of(const std::vector<Tensor>& tables) {
-  using S = Shape<Pass::kSize, Pass::kMirrored>;
+  using S = Shape<Pass>;
   check_tables(tables, 6);
   const int64_t blocks = tables[0].numel() - 1, chunks = tables[4].numel() / S::kWarps - 1;
   for (const Tensor& table : tables)

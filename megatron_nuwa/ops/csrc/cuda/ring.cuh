@@ -7,11 +7,11 @@ namespace megatron_nuwa {
 
 // What lies where in shared memory.
 //
-// Tiles wait in the ring's last two stages, which fill up only after the tiles have gone to
-// registers, or behind the ring where they are read again and again.
+// Tiles wait in the ring's last stages, which fill up only after the tiles have gone to registers,
+// or behind the ring where they are read again and again.
 template <class Pass, bool is_large = kIsLarge>
 struct Memory {
-  using S = Shape<Pass::kSize, Pass::kMirrored, is_large>;
+  using S = Shape<Pass, is_large>;
   static constexpr int kStages = S::kStages;
   static constexpr int kTensor = kStages * S::kChunk * S::kRowBytes;
   static constexpr int kBeside = 2 * kTensor;  // what goes with each column
@@ -19,16 +19,19 @@ struct Memory {
   static constexpr int kBarriers = (kBeside + kStages * S::kChunk * kColumnBytes + 255) / 256 * 256;
   static constexpr int kTiles = kBarriers + 256;
   static constexpr int kTileRowCount = Pass::kRowTensors * S::kWarps * kTileRows;
-  static constexpr int kFree = 2 * S::kChunk;  // rows of one tensor in two stages
+  // Stages in which tiles wait, and how many rows of one tensor those have.
+  static constexpr int kTileStages =
+      Pass::kInRegisters ? (kTileRowCount + 2 * S::kChunk - 1) / (2 * S::kChunk) : 0;
+  static constexpr int kFree = kTileStages * S::kChunk;
   static constexpr int kBytes = kTiles + (Pass::kInRegisters ? 0 : kTileRowCount * S::kRowBytes);
-  static_assert(!Pass::kInRegisters || kTileRowCount <= 2 * kFree);
+  static_assert(S::kAhead <= kStages - (kTileStages > 2 ? kTileStages : 2));
 
   // A warp's tile of row tensor `i`.
   __device__ static __forceinline__ int tile(int i, int warp) {
     const int row = (i * S::kWarps + warp) * kTileRows;
     if constexpr (Pass::kInRegisters)
       return row / kFree * kTensor +
-             ((kStages - 2) * S::kChunk + row % kFree) * S::kRowBytes;
+             ((kStages - kTileStages) * S::kChunk + row % kFree) * S::kRowBytes;
     return kTiles + row * S::kRowBytes;
   }
   // The barriers of a stage: its columns have come; all warps are done with the step that bears
@@ -58,46 +61,51 @@ struct Turn {
   }
 };
 
-// The gathering side: two tensors' rows, and what goes with each column.
+// The gathering side: two tensors' rows, and what goes with each column. It belongs to the threads
+// that gather: all of them, or those of warps that do nothing else.
 //
 // Warps do not march in step: one may be a few steps ahead of another, as far as the ring reaches.
 template <class Pass>
 class Ring {
   using T = typename Pass::Element;
-  using S = Shape<Pass::kSize, Pass::kMirrored>;
+  using S = Shape<Pass>;
   using M = Memory<Pass>;
   using Turn = megatron_nuwa::Turn<S::kStages>;
 
  public:
   __device__ Ring(const typename Pass::Arguments& arguments, const Tables& tables,
                   const Place& place, char* memory)
-      : problem_(arguments.problem), columns_(tables.columns), place_(place), first_{rows_of(arguments, place, 0)},
-        second_{rows_of(arguments, place, 1)}, memory_(shared_address(memory)),
-        is_seen_(memory + M::kBeside + row()),
-        target_(memory_ + swizzled<Pass::kSize>(row(), segment())) {
+      : problem_(arguments.problem), columns_(tables.columns), place_(place),
+        first_{rows_of(arguments, place, 0)}, second_{rows_of(arguments, place, 1)},
+        memory_(shared_address(memory)), is_seen_(memory + M::kBeside + first_slot()),
+        target_(memory_ + swizzled<Pass::kSize>(first_slot(), segment())) {
     if constexpr (Pass::kMirrored)
-      statistics_ =
-          place.statistics(arguments.statistics, arguments.problem, arguments.problem.column_tokens);
+      statistics_ = place.statistics(arguments.statistics, problem_, problem_.column_tokens);
     const int first = tables.block_chunks[place.block];
     chunks = tables.block_chunks[place.block + 1] - first;
-    next_column_ = first * S::kChunk + row();
+    next_column_ = first * S::kChunk + first_slot();
     if (threadIdx.x < M::kStages) {
       // Where there is a mask, each warp says besides that it has written its part.
-      const bool is_masked = !Pass::kMirrored && problem_.context_mask != nullptr;
-      start_barrier(memory_ + M::full(threadIdx.x), S::kThreads + (is_masked ? S::kWarps : 0));
+      start_barrier(memory_ + M::full(threadIdx.x),
+                    S::kGatherers * (is_masked() ? 33 : 32));
       start_barrier(memory_ + M::done(threadIdx.x), S::kWarps);
     }
   }
 
   // Start copying the first chunks; all threads' barriers must have started.
   __device__ __forceinline__ void gather_first() {
-    int columns[S::kAhead][S::kPasses];
+    // As many chunks' numbers are on their way at once as there are registers for.
+    constexpr int kTogether = S::kIsApart ? 1 : S::kAhead;
+#pragma unroll 1
+    for (int first = 0; first < S::kAhead; first += kTogether) {
+      int columns[kTogether][S::kPasses];
 #pragma unroll
-    for (int chunk = 0; chunk < S::kAhead; ++chunk)
-      if (chunk < chunks) fetch(columns[chunk]);
+      for (int chunk = 0; chunk < kTogether; ++chunk)
+        if (first + chunk < chunks) fetch(columns[chunk]);
 #pragma unroll
-    for (int chunk = 0; chunk < S::kAhead; ++chunk)
-      if (chunk < chunks) copy(columns[chunk], chunk);
+      for (int chunk = 0; chunk < kTogether; ++chunk)
+        if (first + chunk < chunks) copy(columns[chunk], first + chunk);
+    }
     if (S::kAhead < chunks) fetch(next_);
   }
 
@@ -111,6 +119,12 @@ class Ring {
     // The numbers of the next one's columns, so that they are there when its turn comes; after the
     // last chunk comes a spare one.
     fetch(next_);
+  }
+
+  // Copy all chunks after the first ones, each as soon as there is room.
+  __device__ __forceinline__ void gather_rest() {
+    Turn turn;
+    for (int left = chunks - S::kAhead; left > 0; --left, turn.advance()) gather(turn);
   }
 
   __device__ __forceinline__ void wait_for(const Turn& turn) const {
@@ -132,47 +146,79 @@ class Ring {
             16 * segment()};
   }
 
+  __device__ __forceinline__ bool is_masked() const {
+    return !Pass::kMirrored && problem_.context_mask != nullptr;
+  }
+
   __device__ __forceinline__ void arrive_for_warp(int barrier) const {
     __syncwarp();
     if (place_.lane == 0) arrive(memory_ + barrier);
   }
 
+  // The numbers of the columns that this thread copies of the next chunk.
   __device__ __forceinline__ void fetch(int (&columns)[S::kPasses]) {
+    const int32_t* const first = columns_ + next_column_;
 #pragma unroll
-    for (int pass = 0; pass < S::kPasses; ++pass)
-      columns[pass] = columns_[next_column_ + pass * S::kRowsAPass];
+    for (int pass = 0; pass < S::kPasses; pass += kAtOnce) {
+      if constexpr (kAtOnce == 4) {
+        const int4 four = *reinterpret_cast<const int4*>(first + pass);
+        columns[pass] = four.x, columns[pass + 1] = four.y;
+        columns[pass + 2] = four.z, columns[pass + 3] = four.w;
+      } else {
+        columns[pass] = first[pass * S::kStep];
+      }
+    }
     next_column_ += S::kChunk;
   }
 
   __device__ __forceinline__ void copy(const int (&columns)[S::kPasses], int stage) {
+    if (is_masked()) copy<true>(columns, stage * S::kChunk);
+    else copy<false>(columns, stage * S::kChunk);
+    arrive_with_copies(memory_ + M::full(stage));
+    if (is_masked()) arrive_for_warp(M::full(stage));
+  }
+
+  template <bool is_masked>
+  __device__ __forceinline__ void copy(const int (&columns)[S::kPasses], int chunk) {
+    // Masked rows are zeros, lest 0 · inf of a padding token spoil a sum; so are slots of no
+    // column, which no group names.
+    bool is_seen[S::kPasses];
 #pragma unroll
     for (int pass = 0; pass < S::kPasses; ++pass)
-      copy_column(stage * S::kChunk + pass * S::kRowsAPass, columns[pass]);
-    arrive_with_copies(memory_ + M::full(stage));
-    if (!Pass::kMirrored && problem_.context_mask != nullptr) arrive_for_warp(M::full(stage));
-  }
-
-  // Slots of no column become zeros; no group names them.
-  __device__ __forceinline__ void copy_column(int slot, int number) {
-    const int column = max(number, 0);
-    int is_seen = number >= 0;
-    if constexpr (Pass::kMirrored) {
-      if (segment() == 0)
-        copy_async_8(memory_ + M::kBeside + (slot + row()) * sizeof(float2), statistics_ + column,
-                     is_seen);
-    } else if (problem_.context_mask != nullptr) {
-      // Masked rows are zeros here, lest 0 · inf of a padding token spoil a sum.
-      is_seen &= problem_.context_mask[static_cast<int64_t>(place_.batch) * problem_.column_tokens +
-                                       column];
-      if (segment() == 0) is_seen_[slot] = is_seen;
+      is_seen[pass] = columns[pass] >= 0 && (!is_masked || shows(columns[pass]));
+#pragma unroll
+    for (int pass = 0; pass < S::kPasses; ++pass) {
+      const int column = max(columns[pass], 0), slot = chunk + pass * S::kStep;
+      if constexpr (Pass::kMirrored) {
+        if (segment() == 0)
+          copy_async_8(memory_ + M::kBeside + (slot + first_slot()) * sizeof(float2),
+                       statistics_ + column, is_seen[pass]);
+      } else if constexpr (is_masked) {
+        if (segment() == 0) is_seen_[slot] = is_seen[pass];
+      }
+      const uint32_t target =
+          (target_ ^ turn_of<Pass::kSize>(pass * S::kStep)) + slot * S::kRowBytes;
+      copy_async_16(target, first_[column], is_seen[pass]);
+      copy_async_16(target + M::kTensor, second_[column], is_seen[pass]);
     }
-    const uint32_t target = target_ + slot * S::kRowBytes;
-    copy_async_16(target, first_[column], is_seen);
-    copy_async_16(target + M::kTensor, second_[column], is_seen);
   }
 
-  __device__ static __forceinline__ int row() { return threadIdx.x / S::kSegments; }
-  __device__ static __forceinline__ int segment() { return threadIdx.x % S::kSegments; }
+  __device__ __forceinline__ bool shows(int column) const {
+    return problem_.context_mask[static_cast<int64_t>(place_.batch) * problem_.column_tokens +
+                                 column];
+  }
+
+  __device__ static __forceinline__ int thread() {
+    return static_cast<int>(threadIdx.x) - (S::kIsApart ? 32 * S::kWarps : 0);
+  }
+  // Of a chunk's columns the first that this thread copies, and which 16 bytes of them.
+  __device__ static __forceinline__ int first_slot() {
+    return thread() / S::kSegments * S::kFirst;
+  }
+  __device__ static __forceinline__ int segment() { return thread() % S::kSegments; }
+
+  // Columns' numbers that are read at once, where those of a thread lie side by side.
+  static constexpr int kAtOnce = S::kStep == 1 ? 4 : 1;
 
   const Problem& problem_;
   const int32_t* const& columns_;

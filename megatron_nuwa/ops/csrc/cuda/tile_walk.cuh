@@ -118,19 +118,15 @@ class TileFragments<size, false> {
   uint32_t tile_, offset_;
 };
 
+// What a warp does that computes: its tile against all its groups.
 template <class Pass>
-__global__ void __launch_bounds__(Shape<Pass::kSize, Pass::kMirrored>::kThreads,
-                                  Pass::kBlocksPerProcessor)
-    walk(const __grid_constant__ typename Pass::Arguments arguments,
-         const __grid_constant__ Tables tables) {
-  extern __shared__ __align__(1024) char memory[];
-  using S = Shape<Pass::kSize, Pass::kMirrored>;
+__device__ __forceinline__ void compute(const typename Pass::Arguments& arguments,
+                                        const Tables& tables, const Place& place,
+                                        Ring<Pass>& ring, char* memory) {
+  using S = Shape<Pass>;
   const Problem& problem = arguments.problem;
-  const Place place;
   const int tile = place.block * S::kWarps + place.warp;
   const TileRows rows{tables.rows, static_cast<uint32_t>(tile * kTileRows)};
-
-  Ring<Pass> ring(arguments, tables, place, memory);
   const TileTokens<Pass::kSize> tokens(rows, place.lane);
   __syncthreads();  // the barriers have started
 #pragma unroll
@@ -138,7 +134,7 @@ __global__ void __launch_bounds__(Shape<Pass::kSize, Pass::kMirrored>::kThreads,
     copy_tile(shared_address(memory + Memory<Pass>::tile(i, place.warp)), arguments.rows[i], tokens,
               problem, place);
   commit_copies();
-  ring.gather_first();
+  if constexpr (!S::kIsApart) ring.gather_first();
   Pass pass(arguments, rows, place);
   wait_for_copies();
   __syncwarp();
@@ -156,7 +152,8 @@ __global__ void __launch_bounds__(Shape<Pass::kSize, Pass::kMirrored>::kThreads,
   uint32_t next = tables.entries[group * kGroup + place.lane], next_end = tables.group_ends[ready];
   Turn<S::kStages> turn;
   for (int left = ring.chunks; left > 0; --left, turn.advance()) {
-    if (left > S::kAhead) ring.gather(turn);
+    if constexpr (!S::kIsApart)
+      if (left > S::kAhead) ring.gather(turn);
     const uint32_t end = next_end;
     ready += S::kWarps;
     next_end = tables.group_ends[ready];  // after the last chunk comes a spare one
@@ -172,6 +169,26 @@ __global__ void __launch_bounds__(Shape<Pass::kSize, Pass::kMirrored>::kThreads,
   const TileTokens<Pass::kSize> stored(rows, place.lane);
   __syncthreads();
   pass.store(memory + place.warp * kTileRows * S::kRowBytes, stored);
+}
+
+template <class Pass>
+__global__ void __launch_bounds__(Shape<Pass>::kThreads, Shape<Pass>::kLayout.blocks)
+    walk(const __grid_constant__ typename Pass::Arguments arguments,
+         const __grid_constant__ Tables tables) {
+  extern __shared__ __align__(1024) char memory[];
+  using S = Shape<Pass>;
+  const Place place;
+  Ring<Pass> ring(arguments, tables, place, memory);
+  if (place.warp < S::kWarps) {
+    compute<Pass>(arguments, tables, place, ring, memory);
+  } else {
+    // The barriers of compute(), where a block's warps meet.
+    __syncthreads();
+    ring.gather_first();
+    __syncthreads();
+    ring.gather_rest();
+    __syncthreads();
+  }
 }
 
 }  // namespace megatron_nuwa

@@ -35,33 +35,73 @@ struct Problem {
   const bool* context_mask;  // (batch, context tokens), or null
 };
 
-// shape_of() of warp_tables.py.
-template <int size, bool mirrored, bool is_large = kIsLarge>
-struct Shape {
+// What a pass sums: outputs, the gradient of queries, those of keys and values.
+enum class Sums { kOutputs, kQueryGradients, kContextGradients };
+
+// How a pass is spread over a multiprocessor.
+struct Layout {
+  int warps;      // of a block that compute
+  int gatherers;  // and that do nothing but gather; without any, those that compute gather as well
+  int blocks;     // that a multiprocessor is to hold
+  int chunk;      // columns that are gathered at once
+  int stages;     // of the ring
+  int ahead;      // by how many steps columns are fetched ahead of their use
+  int at_once;    // columns of a group that the forward pass computes at once: 32 or 16
+};
+
+// layout_of() of warp_tables.py. benchmarks.kernel_layouts compiles others for head size 64 on large
+// devices, to see which one is the fastest.
+constexpr Layout layout_of(Sums sums, int size, bool is_large) {
+  const bool is_tuned = size == 64 && is_large;
+#ifdef MEGATRON_NUWA_OUTPUTS
+  if (is_tuned && sums == Sums::kOutputs) return {MEGATRON_NUWA_OUTPUTS};
+#endif
+#ifdef MEGATRON_NUWA_QUERY_GRADIENTS
+  if (is_tuned && sums == Sums::kQueryGradients) return {MEGATRON_NUWA_QUERY_GRADIENTS};
+#endif
+#ifdef MEGATRON_NUWA_CONTEXT_GRADIENTS
+  if (is_tuned && sums == Sums::kContextGradients) return {MEGATRON_NUWA_CONTEXT_GRADIENTS};
+#endif
   // Sums of two gradients take so many registers that two blocks of eight warps do not fit.
-  static constexpr bool kIsNarrow = mirrored && size == 64;
-  static constexpr int kWarps = kIsNarrow ? 6 : 8;
-  static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kRowBytes = 2 * size;
+  if (sums == Sums::kContextGradients && size == 64) return {6, 0, 2, is_large ? 96 : 48, 4, 2, 16};
+  const int blocks = size > 64 ? 1 : 2, chunk = size > 64 ? 32 : 64;
+  return is_large ? Layout{8, 0, blocks, chunk, 6, 3, 32} : Layout{8, 0, blocks, chunk, 4, 2, 32};
+}
+
+// What follows from a pass's layout.
+template <class Pass, bool is_large = kIsLarge>
+struct Shape {
+  static constexpr int kSize = Pass::kSize;
+  static constexpr Layout kLayout = layout_of(Pass::kSums, kSize, is_large);
+  static constexpr int kWarps = kLayout.warps;
+  static constexpr bool kIsApart = kLayout.gatherers > 0;
+  static constexpr int kGatherers = kIsApart ? kLayout.gatherers : kWarps;
+  static constexpr int kThreads = 32 * (kIsApart ? kWarps + kGatherers : kWarps);
+  static constexpr int kRowBytes = 2 * kSize;
   static constexpr int kSegments = kRowBytes / 16;
-  // Stages of the ring, and by how many steps columns are fetched ahead of their use, in memory
-  // that leaves room for a second block.
-  static constexpr int kChunk = kIsNarrow ? (is_large ? 96 : 48) : size > 64 ? 32 : 64;
-  static constexpr int kStages = is_large && !kIsNarrow ? 6 : 4;
-  static constexpr int kAhead = is_large && !kIsNarrow ? 3 : 2;
-  static constexpr int kRowsAPass = kThreads / kSegments;
+  static constexpr int kChunk = kLayout.chunk, kStages = kLayout.stages, kAhead = kLayout.ahead;
+  // Of a chunk's columns the threads that gather take each so many, and each several: every
+  // kStep-th from its first on.
+  static constexpr int kRowsAPass = 32 * kGatherers / kSegments;
   static constexpr int kPasses = kChunk / kRowsAPass;
-  // A thread's rows lie in one place of the swizzle, and a table's entry has 16 bits for a place.
-  static_assert(kChunk % kRowsAPass == 0 && kRowsAPass % 8 == 0);
+  static constexpr int kStep = kIsApart ? 1 : kRowsAPass;
+  static constexpr int kFirst = kIsApart ? kPasses : 1;
+  // The turn of a thread's first column is that of its row alone, and a table's entry has 16 bits
+  // for a place.
+  static_assert(kChunk % kRowsAPass == 0 && (kIsApart ? kPasses : kRowsAPass) % 8 == 0);
+  static_assert(kChunk % 32 == 0 || !kIsApart);
   static_assert(kStages * kChunk * kRowBytes <= 1 << 16);
 };
 
 // Where 16-byte segment `segment` of row `slot` lies: eight rows whose slots differ modulo 8 give
 // the same segment from eight different groups of banks. Segments differ by exclusive or alone.
 template <int size>
+__device__ __forceinline__ constexpr uint32_t turn_of(int slot) {
+  return (size == 32 ? slot >> 1 & 3 : slot & 7) << 4;
+}
+template <int size>
 __device__ __forceinline__ uint32_t swizzled(int slot, int segment) {
-  const int turn = size == 32 ? slot >> 1 & 3 : slot & 7;
-  return slot * (2 * size) + ((segment ^ turn) << 4);
+  return slot * (2 * size) + (segment << 4 ^ turn_of<size>(slot));
 }
 
 // From the segment of columns 0 … 7 of a row, or 8 … 15, to that of step's 16.
