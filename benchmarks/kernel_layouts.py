@@ -1,11 +1,11 @@
-"""Try other layouts of the CUDA kernels (tiles.cuh's `Layout`) for head size 64. Example:
+"""Other layouts of the CUDA kernels (tiles.cuh's `Layout`) for head size 64: which is the fastest?
 
-python -m benchmarks.kernel_layouts --output benchmarks/results/kernel_layouts.json
+Every row of candidates is compiled into a library of its own, whose registers are told, checked
+against the reference, and timed: outputs, gradients of queries, gradients of keys and values, each
+with its own layout. The first row is what the package ships. It needs nvcc, and a GPU of compute
+capability 9.0 unless --build-only is given. Example:
 
-Every row of candidates is compiled into a library of its own, whose registers and blocks a
-multiprocessor are told, checked against the reference, and timed: outputs, gradients of queries,
-gradients of keys and values, each with its own layout. The first row is what the package ships. It
-needs nvcc, and a GPU of compute capability 9.0 unless --build-only is given.
+python -m benchmarks.kernel_layouts --output benchmarks/results
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rich.table import Table
 
 from benchmarks.cuda_resources import kernels_of
 from benchmarks.harness.cases import Case, Load, cases
-from benchmarks.harness.options import positive
-from benchmarks.harness.report import device_name
+from benchmarks.harness.options import add_output, benchmark_parser, positive
+from benchmarks.harness.report import device_name, write_json
 from benchmarks.nearby_kernels import kernel_times
+from megatron_nuwa.command_line import whole_number
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.grid import Extent, Grid
 from megatron_nuwa.ops import build, cuda, native, nearby_attention, warp_tables
 from megatron_nuwa.ops.tables import Geometry
@@ -147,10 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for sums, found in _in_own_process(number, library, options.repeats).items():
                     report[sums] |= found
     _show(reports)
-    if options.output is not None:
-        device = None if options.build_only else device_name(torch.device("cuda"))
-        report_text = json.dumps({"device": device, "candidates": reports}, indent=1)
-        write_text_atomically(options.output, report_text + "\n")
+    device = None if options.build_only else device_name(torch.device("cuda"))
+    write_json(options.output, {"device": device, "candidates": reports})
     return 0
 
 
@@ -256,7 +254,7 @@ def _errors_of(case: Case, load: Load, masked: bool) -> dict[Sums, float]:
             backend=backend,  # type: ignore[arg-type]
         )
         gradients = torch.autograd.grad(output, inputs, grad.to(kind))
-        results.append([t.float() for t in (output, *gradients)])
+        results.append([t.detach().float() for t in (output, *gradients)])
     output, query, key, value = (
         float((ours - expected).norm() / expected.norm())
         for ours, expected in zip(*results, strict=True)
@@ -283,19 +281,15 @@ def _show(reports: Sequence[dict[Sums, dict[str, object]]]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernel_layouts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = benchmark_parser("kernel_layouts", __doc__)
     parser.add_argument(
         "--repeats", type=positive, default=12, metavar="N", help="times of a median (default: 12)"
     )
     parser.add_argument(
         "--build-only", action="store_true", help="tell registers, and time nothing"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="JSON to write")
-    parser.add_argument("--candidate", type=int, help=argparse.SUPPRESS)
+    add_output(parser)
+    parser.add_argument("--candidate", type=whole_number(0), help=argparse.SUPPRESS)
     parser.add_argument("--library", type=Path, help=argparse.SUPPRESS)
     return parser
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import threading
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.files import sync, write_text_atomically
 
 _COUNTS = "attempts.json"
 _JOURNALS = "journal-*"
 # The first line of a journal is the row under work, of fixed width, so that it is overwritten.
 _ROW_WIDTH = 20
+SYNC_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Journal:
         except OSError as error:
             raise _unwritable(folder, error) from error
         self._end = _ROW_WIDTH
+        self._is_open, self._has_news = True, False
+        self._refusal: OSError | None = None
+        # Between whoever closes the file and whoever brings it to the disk.
+        self._lock = threading.Lock()
         self._write(b"", 0)
 
     def begin(self, row: int) -> None:
@@ -58,7 +65,21 @@ class Journal:
     def close(self) -> None:
         """Forget the row under work: the rank ends in good order."""
         self._write(b"", 0)
-        os.close(self._file)
+        with self._lock:
+            self._is_open = False
+            os.close(self._file)
+
+    def sync(self) -> None:
+        """Have what was noted on the disk; a disk that refuses shows at the next note."""
+        with self._lock:
+            if not (self._has_news and self._is_open):
+                return
+            # Before the disk is asked: what is noted meanwhile is news again.
+            self._has_news = False
+            try:
+                os.fdatasync(self._file)
+            except OSError as error:
+                self._refusal = error
 
     def __enter__(self) -> Journal:
         return self
@@ -68,9 +89,50 @@ class Journal:
 
     def _write(self, text: bytes, offset: int) -> None:
         try:
+            if self._refusal is not None:
+                raise self._refusal
             os.pwrite(self._file, text.ljust(_ROW_WIDTH - 1) + b"\n", offset)
         except OSError as error:
             raise _unwritable(self._path.parent, error) from error
+        self._has_news = True
+
+
+class Journals:
+    """The journals of a process, which a thread brings to the disk every `seconds` seconds.
+
+    A killed process loses nothing of what it noted; a machine that loses its power, what was
+    noted since. At every note the disk would be slower than the decoding of images.
+    """
+
+    def __init__(self, folder: Path, seconds: float = SYNC_SECONDS) -> None:
+        self._folder, self._seconds = folder, seconds
+        self._journals: list[Journal] = []
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._sync, name="journals", daemon=True)
+        self._thread.start()
+
+    def open(self) -> Journal:
+        """One more journal, which the caller closes."""
+        journal = Journal(self._folder)
+        self._journals.append(journal)
+        return journal
+
+    def close(self) -> None:
+        """End the thread; the journals are closed by then."""
+        self._ending.set()
+        self._thread.join()
+
+    def _sync(self) -> None:
+        named = 0
+        while not self._ending.wait(self._seconds):
+            journals = list(self._journals)
+            if len(journals) > named:
+                named = len(journals)
+                # Their names, without which their content would be lost.
+                with contextlib.suppress(OSError):
+                    sync(self._folder)
+            for journal in journals:
+                journal.sync()
 
 
 def collect(folder: Path) -> dict[int, Attempts]:
@@ -86,6 +148,7 @@ def collect(folder: Path) -> dict[int, Attempts]:
     if journals:
         # Their names are kept: a run that ends before they are removed must not count them twice.
         _save(folder, counts, [journal.name for journal in journals])
+        sync(folder)
     for journal in journals:
         journal.unlink()
     return counts

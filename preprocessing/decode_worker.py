@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer
 from megatron_nuwa.errors import UserError
-from preprocessing.attempts import Attempts, Journal
+from preprocessing.attempts import Attempts, Journal, Journals
 from preprocessing.decoders import DecodeError
 from preprocessing.filters import FilteredError, perceptual_hashes
 from preprocessing.isolation import Demands, Frames, decode_alone, decode_item
@@ -131,7 +131,7 @@ class DecodeThreads:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[Decoded | BaseException] = queue.SimpleQueue()
         self._decoder = decoder
-        self._state = state
+        self._journals = Journals(state)
         self._stopping = threading.Event()
         self._threads: Sequence[threading.Thread] = [
             threading.Thread(target=self._run, name=f"decode-{number}", daemon=True)
@@ -161,10 +161,11 @@ class DecodeThreads:
             self._tasks.put(None)
         for thread in self._threads:
             thread.join()
+        self._journals.close()
 
     def _run(self) -> None:
         try:
-            with Journal(self._state) as journal:
+            with self._journals.open() as journal:
                 while (task := self._tasks.get()) is not None and not self._stopping.is_set():
                     self._results.put(self._decoder.decode(task, journal))
         # Whatever it is, the main thread raises it: a silent thread would stop the farm for ever.

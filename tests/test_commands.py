@@ -41,6 +41,7 @@ BENCHMARKS = (
     "encoding",
     "farm",
     "generation",
+    "kernel_layouts",
     "loader",
     "model_step",
     "nearby_attention",

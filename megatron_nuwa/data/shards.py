@@ -9,10 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, SerializerFunctionWrapHandler, WrapValidator, model_serializer
+from pydantic import (
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    WrapValidator,
+    model_serializer,
+)
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.shard_list import (
@@ -83,7 +90,9 @@ class CorpusManifest(Settings):
     text_vocabulary_size: int = Field(ge=1, le=1 << 16)
     fingerprints: Fingerprints
     counts: Counts
-    shards: Annotated[Sequence[ShardEntry], WrapValidator(ShardList.validated)]
+    shards: Annotated[
+        Sequence[ShardEntry], WrapValidator(ShardList.validated), PlainSerializer(list)
+    ]
     files: dict[str, str] = Field(default_factory=dict)
     sha256: str | None = None
 
@@ -108,6 +117,14 @@ class CorpusManifest(Settings):
         """The manifest with the checksum of all its other fields."""
         unsealed = self.model_copy(update={"sha256": None})
         return self.model_copy(update={"sha256": _sha256(_manifest_text(unsealed))})
+
+    def fingerprint(self) -> str:
+        """Of what the corpus holds, wherever it lies: the SHA-256 of `model_dump_json()`."""
+        shell = self.model_copy(update={"shards": ()}).model_dump_json().encode()
+        head, empty, tail = shell.partition(b'"shards":[]')
+        # Entries hold no spaces but those of their layout.
+        entries = (piece.translate(None, b" \n") for piece in ShardList.of(self.shards).text())
+        return _sha256(chain([head, empty[:-1]], entries, [b"]", tail]))
 
 
 class Duplicate(Settings):

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import fingerprint
 from megatron_nuwa.parallel.layout import Layout
@@ -110,7 +108,7 @@ def describe(
             "caption_dropout": recipe.data.caption_dropout,
             "tasks": {
                 task: {
-                    "corpora": [_fingerprint(corpus) for corpus in inputs.train[task]],
+                    "corpora": [corpus.manifest.fingerprint() for corpus in inputs.train[task]],
                     "grid": list(inputs.train[task][0].grid),
                     "frames_per_second": inputs.train[task][0].manifest.frames_per_second,
                     "corpus_weights": settings.corpus_weights,
@@ -122,11 +120,6 @@ def describe(
         },
         "optimizer": recipe.optimizer.model_dump(mode="json", exclude={"implementation"}),
     }
-
-
-def _fingerprint(corpus: Corpus) -> str:
-    """Of what a corpus holds, wherever it lies."""
-    return hashlib.sha256(corpus.manifest.model_dump_json().encode()).hexdigest()
 
 
 def layout_of(description: dict[str, Any]) -> Layout:

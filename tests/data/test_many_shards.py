@@ -216,6 +216,8 @@ def test_corpus_json_is_written_as_ever_and_read_without_its_shards_objects(
     assert isinstance(manifest.shards, ShardList) or not count
     otherwise = parse_manifest(json.dumps(tree).encode(), "corpus.json")
     assert otherwise == manifest
+    assert json.loads(manifest.model_dump_json()) == tree
+    assert manifest.fingerprint() == hashlib.sha256(manifest.model_dump_json().encode()).hexdigest()
     assert [list(manifest.shards[1:5]), manifest.shards[-1:]] == [
         entries[1:5],
         ShardList.of(entries[-1:]),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents, run_farm
 
+from megatron_nuwa.errors import UserError
 from preprocessing.__main__ import main
-from preprocessing.attempts import Attempts, Journal, collect, forget
+from preprocessing.attempts import Attempts, Journal, Journals, collect, forget
 
 # In every Python process: an image of this name ends whoever opens it, as a broken library would.
 # Kills the rank itself, and not the process to which it hands what it decodes.
@@ -68,6 +71,51 @@ def test_journal_that_was_counted_but_not_removed_is_not_counted_again(tmp_path:
     collect(tmp_path)
     journal.write_bytes(kept)
     assert collect(tmp_path) == {7: Attempts(deaths=1)}
+
+
+def test_notes_reach_the_disk_soon_and_not_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bytes] = []
+
+    def noted(handle: int) -> None:
+        synced.append(os.pread(handle, 20, 0).strip())
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+    journals = Journals(tmp_path, seconds=0.1)
+    start = time.monotonic()
+    with journals.open() as journal:
+        rows = 0
+        while time.monotonic() - start < 0.5:
+            rows += 1
+            journal.begin(rows)
+        within = len(synced)
+        assert rows > 100
+        assert 1 <= within <= (time.monotonic() - start) / 0.1 + 1
+        # The last note too, after which nothing is written any more; and then there is rest,
+        # but for a note that was being written when the disk was asked.
+        deadline = time.monotonic() + 30
+        while synced[-1] != str(rows).encode() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert synced[-1] == str(rows).encode()
+        count = len(synced)
+        time.sleep(0.5)
+        assert len(synced) <= count + 1
+    journals.close()
+
+
+def test_a_disk_that_refuses_is_told_at_the_next_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", refuses)
+    journal = Journal(tmp_path)
+    journal.begin(1)
+    journal.sync()
+    with pytest.raises(UserError, match="cannot be written: Input/output error"):
+        journal.begin(2)
 
 
 def test_item_that_kills_its_rank_is_found_and_the_others_go_on(
