@@ -117,10 +117,10 @@ def join_processes(
     GPU a process, gloo on CPUs. `timeout` is how long a collective of any group may wait before
     the backend ends the process (default: torch's). The group is destroyed at the end, because a
     process that exits with a live group can end with a non-zero code; an exception leaves NCCL's to
-    the end of the process. A group that exists already
-    is used and left alone. Raises `UserError` where the port is taken, where the others do not
-    come within `patience` or have another kind of device, and where a process has no GPU of its
-    own.
+    the end of the process. A group that exists already is used and left alone.
+
+    Raises `UserError` where the port is taken, where the others do not come within `patience` or
+    have another kind of device, and where a process has no GPU of its own.
     """
     adopt_launcher_environment()
     os.environ.setdefault("RANK", "0")
