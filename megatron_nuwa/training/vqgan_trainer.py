@@ -162,14 +162,15 @@ def _run_steps(
             means = window.close(recipe.batch_size)
             monitor.scalars(step, step * recipe.batch_size, means)
             say(_line(step, recipe.steps, means), flush=True)
-        if held_out and recipe.evaluate_every and step % recipe.evaluate_every == 0 and not last:
-            say(_evaluation_line(step, _evaluate(state, held_out, step, monitor)), flush=True)
         signal_number = processes.agree([stop.received])[0]
         due = step % recipe.checkpoint_every == 0 or last or signal_number
         if due:
             _save(state, step, must=bool(last or signal_number))
         if not last:
             raise_if_stopped(signal_number)
+        # After the save: an evaluation that fails would meet its step again at every start.
+        if held_out and recipe.evaluate_every and step % recipe.evaluate_every == 0 and not last:
+            say(_evaluation_line(step, _evaluate(state, held_out, step, monitor)), flush=True)
     if held_out is None:
         return None
     evaluation = _evaluate(state, held_out, step, monitor)
