@@ -254,7 +254,7 @@ def _errors_of(case: Case, load: Load, masked: bool) -> dict[Sums, float]:
             backend=backend,  # type: ignore[arg-type]
         )
         gradients = torch.autograd.grad(output, inputs, grad.to(kind))
-        results.append([t.float() for t in (output, *gradients)])
+        results.append([t.detach().float() for t in (output, *gradients)])
     output, query, key, value = (
         float((ours - expected).norm() / expected.norm())
         for ours, expected in zip(*results, strict=True)

@@ -14,6 +14,14 @@ class ReportedElsewhereError(UserError):
     """The same mistake on another process of a run; the first process shows it."""
 
 
+class UnreadableError(UserError):
+    """Storage does not deliver what it should have.
+
+    Whoever starts something can look after it; in a run that has read there before it is no
+    mistake but a fault, after which the run may be started again.
+    """
+
+
 class FailedProcessError(Exception):
     """A process of a run ends for a reason that was shown and written down already."""
 

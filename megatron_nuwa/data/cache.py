@@ -17,7 +17,7 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from megatron_nuwa.data.cache_index import PART, CacheIndex
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import UnreadableError, UserError
 
 FOLDER_VARIABLE = "MEGATRON_NUWA_CACHE"
 BYTES_VARIABLE = "MEGATRON_NUWA_CACHE_BYTES"
@@ -57,8 +57,8 @@ class ShardCache:
     ) -> IO[bytes]:
         """The file of this sha256 and `size` bytes, opened; `fetch` is called where it is absent.
 
-        Raises `UserError` naming `origin` where what arrives is something else, does not fit into
-        the cache or cannot be read.
+        Raises `UserError` naming `origin` where what arrives is something else or does not fit into
+        the cache, `UnreadableError` where it cannot be read or the cache not be written.
         """
         if size > self.max_bytes:
             raise UserError(
@@ -80,7 +80,9 @@ class ShardCache:
                         self._bring(path, size, origin, fetch)
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"{origin} cannot be brought into {self.folder}: {reason}") from error
+            raise UnreadableError(
+                f"{origin} cannot be brought into {self.folder}: {reason}"
+            ) from error
 
     def _bring(self, path: Path, size: int, origin: str, fetch: Callable[[], IO[bytes]]) -> None:
         part = self.folder / f"{path.name}.{size}{PART}"
@@ -158,7 +160,7 @@ def _fetched(fetch: Callable[[], IO[bytes]], origin: str) -> Iterator[IO[bytes]]
     try:
         stream = fetch()
     except Exception as error:
-        raise UserError(f"{origin} cannot be read: {_reason(error)}") from error
+        raise UnreadableError(f"{origin} cannot be read: {_reason(error)}") from error
     try:
         yield stream
     finally:
@@ -169,7 +171,7 @@ def _read(stream: IO[bytes], origin: str) -> bytes:
     try:
         return stream.read(_CHUNK)
     except Exception as error:
-        raise UserError(f"{origin} cannot be read: {_reason(error)}") from error
+        raise UnreadableError(f"{origin} cannot be read: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from megatron_nuwa.data.group_index import Column, GroupIndex
 from megatron_nuwa.data.shard_list import ShardList
 from megatron_nuwa.data.shard_tar import ITEMS, TOKEN_DTYPE
 from megatron_nuwa.data.shards import CORPUS_FILE, CorpusManifest, parse_manifest
-from megatron_nuwa.data.storage import storage_at
+from megatron_nuwa.data.storage import read_shard, storage_at
 from megatron_nuwa.data.text import TEXT_TOKENS
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
@@ -44,9 +44,10 @@ class Corpus:
 
     `address` is a folder, or an address of any fsspec file system, whose shards are read through
     a cache of this machine. Raises `UserError` naming the file where the corpus is missing,
-    foreign or half-written; of a corpus of very many shards that may show only when one of them is
-    read. It holds some 100 bytes a shard, and some 70 a group of items once its shard has been
-    read; of single items only where their captions are, up to a bound.
+    foreign or half-written, of a corpus of very many shards maybe only when one of them is read;
+    `UnreadableError`, then or later, where several attempts to read failed. It holds some 100 bytes
+    a shard, and some 70 a group of items once its shard has been read; of single items only where
+    their captions are, up to a bound.
     """
 
     def __init__(self, address: str | Path, cache: ShardCache | None = None) -> None:
@@ -268,8 +269,9 @@ class Corpus:
             return self._map(shard)
 
     def _map(self, shard: int) -> np.ndarray:
-        with self._storage.open(self._shards[shard]) as stream:
-            tokens = np.memmap(stream, TOKEN_DTYPE, mode="r").view(np.ndarray)
+        # Pages that storage fails to deliver later are beyond any handling: the process dies of
+        # SIGBUS, and the run is one that may be started again.
+        tokens = read_shard(self._storage, self._shards[shard], _map_tokens)
         most = _REMOTE_MAPS if self.is_remote else max(1, _MAPS // len(_open_corpora))
         with self._lock:
             self._maps[shard] = tokens
@@ -293,10 +295,14 @@ class Corpus:
         return bounds
 
     def _read_lines(self, group: int) -> bytes:
+        entry = self._shards[self._of(group, Column.SHARD)]
+        place, size = self._of(group, Column.LINES), self._of(group, Column.LINES_SIZE)
         # Not through the map: what is read once would stay in the process's resident memory.
-        with self._storage.open(self._shards[self._of(group, Column.SHARD)]) as stream:
-            place, size = self._of(group, Column.LINES), self._of(group, Column.LINES_SIZE)
-            return os.pread(stream.fileno(), size, place)
+        return read_shard(self._storage, entry, lambda s: os.pread(s.fileno(), size, place))
+
+
+def _map_tokens(stream: IO[bytes]) -> np.ndarray:
+    return np.memmap(stream, TOKEN_DTYPE, mode="r").view(np.ndarray)
 
 
 def _most_bounds_bytes() -> int:

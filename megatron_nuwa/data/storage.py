@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Protocol, TypeVar
 
 import fsspec
 
 from megatron_nuwa.data.cache import ShardCache
+from megatron_nuwa.data.retry import patiently
 from megatron_nuwa.data.shards import ShardEntry
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import UnreadableError, UserError
 
+T = TypeVar("T")
 # A path object folds the two slashes of an address into one.
 _ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+# What another attempt to open a corpus would not change.
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
 class Storage(Protocol):
-    """Reads the files of one corpus."""
+    """Reads the files of one corpus; `UnreadableError` where that fails.
+
+    What is read while a corpus is opened is tried several times before.
+    """
 
     address: str
     is_remote: bool
@@ -33,7 +41,7 @@ class Storage(Protocol):
         """`UserError` where it is plain without reading that the tar is not the one listed."""
 
     def open(self, entry: ShardEntry) -> IO[bytes]:
-        """The shard's tar as an open file of this machine."""
+        """The shard's tar as an open file of this machine; tried once."""
 
 
 def storage_at(address: str | Path, cache: ShardCache | None = None) -> Storage:
@@ -62,23 +70,22 @@ class LocalFolder:
     def read(self, names: Sequence[str]) -> Iterator[bytes]:
         for name in names:
             path = self.folder / name
-            try:
-                yield path.read_bytes()
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            yield patiently(partial(_attempt, path, path.read_bytes))
 
     def find(self, name: str) -> bool:
-        return (self.folder / name).is_file()
+        path = self.folder / name
+        return patiently(partial(_attempt, path, path.is_file))
 
     def check(self, entry: ShardEntry) -> None:
-        check_tar(self.folder / f"{entry.name}.tar", entry)
+        patiently(partial(check_tar, self.folder / f"{entry.name}.tar", entry))
 
     def open(self, entry: ShardEntry) -> IO[bytes]:
         path = self.folder / f"{entry.name}.tar"
         try:
             return path.open("rb")
         except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+            # Also where it is missing: it was there when the corpus was opened.
+            raise _unreadable(path, error) from error
 
 
 class RemoteFolder:
@@ -93,23 +100,23 @@ class RemoteFolder:
     def read(self, names: Sequence[str]) -> Iterator[bytes]:
         system, root = self._system()
         paths = [f"{root}/{name}" for name in names]
-        try:
+
+        def fetch() -> dict[str, bytes]:
             # All at once where the file system can: hundreds of round trips would add up.
-            contents = {path: system.cat_file(path) for path in paths[:1]}
-            if len(paths) > 1:
-                contents = system.cat(paths)
-        except Exception as error:
-            raise self._unreadable(f"the files of {self.address}", error) from error
+            if len(paths) == 1:
+                return {paths[0]: system.cat_file(paths[0])}
+            contents: dict[str, bytes] = system.cat(paths) if paths else {}
+            return contents
+
+        contents = patiently(partial(_attempt, f"the files of {self.address}", fetch))
         for path in paths:
             # Some file systems answer with the path in a form of their own, but in order.
             yield contents[path] if path in contents else contents[system._strip_protocol(path)]
 
     def find(self, name: str) -> bool:
         system, root = self._system()
-        try:
-            return bool(system.exists(f"{root}/{name}"))
-        except Exception as error:
-            raise self._unreadable(self.address, error) from error
+        look = partial(system.exists, f"{root}/{name}")
+        return bool(patiently(partial(_attempt, self.address, look)))
 
     def check(self, entry: ShardEntry) -> None:
         """Nothing: the cache holds every byte against the checksum when the shard arrives."""
@@ -132,14 +139,40 @@ class RemoteFolder:
             raise UserError(f"corpus {self.address} cannot be reached: {reason}") from error
         return system, str(root).rstrip("/")
 
-    def _unreadable(self, what: str, error: Exception) -> UserError:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        return UserError(f"{what} cannot be read: {reason}")
+
+def read_shard(storage: Storage, entry: ShardEntry, read: Callable[[IO[bytes]], T]) -> T:
+    """What `read` makes of a shard's open tar; both are tried again where storage stumbles."""
+
+    def attempt() -> T:
+        with storage.open(entry) as stream:
+            try:
+                return read(stream)
+            except OSError as error:
+                raise _unreadable(f"{storage.address}/{entry.name}.tar", error) from error
+
+    return patiently(attempt)
 
 
 def check_tar(tar: Path, entry: ShardEntry) -> None:
     """`UserError` where a shard's tar is absent or of another size."""
-    if not tar.is_file():
+    if not _attempt(tar, tar.is_file):
         raise UserError(f"{tar} is missing")
-    if tar.stat().st_size != entry.bytes:
-        raise UserError(f"{tar} has {tar.stat().st_size} bytes, and {entry.bytes} were written")
+    size = _attempt(tar, tar.stat).st_size
+    if size != entry.bytes:
+        raise UserError(f"{tar} has {size} bytes, and {entry.bytes} were written")
+
+
+def _attempt(what: str | Path, read: Callable[[], T]) -> T:
+    """What `read` returns; `UserError` where it fails, `UnreadableError` if it may go better."""
+    try:
+        return read()
+    except _FINAL as error:
+        raise UserError(str(_unreadable(what, error))) from error
+    except Exception as error:
+        raise _unreadable(what, error) from error
+
+
+def _unreadable(what: str | Path, error: Exception) -> UnreadableError:
+    strerror = error.strerror if isinstance(error, OSError) and isinstance(what, Path) else None
+    reason = strerror or " ".join(str(error).split()) or type(error).__name__
+    return UnreadableError(f"{what} cannot be read: {reason}")

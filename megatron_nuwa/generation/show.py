@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.generation.media import contact_sheet, write_gif, write_png
 from megatron_nuwa.generation.sampling import SamplingSettings
-from megatron_nuwa.generation.trained import make_generator
+from megatron_nuwa.generation.trained import Generator, make_generator
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.models.vqgan import load_vqgan
+from megatron_nuwa.training.drawing import ShowSamples
 from megatron_nuwa.training.monitor import Monitor
-from megatron_nuwa.training.pretrain import ShowSamples
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.run_folder import BPE_FILE, VQGAN_FILE
 
@@ -43,22 +44,29 @@ def make_sample_shower(recipe: Recipe) -> ShowSamples | None:
         )
         folder = run / "samples"
         folder.mkdir(exist_ok=True)
-        seeds = [settings.seed + number for number in range(len(settings.prompts))]
         was_training = model.training
         model.eval()
-        for grid in sorted(set(grids), key=lambda grid: grid.s):
-            tokens = generator.generate(settings.prompts, grid, seeds, sampling)
-            clips = generator.pixels(tokens, grid)
-            origin = {"prompts": " | ".join(settings.prompts), "step": step, "seed": settings.seed}
-            name = "t2i" if grid.s == 1 else "t2v"
-            write_png(folder / f"step_{step:08d}_{name}.png", contact_sheet(clips), origin)
-            if grid.s == 1:
-                monitor.images(f"samples/{name}", step, clips[:, 0])
-            else:
-                monitor.video(f"samples/{name}", step, clips, generator.frames_per_second)
-                for number, clip in enumerate(clips):
-                    path = folder / f"step_{step:08d}_{name}_{number}.gif"
-                    write_gif(path, clip, generator.frames_per_second, origin)
-        model.train(was_training)
+        try:
+            for grid in sorted(set(grids), key=lambda grid: grid.s):
+                show_grid(generator, grid, step, monitor, folder)
+        finally:
+            # Training goes on with it, whatever happened here.
+            model.train(was_training)
+
+    def show_grid(
+        generator: Generator, grid: Grid, step: int, monitor: Monitor, folder: Path
+    ) -> None:
+        seeds = [settings.seed + number for number in range(len(settings.prompts))]
+        clips = generator.pixels(generator.generate(settings.prompts, grid, seeds, sampling), grid)
+        origin = {"prompts": " | ".join(settings.prompts), "step": step, "seed": settings.seed}
+        name = "t2i" if grid.s == 1 else "t2v"
+        write_png(folder / f"step_{step:08d}_{name}.png", contact_sheet(clips), origin)
+        if grid.s == 1:
+            monitor.images(f"samples/{name}", step, clips[:, 0])
+            return
+        monitor.video(f"samples/{name}", step, clips, generator.frames_per_second)
+        for number, clip in enumerate(clips):
+            path = folder / f"step_{step:08d}_{name}_{number}.gif"
+            write_gif(path, clip, generator.frames_per_second, origin)
 
     return show

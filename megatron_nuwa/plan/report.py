@@ -37,8 +37,9 @@ def as_json(
 ) -> dict[str, Any]:
     """Bytes, FLOPs and seconds, nothing rounded.
 
-    Keys: recipe, device, gpus, gpus_per_node, device_memory, schedule_steps, parameters, tasks,
-    tokens_per_step, chosen, and candidates, ranked; a layout's entry is that of `judged_as_json`.
+    Keys: recipe, device, gpus, gpus_per_node, device_memory, schedule_steps, warmup_steps,
+    parameters, tasks, tokens_per_step, chosen, and candidates, ranked; a layout's entry is that of
+    `judged_as_json`.
     """
     return {
         "recipe": recipe.name,
@@ -47,6 +48,7 @@ def as_json(
         "gpus_per_node": machine.gpus_per_node,
         "device_memory": machine.device.memory,
         "schedule_steps": recipe.schedule.steps,
+        "warmup_steps": recipe.schedule.warmup_steps,
         "parameters": _parameters(recipe),
         "tasks": task_figures(recipe),
         "tokens_per_step": sum(task["tokens"] for task in task_figures(recipe).values()),
@@ -190,7 +192,7 @@ def _communication_table(chosen: Judged) -> Table:
 
 
 def _show_verdict(console: Console, chosen: Judged, recipe: Recipe, machine: Machine) -> None:
-    times, steps = chosen.timing, recipe.schedule.steps
+    times, steps, warmup = chosen.timing, recipe.schedule.steps, recipe.schedule.warmup_steps
     length = days(times, steps)
     console.print(
         f"{chosen.name}: step {times.step:.3f} s, bubble {times.bubble:.1%}, MFU {times.mfu:.1%}, "
@@ -198,6 +200,12 @@ def _show_verdict(console: Console, chosen: Judged, recipe: Recipe, machine: Mac
         f"{length * _HOURS * machine.gpus:,.0f} GPU-hours",
         highlight=False,
     )
+    if warmup:
+        console.print(
+            f"warm-up (schedule.warmup_fraction {recipe.schedule.warmup_fraction:g} of "
+            f"schedule.steps) ends after {warmup:,} steps, {days(times, warmup):,.1f} days",
+            highlight=False,
+        )
     if not chosen.fits:
         console.print(
             f"it does NOT fit: {_gib(chosen.shortfall)} GiB too much", style="bold", highlight=False

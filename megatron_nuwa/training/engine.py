@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,10 +88,16 @@ class Engine(ABC):
 
     def whole_weights(self) -> dict[str, Tensor]:
         """All weights on the CPU of the first process, none elsewhere; every process calls it."""
+        return {name: weight.cpu() for name, weight in self.gathered_weights()}
+
+    def gathered_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole weight, one after the other, on the first process; none elsewhere.
+
+        Every process must go through it to the end.
+        """
         place = self.place
         names = {id(p): name for name, p in self.model.named_parameters()}
         fetched: set[str] = set()
-        weights: dict[str, Tensor] = {}
         for stage in range(place.layout.pipeline):
             leader = place.mpu.stage_to_global(stage, data=0, model=0)
             for parameter in (p for module in self.owned(stage) for p in module.parameters()):
@@ -101,8 +107,7 @@ class Engine(ABC):
                     fetched.add(name)
                     whole = self._fetch(parameter, place.stage == stage, leader)
                     if dist.get_rank() == 0:
-                        weights[name] = whole.cpu()
-        return weights
+                        yield name, whole
 
     @torch.no_grad()
     def _fetch(self, parameter: Tensor, is_here: bool, leader: int) -> Tensor:
@@ -324,10 +329,12 @@ def _task_weights(recipe: Recipe) -> dict[TaskName, float]:
 def _initialize(
     module: nn.Module, settings: OptimizerSettings, config: dict[str, Any], mpu: Any
 ) -> Any:
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     optimizer, taken = make_adam(
         settings.implementation,
         [p for p in module.parameters() if p.requires_grad],
         decoupled=settings.name == "adamw",
+        offloaded=offload.get("device", "none") != "none",
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.epsilon,

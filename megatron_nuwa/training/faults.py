@@ -18,7 +18,12 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from megatron_nuwa.errors import FailedProcessError, ReportedElsewhereError, UserError
+from megatron_nuwa.errors import (
+    FailedProcessError,
+    ReportedElsewhereError,
+    UnreadableError,
+    UserError,
+)
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.stopping import StopRequested
@@ -92,17 +97,18 @@ def write_fault(
 def written_down(run: Path, processes: Processes, step: Callable[[], int]) -> Iterator[None]:
     """Write down and show what ends the block, before anything is taken down.
 
-    A `UserError` is raised on. Any other exception becomes `FailedProcessError`, after its
-    traceback was shown, or one line where it only says that another process is gone.
+    A `UserError` is raised on, but for storage that fails: the same start goes well another time.
+    Any other exception becomes `FailedProcessError`, after its traceback was shown, or one line
+    where it only says that another process is gone.
     """
     try:
         yield
     except (ReportedElsewhereError, StopRequested):
         raise
-    except UserError as error:
-        write_fault(run, processes, step(), "mistake", str(error), traceback.format_exc())
-        raise
     except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, UnreadableError):
+            write_fault(run, processes, step(), "mistake", str(error), traceback.format_exc())
+            raise
         lost = _says_that_a_peer_is_gone(error)
         sentence = f"{type(error).__name__}: {error}"
         fault = write_fault(

@@ -27,16 +27,28 @@ def find_apex(part: str, name: str) -> Any | None:
 
 
 def make_adam(
-    kind: AdamKind, parameters: Iterable[nn.Parameter], *, decoupled: bool, **settings: Any
+    kind: AdamKind,
+    parameters: Iterable[nn.Parameter],
+    *,
+    decoupled: bool,
+    offloaded: bool = False,
+    **settings: Any,
 ) -> tuple[torch.optim.Optimizer, str]:
     """An Adam and the name of what was taken; all kinds compute the same update.
 
     `decoupled` is AdamW's weight decay; `settings` are lr, betas, eps and weight_decay. "auto" is
-    apex on GPUs that have it, else torch's own fused one. Raises `UserError` where a kind that
-    was asked for by name is missing.
+    apex on GPUs that have it, else torch's own fused one. `offloaded`: DeepSpeed will put weights
+    in host memory in the parameters' place, where apex cannot update them. Raises `UserError`
+    where a kind that was asked for by name is missing or cannot do that.
     """
     parameters = list(parameters)
-    on_gpu = any(parameter.is_cuda for parameter in parameters)
+    on_gpu = not offloaded and any(parameter.is_cuda for parameter in parameters)
+    if kind == "apex" and offloaded:
+        raise UserError(
+            "optimizer.implementation is 'apex', which updates weights on GPUs only, and the "
+            "DeepSpeed config's offload_optimizer keeps them in host memory; set the field to "
+            "'auto' or 'deepspeed', or take a layout that does not offload"
+        )
     apex = find_apex("optimizers", "FusedAdam") if kind in ("auto", "apex") else None
     if kind == "apex" and apex is None:
         raise _missing("optimizer.implementation", "apex")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -24,7 +25,8 @@ def prefetched(read: Callable[[int], T], steps: Sequence[int], clock: WaitClock)
     """
     with ThreadPoolExecutor(max_workers=1) as reader:
         coming = reader.submit(read, steps[0]) if steps else None
-        for following in [*steps[1:], None]:
+        # Not as a list: 50 million steps would take gigabytes of every process.
+        for following in chain(steps[1:], [None]):
             if coming is None:
                 return
             start = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from megatron_nuwa.data.batches import TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import try_to_write, write_text_atomically
-from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.training import resume
 from megatron_nuwa.training.building import build_engine, complete_config
 from megatron_nuwa.training.checkpoint import STATE_FILE, Checkpoints, read_state
 from megatron_nuwa.training.costs import unit_costs
+from megatron_nuwa.training.drawing import ShowSamples, draw_samples
 from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.evaluation import evaluate, held_out_items, in_words, summary
 from megatron_nuwa.training.faults import clear_faults, written_down
@@ -46,8 +46,6 @@ from megatron_nuwa.training.watchdog import Watchdog
 # After a longer step the processes also look for stop signals between the next one's micro-batches;
 # short ones are spared that, because it would have the CPUs wait for the GPUs.
 LONG_STEP_SECONDS = 5.0
-# Shows pictures of the current model: (model, step, monitor, grids, frames a second).
-ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
 
 
 def pretrain(
@@ -193,7 +191,7 @@ class Pretraining:
             print(f"layout {self.place.layout.name}")
             print("  ".join(f"{name} {number / 1e6:.2f} M" for name, number in counts.items()))
             begins = f"continuing after step {self.step}" if self.step else "starting"
-            print(f"{begins}; {self.recipe.schedule.steps} steps in all", flush=True)
+            print(f"{begins}; {self.recipe.schedule.in_words(self.step)}", flush=True)
         # At the end, because the above may draw numbers.
         seed_random_state(mix(self.recipe.seed, self.processes.rank) >> 1)
         if start.checkpoint is not None:
@@ -229,22 +227,21 @@ class Pretraining:
             self._train_step(batches)
             self.step += 1
             ended = self.step == last
-            self._account()
-            if self.step % recipe.training.log_every == 0 or ended:
-                self._log(last)
             is_long = time.monotonic() - begin > LONG_STEP_SECONDS
+            # The answer comes from the device, and so after the optimizer's update: what stops the
+            # step's clock afterwards need not wait for the device again.
             signal_number, is_writing, self._asks_between = self.processes.agree(
                 [self.stop.received, int(self.saver.is_writing), int(is_long)]
             )
+            self._account()
+            if self.step % recipe.training.log_every == 0 or ended:
+                self._log(last)
             if not is_writing:
                 self.saver.settle()
             raise_if_stopped(signal_number)
-            if self.step % recipe.training.checkpoint_every == 0 and not ended:
+            if self.step % recipe.training.checkpoint_every == 0 or ended:
                 self.saver.save(self.step, self._texts())
-            if recipe.evaluation and (self.step % recipe.evaluation.every == 0 or ended):
-                self._evaluate()
-            if recipe.samples and show_samples and self.step % recipe.samples.every == 0:
-                self._show(show_samples)
+            self._look(ended, show_samples)
             self.figures.restart_clock()
 
     def _train_step(self, batches: list[TokenBatch]) -> None:
@@ -322,6 +319,24 @@ class Pretraining:
             for straggler in self.figures.stragglers():
                 print(f"slow: {straggler}", flush=True)
 
+    def _look(self, ended: bool, show_samples: ShowSamples | None) -> None:
+        """Evaluate the model and draw samples where that is due."""
+        evaluation, samples = self.recipe.evaluation, self.recipe.samples
+        evaluates = evaluation and (self.step % evaluation.every == 0 or ended)
+        draws = samples and show_samples and self.step % samples.every == 0
+        if evaluates or draws:
+            # Whatever ends the run in there, a kernel's crash or a killed process too, would do so
+            # at every start; so the next one shall begin behind it.
+            self.saver.settle()
+        if evaluates:
+            self._evaluate()
+        if draws:
+            assert show_samples is not None
+            corpora = [corpora[0] for corpora in self.inputs.train.values()]
+            draw_samples(
+                show_samples, self.engine, self.processes, self.monitor, self.step, corpora
+            )
+
     def _evaluate(self) -> None:
         self._asks_between = 1
         result = evaluate(self.engine, self.held_out)
@@ -335,33 +350,6 @@ class Pretraining:
             text = json.dumps({"step": self.step, "heldout": summary(result)}, indent=2)
             try_to_write(lambda: write_text_atomically(self.folder / "evaluation.json", text))
             print(f"held out after step {self.step}: {in_words(result)}", flush=True)
-
-    def _show(self, show_samples: ShowSamples) -> None:
-        model = self._whole_model()
-        if model is not None:
-            corpora = [corpora[0] for corpora in self.inputs.train.values()]
-            rates = (corpus.manifest.frames_per_second for corpus in corpora)
-            show_samples(
-                model,
-                self.step,
-                self.monitor,
-                [corpus.grid for corpus in corpora],
-                next((rate for rate in rates if rate), None),
-            )
-        self.processes.barrier()
-
-    def _whole_model(self) -> Nuwa | None:
-        """The model as it is now, on the first process."""
-        if self.engine.is_whole:
-            return self.engine.model if self.processes.is_first else None
-        weights = self.engine.whole_weights()
-        if not self.processes.is_first:
-            return None
-        assert self.recipe.model is not None
-        with torch.device("meta"):
-            model = Nuwa(self.recipe.model)
-        model.load_state_dict(weights, assign=True)
-        return model.to(self.processes.device)
 
     def _texts(self) -> dict[str, str]:
         """What a checkpoint says about the run beside its state, on the first process."""

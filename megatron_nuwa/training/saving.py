@@ -3,7 +3,8 @@
 A save begins between two steps, by noting which tensors go into which file. A thread copies them
 to host memory while the next step runs forward and backward; only its optimizer step waits for the
 copy. The thread then writes the files. Between two later steps, once every process has written its
-own, the first process makes the checkpoint whole.
+own, the first process makes the checkpoint whole; what is not training (an evaluation, a drawing)
+waits for that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ class Saver:
         self._checkpoints, self._engine, self._processes = checkpoints, engine, processes
         self._copy_bytes, self._on_progress = copy_bytes, on_progress
         self._neighbours = processes.gather(socket.gethostname()).count(socket.gethostname())
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saving")
+        self._thread = _one_thread(processes.device)
         self._job: _Job | None = None
         self._saved: int | None = None
         self._failure: str | None = None
@@ -97,16 +98,23 @@ class Saver:
             self._job.stalled += time.perf_counter() - begin
 
     def settle(self) -> None:
-        """Make the save that all processes have written a whole checkpoint; each must call it.
+        """Wait for the save under way and make it a whole checkpoint; every process must call it.
 
         Without such a save nothing happens.
         """
-        job, self._job = self._job, None
+        job, begin = self._job, time.perf_counter()
         if job is None:
             return
+        outcomes = self._processes.gather(job.outcome.result())
+        job.stalled += time.perf_counter() - begin
+        self._commit(outcomes)
+
+    def _commit(self, outcomes: Sequence[dict[str, FileRecord] | str]) -> None:
+        job, self._job = self._job, None
+        assert job is not None
         files: dict[str, FileRecord] = {}
         failure = None
-        for outcome in self._processes.gather(job.outcome.result()):
+        for outcome in outcomes:
             if isinstance(outcome, str):
                 failure = failure or outcome
             else:
@@ -237,6 +245,15 @@ class Saver:
         """Bytes that this process may copy now."""
         of_node = free_host_bytes() // 2 if self._copy_bytes is None else self._copy_bytes
         return of_node // self._neighbours
+
+
+def _one_thread(device: torch.device) -> ThreadPoolExecutor:
+    name = "saving"
+    if device.type != "cuda":
+        return ThreadPoolExecutor(1, name)
+    # A new thread's device is the first, where its streams would leave a context of half a GiB for
+    # every process of the node.
+    return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
 
 
 def _side_stream(device: torch.device) -> AbstractContextManager[Any]:

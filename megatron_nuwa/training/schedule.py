@@ -23,6 +23,12 @@ class ScheduleSettings(Settings):
         """Steps of linear growth, at least the given share of all steps."""
         return math.ceil(self.steps * self.warmup_fraction)
 
+    def in_words(self, step: int) -> str:
+        """The steps, and where warm-up ends for a run that has taken `step` of them."""
+        warmup = self.warmup_steps
+        ends = f"; warm-up ends after step {warmup}" if step < warmup else ""
+        return f"{self.steps} steps in all{ends}"
+
 
 def learning_rate(step: int, peak: float, schedule: ScheduleSettings) -> float:
     """Rate of the update after `step` earlier ones; reaches `peak` when warm-up ends."""

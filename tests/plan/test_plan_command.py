@@ -30,7 +30,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path) -> None:
         )
     )
     options = ("--gpus", "8", "--device", "a100-40gb", "--deepspeed_config", layout)
-    done = plan(RECIPE, *options, "--json", output, "schedule.steps=1000")
+    done = plan(RECIPE, *options, "--json", output, "schedule.steps=1000000")
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("869.5", "63.2", "15.7", "t2v", "Pipeline stages", "pp4_tp1_dp2_zero1_bf16"):
         assert words in done.stdout
@@ -43,6 +43,7 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path) -> None:
         "gpus_per_node",
         "device_memory",
         "schedule_steps",
+        "warmup_steps",
         "parameters",
         "tasks",
         "tokens_per_step",
@@ -51,8 +52,11 @@ def test_the_command_prints_tables_and_writes_json(tmp_path: Path) -> None:
     }
     chosen = report["chosen"]
     assert chosen["layout"] == "pp4_tp1_dp2_zero1_bf16"
-    assert report["schedule_steps"] == 1000
-    assert chosen["gpu_hours"] == pytest.approx(1000 * chosen["timing"]["step"] * 8 / 3600)
+    assert (report["schedule_steps"], report["warmup_steps"]) == (1_000_000, 50_000)
+    assert chosen["gpu_hours"] == pytest.approx(1e6 * chosen["timing"]["step"] * 8 / 3600)
+    warm_up = chosen["timing"]["step"] * 50_000 / 86_400
+    assert warm_up > 0.1
+    assert f"ends after 50,000 steps, {warm_up:.1f} days" in done.stdout
     parts = {part: size for part, size in chosen["memory"].items() if part not in ("total", "host")}
     assert sum(parts.values()) == chosen["memory"]["total"]
     assert all(set(candidate) == set(chosen) for candidate in report["candidates"])

@@ -24,6 +24,7 @@ from megatron_nuwa.models.flops import training_flops
 from megatron_nuwa.training.engine import Loss
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.own_time import ratios_to_peers
+from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.processes import Processes, join_processes
 from megatron_nuwa.training.recipe import load_recipe
 
@@ -102,6 +103,29 @@ def test_means_and_stragglers_are_right_on_every_process_of_a_pipeline(
         assert phrase.endswith("× the median over 1 steps")
         assert 1.4 < result["values"]["speed/step_seconds_spread"] < 1.8
         assert result["values"]["train/loss/t2i"] == 3.375
+
+
+def test_the_time_of_a_step_has_in_it_what_is_waited_for_when_it_ends(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the optimizer's update is only queued before; the processes' agreement waits."""
+    agree, waits = Processes.agree, [0.3, 0.5, 0.4]
+
+    def on_gpu(processes: Processes, values: Sequence[int]) -> list[int]:
+        # The one at the end of a step.
+        if len(values) == 3:
+            time.sleep(waits[0] if len(waits) == 1 else waits.pop(0))
+        return agree(processes, values)
+
+    monkeypatch.setattr(Processes, "agree", on_gpu)
+    run = tmp_path / "run"
+    overrides = ("evaluation=null", "training.stop_at_step=3", "training.log_every=2")
+    recipe = load_recipe(small_world.recipe, [f"run={run}", *overrides])
+    pretrain(recipe, recipe.training.deepspeed_config, lone_process())
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    two, last = (line["speed/step_seconds"] for line in lines if "speed/step_seconds" in line)
+    assert two > 0.4
+    assert last > 0.4
 
 
 def test_peers_are_those_of_the_same_stage() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from helpers import ROOT, SmallWorld, lone_process
 from torch import nn
 
+import megatron_nuwa.training.engine as engines
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.fused import AdamKind, fuse_norms, make_adam
+from megatron_nuwa.training.pretrain import pretrain
+from megatron_nuwa.training.recipe import load_recipe
 
 SETTINGS = {"lr": 0.1, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -83,3 +89,57 @@ def test_adam_and_adamw_are_torchs(kind: AdamKind) -> None:
     for decoupled, expected in ((False, torch.optim.Adam), (True, torch.optim.AdamW)):
         adam, _ = make_adam(kind, model().parameters(), decoupled=decoupled, **SETTINGS)
         assert type(adam) is expected
+
+
+class OnGpu(nn.Parameter):
+    """Says that it is on a GPU, which is what the choice looks at."""
+
+    is_cuda = True
+
+
+class DeepSpeedCPUAdam(torch.optim.Adam):
+    """Stands in for DeepSpeed's, which is compiled when it is made."""
+
+    def __init__(self, parameters: list, adamw_mode: bool, **settings: Any) -> None:
+        super().__init__(parameters, **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_gpu", "offloaded"),
+    [
+        ("auto", "apex FusedAdam", "torch Adam (fused)"),
+        ("torch", "torch Adam (fused)", "torch Adam (fused)"),
+        ("deepspeed", "DeepSpeed FusedAdam", "DeepSpeed DeepSpeedCPUAdam"),
+    ],
+)
+@pytest.mark.usefixtures("apex")
+def test_weights_that_deepspeed_offloads_get_an_adam_of_the_host(
+    monkeypatch: pytest.MonkeyPatch, kind: AdamKind, on_gpu: str, offloaded: str
+) -> None:
+    """Although the parameters are on a GPU while the choice is made."""
+    for stand_in in (FusedAdam, DeepSpeedCPUAdam):
+        monkeypatch.setattr(f"deepspeed.ops.adam.{stand_in.__name__}", stand_in)
+    for offload, expected in ((False, on_gpu), (True, offloaded)):
+        parameters = [OnGpu(torch.ones(3))]
+        _, taken = make_adam(kind, parameters, decoupled=False, offloaded=offload, **SETTINGS)
+        assert taken == expected
+
+
+@pytest.mark.usefixtures("apex")
+def test_apex_is_refused_for_a_layout_that_offloads(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = [f"run={tmp_path / 'run'}", "optimizer.implementation=apex", "evaluation=null"]
+    recipe = load_recipe(small_world.recipe, [*overrides, "training.stop_at_step=1"])
+    with pytest.raises(
+        UserError, match=r"^optimizer\.implementation is 'apex', .* 'auto' or 'deep"
+    ):
+        pretrain(recipe, ROOT / "ds_configs/zero2_offload_bf16.json", lone_process())
+
+    def noted(*arguments: Any, offloaded: bool, **settings: Any) -> Any:
+        assert not offloaded
+        raise UserError("noted")
+
+    monkeypatch.setattr(engines, "make_adam", noted)
+    with pytest.raises(UserError, match="noted"):
+        pretrain(recipe, ROOT / "ds_configs/zero2_bf16.json", lone_process())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,9 @@ from megatron_nuwa.training.checkpoint import MANIFEST_FILE, Checkpoints, read_m
 from megatron_nuwa.training.engine import WholeEngine
 from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.pretrain import pretrain
+from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.recipe import load_recipe
+from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.snapshot import Part
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -239,6 +242,24 @@ def test_a_run_that_continues_tells_every_step_once(tmp_path: Path) -> None:
         board = EventAccumulator(str(folder)).Reload()
         shown = [(event.step, event.value) for event in board.Scalars("x")]
         assert shown == [(scale * step, value) for step, value in told]
+
+
+def test_a_save_stays_on_the_gpu_of_its_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread's device is the first of the node until it says otherwise."""
+    chosen: list[tuple[int, torch.device]] = []
+
+    def choose(device: torch.device) -> None:
+        chosen.append((threading.get_ident(), device))
+
+    monkeypatch.setattr(torch.cuda, "set_device", choose)
+    for device in (torch.device("cpu"), torch.device("cuda", 3)):
+        processes = Processes(0, 1, 3, device)
+        saver = Saver(Checkpoints(tmp_path, keep=1), None, processes)  # type: ignore[arg-type]
+        thread = saver._thread.submit(threading.get_ident).result()
+        saver._thread.shutdown()
+    assert chosen == [(thread, torch.device("cuda", 3))]
 
 
 def evaluating(world: SmallWorld) -> tuple[str, str]:

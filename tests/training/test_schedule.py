@@ -25,3 +25,9 @@ def test_decays_end_at_the_final_fraction(decay: str, halfway: float) -> None:
     assert learning_rate(2000, 1.0, schedule) == pytest.approx(0.1)
     rates = [learning_rate(step, 1.0, schedule) for step in range(1000)]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_the_end_of_warm_up_is_told_while_it_lies_ahead() -> None:
+    schedule = ScheduleSettings(steps=1000, warmup_fraction=0.1)
+    assert schedule.in_words(99) == "1000 steps in all; warm-up ends after step 100"
+    assert schedule.in_words(100) == "1000 steps in all"

@@ -99,8 +99,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(256 * 1024);
   bool is_done;
   int warp_turns, block_turns;  // barriers passed
-  std::vector<std::vector<Copy>> groups;
-  std::vector<Copy> open_group;
+  std::vector<Copy> copies;  // that no barrier awaits yet
   Operands exchanged[2];
 };
 
@@ -196,7 +195,7 @@ inline void copy_async(uint32_t target, const void* source, int bytes, bool is_r
   require(target % bytes == 0 && target + bytes <= kSharedBytesLimit, "copy misses shared memory");
   require(!is_real || reinterpret_cast<uintptr_t>(source) % bytes == 0, "copy is misaligned");
   std::memset(memory + target, 0xff, bytes);
-  device.fibers[device.current].open_group.push_back(
+  device.fibers[device.current].copies.push_back(
       {target, static_cast<const char*>(source), bytes, is_real});
 }
 inline void copy_async_16(uint32_t target, const void* source, bool is_real) {
@@ -205,21 +204,11 @@ inline void copy_async_16(uint32_t target, const void* source, bool is_real) {
 inline void copy_async_8(uint32_t target, const void* source, bool is_real) {
   copy_async(target, source, 8, is_real);
 }
-inline void commit_copies() {
-  Fiber& fiber = device.fibers[device.current];
-  fiber.groups.push_back(std::move(fiber.open_group));
-  fiber.open_group.clear();
-}
 inline void finish(const std::vector<Copy>& copies) {
   for (const Copy& copy : copies) {
     if (copy.is_real) std::memcpy(memory + copy.target, copy.source, copy.bytes);
     else std::memset(memory + copy.target, 0, copy.bytes);
   }
-}
-inline void wait_for_copies() {
-  auto& groups = device.fibers[device.current].groups;
-  for (const std::vector<Copy>& group : groups) finish(group);
-  groups.clear();
 }
 
 // --- barriers in shared memory ------------------------------------------------------------------
@@ -247,8 +236,8 @@ inline void arrive(Barrier& barrier) {
 inline void arrive(uint32_t address) { arrive(barrier_at(address)); }
 inline void arrive_with_copies(uint32_t address) {
   Fiber& fiber = device.fibers[device.current];
-  barrier_at(address).awaited.push_back(std::move(fiber.open_group));
-  fiber.open_group.clear();
+  barrier_at(address).awaited.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
 }
 inline void wait_for_phase(uint32_t address, int parity) {
   for (;;) {
@@ -343,7 +332,7 @@ void run_kernel(Blocks blocks, unsigned threads, Kernel kernel) {
     for (Fiber& fiber : device.fibers) {
       fiber.is_done = false;
       fiber.warp_turns = fiber.block_turns = 0;
-      fiber.groups.clear();
+      fiber.copies.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
       fiber.context.uc_stack.ss_size = fiber.stack.size();

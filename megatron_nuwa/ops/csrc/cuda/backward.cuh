@@ -32,44 +32,49 @@ class Backward {
   };
 
   __device__ Backward(const Arguments& arguments, const TileRows& rows, const Place& place)
-      : arguments_(arguments), rows_(rows), place_(place) {}
-
-  // With the tile's rows in place.
-  __device__ __forceinline__ void start() {
+      : arguments_(arguments), rows_(rows), place_(place) {
     if constexpr (!mirrored) {
       const Problem& problem = arguments_.problem;
       // What a lane holds of a fragment: columns 2t, 2t + 1, 2t + 8, 2t + 9 of rows g and g + 8.
       const Rows output(arguments_.output, problem.row_tokens, 2 * size, problem, place_,
                         4 * (place_.lane % 4));
-      const float* log_sum =
-          place_.statistics(arguments_.log_sum, problem, problem.row_tokens);
-      int tokens[2];
-      const char* row[2];
-      float sums[2] = {};
+      const float* log_sum = place_.statistics(arguments_.log_sum, problem, problem.row_tokens);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        tokens[half] = rows_[place_.lane / 4 + 8 * half];
-        row[half] = output[max(tokens[half], 0)];
-        statistics_[half].x = log_sum[max(tokens[half], 0)] * kLog2E;
+        const int token = rows_[place_.lane / 4 + 8 * half];
+        const char* row = output[max(token, 0)];
+        statistics_[half].x = log_sum[max(token, 0)] * kLog2E;
+#pragma unroll
+        for (int step = 0; step < size / 16; ++step)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            outputs_[step][half + 2 * i] =
+                *reinterpret_cast<const uint32_t*>(row + 32 * step + 16 * i);
       }
+    }
+  }
+
+  // With the tile's rows in place.
+  __device__ __forceinline__ void start() {
+    if constexpr (!mirrored) {
+      float sums[2] = {};
 #pragma unroll
       for (int step = 0; step < size / 16; ++step) {
         uint32_t grad[4];
         tile[1].get(grad, step);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 theirs = unpack<T>(grad[i]);
-          const float2 ours = unpack<T>(
-              *reinterpret_cast<const uint32_t*>(row[i % 2] + 32 * step + 16 * (i / 2)));
+          const float2 theirs = unpack<T>(grad[i]), ours = unpack<T>(outputs_[step][i]);
           sums[i % 2] += theirs.x * ours.x + theirs.y * ours.y;
         }
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         statistics_[half].y = sum_of_row(sums[half]);
-        if (tokens[half] >= 0 && place_.lane % 4 == 0)
-          place_.statistics(arguments_.statistics, problem,
-                            problem.row_tokens)[tokens[half]] = statistics_[half];
+        const int token = rows_[place_.lane / 4 + 8 * half];
+        if (token >= 0 && place_.lane % 4 == 0)
+          place_.statistics(arguments_.statistics, arguments_.problem,
+                            arguments_.problem.row_tokens)[token] = statistics_[half];
       }
     }
   }
@@ -153,6 +158,7 @@ class Backward {
   const TileRows rows_;
   const Place& place_;
   float2 statistics_[2];
+  uint32_t outputs_[size / 16][4];  // of the forward pass, as fragments; read by start() alone
   float sums_[kOutputs][size / 8][4] = {};
 };
 

@@ -35,15 +35,6 @@ __device__ __forceinline__ void copy_async_8(uint32_t target, const void* source
                : "memory");
 }
 
-__device__ __forceinline__ void commit_copies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// Wait until all committed groups of this thread have come.
-__device__ __forceinline__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group 0;" ::: "memory");
-}
-
 // Barriers in shared memory, of 8 bytes each, whose phases end after `arrivals` arrivals.
 __device__ __forceinline__ void start_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");

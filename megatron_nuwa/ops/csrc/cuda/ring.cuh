@@ -40,6 +40,9 @@ struct Memory {
   __device__ static __forceinline__ int done(int stage) {
     return kBarriers + 8 * (kStages + stage);
   }
+  // The barrier of all tiles: they have come.
+  static constexpr int kTilesCame = kBarriers + 16 * kStages;
+  static_assert(kTilesCame + 8 <= kTiles);
 };
 
 // The stage of a step, and whether the ring has been round an odd number of times before it.
@@ -90,21 +93,25 @@ class Ring {
                     S::kGatherers * (is_masked() ? 33 : 32));
       start_barrier(memory_ + M::done(threadIdx.x), S::kWarps);
     }
+    if (threadIdx.x == M::kStages) start_barrier(memory_ + M::kTilesCame, 32 * S::kWarps);
+  }
+
+  // Ask for the numbers of the first chunks' columns.
+  __device__ __forceinline__ void fetch_first() {
+#pragma unroll
+    for (int chunk = 0; chunk < kTogether; ++chunk)
+      if (chunk < chunks) fetch(first_columns_[chunk]);
   }
 
   // Start copying the first chunks; all threads' barriers must have started.
   __device__ __forceinline__ void gather_first() {
-    // As many chunks' numbers are on their way at once as there are registers for.
-    constexpr int kTogether = S::kIsApart ? 1 : S::kAhead;
+#pragma unroll
+    for (int chunk = 0; chunk < kTogether; ++chunk)
+      if (chunk < chunks) copy(first_columns_[chunk], chunk);
 #pragma unroll 1
-    for (int first = 0; first < S::kAhead; first += kTogether) {
-      int columns[kTogether][S::kPasses];
-#pragma unroll
-      for (int chunk = 0; chunk < kTogether; ++chunk)
-        if (first + chunk < chunks) fetch(columns[chunk]);
-#pragma unroll
-      for (int chunk = 0; chunk < kTogether; ++chunk)
-        if (first + chunk < chunks) copy(columns[chunk], first + chunk);
+    for (int chunk = kTogether; chunk < min(S::kAhead, chunks); ++chunk) {
+      fetch(first_columns_[0]);
+      copy(first_columns_[0], chunk);
     }
     if (S::kAhead < chunks) fetch(next_);
   }
@@ -217,6 +224,8 @@ class Ring {
   }
   __device__ static __forceinline__ int segment() { return thread() % S::kSegments; }
 
+  // First chunks whose numbers are on their way at once, as many as there are registers for.
+  static constexpr int kTogether = S::kIsApart ? 1 : S::kAhead;
   // Columns' numbers that are read at once, where those of a thread lie side by side.
   static constexpr int kAtOnce = S::kStep == 1 ? 4 : 1;
 
@@ -229,7 +238,7 @@ class Ring {
   const uint32_t target_;
   const float2* statistics_;
   uint32_t next_column_;
-  int next_[S::kPasses];
+  int next_[S::kPasses], first_columns_[kTogether][S::kPasses];
 };
 
 }  // namespace megatron_nuwa

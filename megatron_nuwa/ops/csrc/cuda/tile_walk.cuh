@@ -128,16 +128,22 @@ __device__ __forceinline__ void compute(const typename Pass::Arguments& argument
   const int tile = place.block * S::kWarps + place.warp;
   const TileRows rows{tables.rows, static_cast<uint32_t>(tile * kTileRows)};
   const TileTokens<Pass::kSize> tokens(rows, place.lane);
+  if constexpr (!S::kIsApart) ring.fetch_first();
   __syncthreads();  // the barriers have started
 #pragma unroll
   for (int i = 0; i < Pass::kRowTensors; ++i)
     copy_tile(shared_address(memory + Memory<Pass>::tile(i, place.warp)), arguments.rows[i], tokens,
               problem, place);
-  commit_copies();
+  const uint32_t base = shared_address(memory);
+  arrive_with_copies(base + Memory<Pass>::kTilesCame);
   if constexpr (!S::kIsApart) ring.gather_first();
+  // What is needed next is asked for before the tiles are waited for. Indices, not pointers, which
+  // would take two registers each.
+  uint32_t ready = tables.block_chunks[place.block] * S::kWarps + place.warp;
+  uint32_t group = tables.group_starts[tile];
+  uint32_t next = tables.entries[group * kGroup + place.lane], next_end = tables.group_ends[ready];
   Pass pass(arguments, rows, place);
-  wait_for_copies();
-  __syncwarp();
+  wait_for_phase(base + Memory<Pass>::kTilesCame, 0);
 #pragma unroll
   for (int i = 0; i < Pass::kRowTensors; ++i)
     pass.tile[i].load(shared_address(memory + Memory<Pass>::tile(i, place.warp)),
@@ -145,11 +151,6 @@ __device__ __forceinline__ void compute(const typename Pass::Arguments& argument
   pass.start();
   __syncthreads();  // the tiles' place is free
 
-  // Indices, not pointers, which would take two registers each.
-  const uint32_t base = shared_address(memory);
-  uint32_t ready = tables.block_chunks[place.block] * S::kWarps + place.warp;
-  uint32_t group = tables.group_starts[tile];
-  uint32_t next = tables.entries[group * kGroup + place.lane], next_end = tables.group_ends[ready];
   Turn<S::kStages> turn;
   for (int left = ring.chunks; left > 0; --left, turn.advance()) {
     if constexpr (!S::kIsApart)
@@ -179,10 +180,11 @@ __global__ void __launch_bounds__(Shape<Pass>::kThreads, Shape<Pass>::kLayout.bl
   using S = Shape<Pass>;
   const Place place;
   Ring<Pass> ring(arguments, tables, place, memory);
-  if (place.warp < S::kWarps) {
+  if (!S::kIsApart || place.warp < S::kWarps) {
     compute<Pass>(arguments, tables, place, ring, memory);
   } else {
     // The barriers of compute(), where a block's warps meet.
+    ring.fetch_first();
     __syncthreads();
     ring.gather_first();
     __syncthreads();

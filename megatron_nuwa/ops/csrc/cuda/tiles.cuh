@@ -52,7 +52,7 @@ struct Layout {
 // layout_of() of warp_tables.py. benchmarks.kernel_layouts compiles others for head size 64 on large
 // devices, to see which one is the fastest.
 constexpr Layout layout_of(Sums sums, int size, bool is_large) {
-  const bool is_tuned = size == 64 && is_large;
+  [[maybe_unused]] const bool is_tuned = size == 64 && is_large;
 #ifdef MEGATRON_NUWA_OUTPUTS
   if (is_tuned && sums == Sums::kOutputs) return {MEGATRON_NUWA_OUTPUTS};
 #endif
