@@ -56,7 +56,7 @@ class RollCall:
             self._in_order = False
         self._over.set()
         if self._world_size > 1:
-            self._speaker.join(_TURN_SECONDS)
+            self._speaker.join(2 * _FAREWELL_SECONDS)
 
     @property
     def gone(self) -> str | None:

@@ -39,3 +39,10 @@ def test_a_process_ends_with_its_code_though_threads_are_left(
     assert done.stdout == "beforeexit handlers ran\n"
     assert done.stderr.endswith(told)
     assert ("Traceback" in done.stderr) == (code == 1)
+
+
+def test_a_stop_signal_at_the_very_end_changes_no_exit_code() -> None:
+    """A launcher would take the process for one that was killed."""
+    late = "import os, signal; atexit.register(os.kill, os.getpid(), signal.SIGTERM)"
+    done = run_command_line(sys.executable, "-c", PROGRAM.format(ending=late), timeout=60)
+    assert (done.returncode, done.stdout) == (0, "beforeexit handlers ran\n")
