@@ -157,14 +157,14 @@ class Corpus:
         """
         group, row = self._locate(index)
         if self._lines[0] != group:
-            self._lines = (group, self._read_lines(group).splitlines())
+            self._lines = (group, self._split_lines(group))
         line: dict[str, Any] = json.loads(self._lines[1][row])
         return line
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """The metadata of all items, in order: what `item` returns of each."""
         for group in self._group_numbers():
-            yield from map(json.loads, self._read_lines(group).splitlines())
+            yield from map(json.loads, self._split_lines(group))
 
     def groups(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Group by group: visual tokens (items, h·w·s) and text tokens (captions, 77), uint16."""
@@ -287,12 +287,21 @@ class Corpus:
         found = _FIRST_CAPTION.findall(self._read_lines(group))
         bounds = np.array([*map(int, found), captions], np.int64)
         if len(found) != items or bounds[0] != 0 or (np.diff(bounds) < 1).any():
-            name = self._shards.name(self._of(group, Column.SHARD))
-            place = self._of(group, Column.LINES)
-            raise UserError(
-                f"{self.address}/{name}.tar: its {ITEMS} at byte {place} does not match the sidecar"
-            )
+            raise self._mismatch(group)
         return bounds
+
+    def _split_lines(self, group: int) -> list[bytes]:
+        lines = self._read_lines(group).splitlines()
+        if len(lines) != self._of(group, Column.ITEMS):
+            raise self._mismatch(group)
+        return lines
+
+    def _mismatch(self, group: int) -> UserError:
+        name = self._shards.name(self._of(group, Column.SHARD))
+        place = self._of(group, Column.LINES)
+        return UserError(
+            f"{self.address}/{name}.tar: its {ITEMS} at byte {place} does not match the sidecar"
+        )
 
     def _read_lines(self, group: int) -> bytes:
         entry = self._shards[self._of(group, Column.SHARD)]

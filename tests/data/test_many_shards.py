@@ -27,6 +27,8 @@ from megatron_nuwa.data.shards import (
     Sidecar,
     is_intact,
     parse_manifest,
+    read_manifest,
+    read_sidecar,
     settings_text,
     shard_name,
     write_settings,
@@ -182,6 +184,28 @@ def test_damage_that_opening_did_not_see_is_named_when_its_shard_is_read(
             corpus.visual(8 * ITEMS)
     finally:
         (folder / "away").rename(tar)
+
+
+def test_lines_that_are_not_as_many_as_the_items_are_named(folder: Path, tmp_path: Path) -> None:
+    manifest, sidecars = read_manifest(folder), tmp_path / "corpus"
+    sidecars.mkdir()
+    sidecar = read_sidecar(folder / "shard-000001.json")
+    group = sidecar.groups[0]
+    lines = group.members["items.jsonl"]
+    short = {**group.members, "items.jsonl": lines.model_copy(update={"size": lines.size // 3})}
+    groups = (group.model_copy(update={"members": short}), *sidecar.groups[1:])
+    sidecar = sidecar.model_copy(update={"groups": groups})
+    write_settings(sidecars / "shard-000001.json", sidecar)
+    os.link(folder / "shard-000001.tar", sidecars / "shard-000001.tar")
+    counts = Counts(items=ITEMS, captions=4, failed=0)
+    update = {"shards": (sidecar.entry(),), "counts": counts}
+    write_settings(sidecars / "corpus.json", manifest.model_copy(update=update))
+    corpus = Corpus(sidecars)
+    for read in (lambda: list(corpus.lines()), lambda: corpus.item(1)):
+        with pytest.raises(
+            UserError, match=r"shard-000001\.tar: its items\.jsonl at byte \d+ does"
+        ):
+            read()
 
 
 def entry(number: int, sealed: bool) -> ShardEntry:
