@@ -13,8 +13,8 @@ import numpy as np
 
 from preprocessing.assembly import ShardAssembly
 from preprocessing.attempts import Attempts
-from preprocessing.communicator import Claims, Communicator, MessageKind
-from preprocessing.decode_worker import Decoded, DecodeThreads, Task
+from preprocessing.communicator import Claims
+from preprocessing.decode_worker import Decoded, Task
 from preprocessing.encoder import EncodedBatch, Encoders
 from preprocessing.figures import Figures
 from preprocessing.health import MOST_FAILURES, Health
@@ -39,67 +39,6 @@ class Decoder(Protocol):
 
     def collect(self) -> Decoded | None:
         """A result that is ready, or None."""
-
-
-class RemoteDecoder:
-    """Another rank's decode threads."""
-
-    def __init__(self, communicator: Communicator, rank: int) -> None:
-        self._communicator = communicator
-        self._rank = rank
-        self.results: deque[Decoded] = deque()
-
-    def submit(self, task: Task) -> None:
-        self._communicator.send(self._rank, MessageKind.TASK, task)
-
-    def collect(self) -> Decoded | None:
-        return self.results.popleft() if self.results else None
-
-    def dismiss(self) -> None:
-        """Tell the rank that there is no more work."""
-        self._communicator.send(self._rank, MessageKind.TASK, None)
-
-
-class RemoteDecoders:
-    """The decode ranks of one encode rank: results are sorted by their sender."""
-
-    def __init__(self, communicator: Communicator, ranks: Sequence[int]) -> None:
-        self._communicator = communicator
-        self.decoders = {rank: RemoteDecoder(communicator, rank) for rank in ranks}
-
-    def receive(self) -> None:
-        """Take in what the ranks have sent."""
-        while message := self._communicator.receive(MessageKind.RESULT):
-            rank, decoded = message
-            self.decoders[rank].results.append(decoded)
-
-    def dismiss(self) -> None:
-        """Tell all ranks that there is no more work."""
-        for decoder in self.decoders.values():
-            decoder.dismiss()
-
-
-def serve_encode_rank(communicator: Communicator, encode_rank: int, threads: DecodeThreads) -> None:
-    """A decode rank's work: decode what the encode rank sends until it dismisses this rank."""
-    under_work, dismissed = 0, False
-    while under_work or not dismissed:
-        moved = False
-        if message := communicator.receive(MessageKind.TASK):
-            moved = True
-            task = message[1]
-            if task is None:
-                dismissed = True
-            else:
-                threads.submit(task)
-                under_work += 1
-        while decoded := threads.collect():
-            moved = True
-            under_work -= 1
-            communicator.send(encode_rank, MessageKind.RESULT, decoded)
-        if communicator.is_asked_to_stop():
-            return
-        if not moved:
-            time.sleep(IDLE_SECONDS)
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,7 @@ from preprocessing.communicator import (
 )
 from preprocessing.decode_worker import DecodeThreads, ItemDecoder
 from preprocessing.duplicates import take_out_duplicates
-from preprocessing.encode_loop import (
-    EncodeLoop,
-    RemoteDecoders,
-    Work,
-    serve_encode_rank,
-)
+from preprocessing.encode_loop import EncodeLoop, Work
 from preprocessing.encoder import Encoders, FrameEncoder
 from preprocessing.figures import Figures
 from preprocessing.isolation import Demands
@@ -46,6 +41,7 @@ from preprocessing.options import (
     settle,
 )
 from preprocessing.plan import Plan
+from preprocessing.remote_decoders import RemoteDecoders, serve_encode_rank
 from preprocessing.report import write_report
 from preprocessing.sources import Source, read_source
 from preprocessing.state import FarmFolder, writing
@@ -106,11 +102,11 @@ class _Farm:
             None if self._sketch_vqgan is None else self._encoder_of(self._sketch_vqgan),
         )
         if self._group.decode_ranks:
-            remote = RemoteDecoders(ranks, self._group.decode_ranks)
-            decoders = list(remote.decoders.values())
-            self.loop = EncodeLoop(work, self.encoders, decoders, claims, remote.receive)
-            self._encode(self.loop, watch)
-            remote.dismiss()
+            with RemoteDecoders(ranks, self._group.decode_ranks) as remote:
+                decoders = list(remote.decoders.values())
+                self.loop = EncodeLoop(work, self.encoders, decoders, claims, remote.receive)
+                self._encode(self.loop, watch)
+                remote.dismiss()
         else:
             with self._threads() as threads:
                 self.loop = EncodeLoop(work, self.encoders, [threads], claims, lambda: None)
