@@ -23,8 +23,11 @@ from preprocessing.plan import Plan
 from preprocessing.sources import SourceItem
 from preprocessing.sources.locations import Location
 
-# Complete batches and batches in the making that may wait for the encoder.
+# The queue: batches that are complete, in the making or on the GPU, and items that decode threads
+# are at or have next. Items take unequal times, and a slow one keeps its batch from the encoder.
 QUEUE_BATCHES = 4
+QUEUE_ITEMS_A_THREAD = 4
+QUEUE_BYTES = 2**30
 # While the GPU is at one batch, the next is on its way there.
 BATCHES_AT_ONCE = 2
 IDLE_SECONDS = 0.002
@@ -76,6 +79,17 @@ class _UnderWork:
     began: float
 
 
+def queue_capacity(settings: CorpusSettings, decode_threads: int) -> int:
+    """How many items may be given out and not yet encoded: a few a decode thread, within a GiB."""
+    frame_bytes = 3 * settings.decode.image_size**2
+    if settings.sketch is not None:
+        frame_bytes += settings.sketch.image_size**2
+    batches = QUEUE_BATCHES * settings.items_per_batch
+    asked = batches + QUEUE_ITEMS_A_THREAD * decode_threads
+    # Four batches keep the encoder at work, however large they are.
+    return max(batches, min(asked, QUEUE_BYTES // (settings.decode.frames * frame_bytes)))
+
+
 class EncodeLoop:
     """Claims shards, keeps the decoders busy and encodes; memory is bounded by the queue.
 
@@ -90,7 +104,9 @@ class EncodeLoop:
         decoders: Sequence[Decoder],
         claims: Claims,
         receive: Callable[[], None],
+        decode_threads: int,
     ) -> None:
+        """`decode_threads` is how many threads the decoders have together."""
         self._work = work
         self._encoders = encoders
         self._decoders = decoders
@@ -105,7 +121,7 @@ class EncodeLoop:
         self._encoding: deque[_UnderWork] = deque()
         self._held = 0
         self._last_finish = 0.0
-        self.capacity = QUEUE_BATCHES * work.settings.items_per_batch
+        self.capacity = queue_capacity(work.settings, decode_threads)
         self.figures = Figures()
         self.samples: list[Sample] = []
 

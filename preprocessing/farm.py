@@ -7,7 +7,7 @@ their items decoded; an encode rank without decode ranks decodes in threads of i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from preprocessing.communicator import (
 )
 from preprocessing.decode_worker import DecodeThreads, ItemDecoder
 from preprocessing.duplicates import take_out_duplicates
-from preprocessing.encode_loop import EncodeLoop, Work
+from preprocessing.encode_loop import Decoder, EncodeLoop, Work
 from preprocessing.encoder import Encoders, FrameEncoder
 from preprocessing.figures import Figures
 from preprocessing.isolation import Demands
@@ -94,23 +94,17 @@ class _Farm:
         """This rank's part of the work."""
         ranks, rank = self._communicator, self._communicator.rank
         if rank != self._group.encode_rank:
-            with self._threads() as threads:
-                serve_encode_rank(ranks, self._group.encode_rank, threads)
+            with self._threads() as own:
+                serve_encode_rank(ranks, self._group.encode_rank, own)
             return
         self.encoders = Encoders(
             self._encoder_of(self._vqgan),
             None if self._sketch_vqgan is None else self._encoder_of(self._sketch_vqgan),
         )
-        if self._group.decode_ranks:
-            with RemoteDecoders(ranks, self._group.decode_ranks) as remote:
-                decoders = list(remote.decoders.values())
-                self.loop = EncodeLoop(work, self.encoders, decoders, claims, remote.receive)
-                self._encode(self.loop, watch)
-                remote.dismiss()
-        else:
-            with self._threads() as threads:
-                self.loop = EncodeLoop(work, self.encoders, [threads], claims, lambda: None)
-                self._encode(self.loop, watch)
+        with self._decoders() as (decoders, receive):
+            threads = len(decoders) * self._options.decode_threads
+            self.loop = EncodeLoop(work, self.encoders, decoders, claims, receive, threads)
+            self._encode(self.loop, watch)
         if watch is None:
             ranks.send(0, MessageKind.REPORT, (self.loop.take_figures(), True))
         else:
@@ -154,6 +148,17 @@ class _Farm:
             figures, ended = message[1]
             watch.add(figures)
             self._ended += ended
+
+    @contextmanager
+    def _decoders(self) -> Iterator[tuple[Sequence[Decoder], Callable[[], None]]]:
+        """What an encode rank has its items decoded by, and what takes in the results."""
+        if not self._group.decode_ranks:
+            with self._threads() as threads:
+                yield [threads], lambda: None
+            return
+        with RemoteDecoders(self._communicator, self._group.decode_ranks) as remote:
+            yield list(remote.decoders.values()), remote.receive
+            remote.dismiss()
 
     @contextmanager
     def _threads(self) -> Iterator[DecodeThreads]:

@@ -149,7 +149,7 @@ def test_slow_item_blocks_nothing_but_its_batch(
 ) -> None:
     work, encoder = loop_parts
     decoder = SlowFirstDecoder(40)
-    loop = EncodeLoop(work, Encoders(encoder), [decoder], LoneClaims(), lambda: None)
+    loop = EncodeLoop(work, Encoders(encoder), [decoder], LoneClaims(), lambda: None, 1)
     end = time.monotonic() + 30
     for _ in loop.run():
         assert time.monotonic() < end
