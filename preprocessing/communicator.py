@@ -52,6 +52,8 @@ class Communicator(ABC):
 
     rank: int
     size: int
+    # The lowest rank on this rank's machine.
+    machine: int
     # Whether a thread may receive while another sends; MPI libraries can be built without it.
     receives_in_threads: bool
 
@@ -111,6 +113,7 @@ class LoneCommunicator(Communicator):
 
     rank = 0
     size = 1
+    machine = 0
     receives_in_threads = False
 
     def broadcast(self, value: T) -> T:
@@ -155,9 +158,12 @@ class MpiCommunicator(Communicator):
         self._mpi = MPI
         # Arrays travel beside the pickles, not in them: no copy of a clip holds up other threads.
         self._world = pkl5.Intracomm(MPI.COMM_WORLD)
-        self.receives_in_threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self.rank = self._world.Get_rank()
         self.size = self._world.Get_size()
+        neighbours = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+        self.machine = neighbours.bcast(self.rank)
+        neighbours.Free()
+        self.receives_in_threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._sends: list[Any] = []
         # Two threads must not ask after the same message.
         self._sends_lock = threading.Lock()

@@ -14,7 +14,6 @@ from farm_runs import contents, run_farm
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import load_vqgan
-from preprocessing import farm
 from preprocessing.__main__ import main
 from preprocessing.attempts import Attempts
 from preprocessing.communicator import LoneClaims
@@ -33,25 +32,6 @@ def images(media: Path) -> Path:
         for n in range(1, 41)
     ]
     return write_manifest(media / "roles.jsonl", rows)
-
-
-@pytest.mark.parametrize(
-    ("rank", "size", "decode_ranks", "encode_rank", "ranks"),
-    [
-        (0, 1, 0, 0, range(1, 1)),
-        (2, 3, 0, 2, range(3, 3)),
-        (5, 8, 3, 4, range(5, 8)),
-        # A last group of one decodes for itself.
-        (4, 5, 3, 4, range(5, 5)),
-        (1, 2, 7, 0, range(1, 2)),
-    ],
-)
-def test_groups_are_neighbours(
-    rank: int, size: int, decode_ranks: int, encode_rank: int, ranks: range
-) -> None:
-    group = farm.Group.of(rank, size, decode_ranks)
-    assert group.encode_rank == encode_rank
-    assert list(group.decode_ranks) == list(ranks)
 
 
 @pytest.mark.parametrize(
