@@ -122,7 +122,7 @@ def decoders_at_work(
         # All sorts of clips; before: 0.53 and 0.26.
         (15, lambda chance: 0.15 * chance.lognormvariate(-0.5, 1), 0.9),
         (31, lambda chance: 0.15 * chance.lognormvariate(-0.5, 1), 0.8),
-        # One in a hundred is very slow, and its batch waits for it; before: 0.44.
+        # One in a hundred is very slow, and its batch waits for it; before: 0.43.
         (15, lambda chance: 10.0 if chance.random() < 0.01 else 0.15, 0.55),
     ],
     ids=["two sizes", "lognormal", "lognormal, 31 ranks", "one in a hundred takes 10 s"],
