@@ -6,8 +6,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
+import torch
 from farm_runs import MPIRUN, environment
 
 from preprocessing.communicator import LoneCommunicator
@@ -129,6 +131,17 @@ def test_roles_on_cpus(
 def test_lone_process_encodes() -> None:
     roles = agree_on_roles(LoneCommunicator(), ON_CPUS, 0)
     assert [group.encode_rank for group in roles.groups] == [0]
+
+
+def test_gpus_are_known_by_what_names_them_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"GPU-{number}")
+    )
+    on_gpus = EncoderSettings(device="cuda", precision="bfloat16", compiled=True)
+    roles = agree_on_roles(LoneCommunicator(), on_gpus, 0)
+    assert roles.gpus == {0: {"GPU-0", "GPU-1"}}
+    assert str(roles).startswith("1 encoder on 1 of 2 GPUs; idle: 1 GPU (start more ranks")
 
 
 RANKS = """
