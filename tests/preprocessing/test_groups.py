@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from farm_runs import MPIRUN, environment
+from farm_media import CAPTIONS, tokenize_command, write_manifest
+from farm_runs import MPIRUN, contents, environment
 
+from preprocessing.__main__ import main
 from preprocessing.communicator import LoneCommunicator
 from preprocessing.encoder import EncoderSettings
 from preprocessing.roles import Roles, agree_on_roles, candidates, share_out
@@ -144,26 +147,41 @@ def test_gpus_are_known_by_what_names_them_everywhere(monkeypatch: pytest.Monkey
     assert str(roles).startswith("1 encoder on 1 of 2 GPUs; idle: 1 GPU (start more ranks")
 
 
-RANKS = """
-from preprocessing.communicator import MpiCommunicator
-from preprocessing.encoder import EncoderSettings
-from preprocessing.roles import agree_on_roles
+# A farm whose ranks believe that a launcher has dealt them out to two machines in turn.
+CYCLIC_FARM = """
+import sys
+from preprocessing import communicator
+from preprocessing.__main__ import main
 
-ranks = MpiCommunicator()
-settings = EncoderSettings(device="cpu", precision="float32", compiled=False)
-print(agree_on_roles(ranks, settings, 3), flush=True)
+class OfTwoMachines(communicator.MpiCommunicator):
+    def __init__(self):
+        super().__init__()
+        assert self.machine == 0
+        self.machine = self.rank % 2
+
+communicator.MpiCommunicator = OfTwoMachines
+sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_ranks_under_mpi_know_that_they_share_a_machine() -> None:
-    command = [str(MPIRUN), "-n", "3", "--bind-to", "none", "--oversubscribe", sys.executable]
+def test_cyclic_placement_changes_no_byte(media: Path, tools: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": n, "media": f"image{n % 6}.png", "captions": CAPTIONS} for n in range(12)
+    ]
+    manifest = write_manifest(media / "cyclic.jsonl", rows)
+    lone = tokenize_command(manifest, tmp_path / "lone", tools, "--items-per-shard", "3")
+    assert main(lone) == 0
+    command = [str(MPIRUN), "-n", "4", "--bind-to", "none", "--oversubscribe"]
+    command += [sys.executable, "-c", CYCLIC_FARM]
+    command += tokenize_command(manifest, tmp_path / "cyclic", tools, "--items-per-shard", "3")
     done = subprocess.run(
-        [*command, "-c", RANKS],
+        [*command, "--decode-ranks-per-encoder", "1"],
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["1 encoder and 2 decode ranks"] * 3
+    assert "tokenize: 2 machines with 1 encoder and 1 decode rank\n" in done.stdout
+    assert contents(tmp_path / "cyclic") == contents(tmp_path / "lone")

@@ -48,6 +48,9 @@ def test_corpus_is_the_same_with_decode_ranks_and_threads(
     command = tokenize_command(images, tmp_path / "roles", tools, "--items-per-shard", "16", *roles)
     done = run_farm(ranks, command)
     assert done.returncode == 0, done.stderr
+    # MPI knows that all ranks share this machine.
+    encoders = -(-ranks // (decode_ranks + 1))
+    assert f"tokenize: {encoders} encoder" in done.stdout
     assert contents(tmp_path / "roles") == expected
 
 
