@@ -132,8 +132,10 @@ ranks.gather_everywhere(0)
 """
 
 
-def run_ranks(what: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [str(MPIRUN), "-n", "2", "--bind-to", "none", "--oversubscribe", *options]
+def run_ranks(what: str) -> subprocess.CompletedProcess[str]:
+    command = [str(MPIRUN), "-n", "2", "--bind-to", "none", "--oversubscribe"]
+    # The hardest way across, and that of many containers: in pieces, which both sides move.
+    command += ["--mca", "smsc", "^cma,xpmem"]
     return subprocess.run(
         [*command, sys.executable, "-c", RANKS, what],
         env=environment(),
@@ -144,14 +146,13 @@ def run_ranks(what: str, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("single_copy", ["", "^cma,xpmem"])
-def test_clips_arrive_whole_and_cost_the_main_thread_nothing(single_copy: str) -> None:
-    done = run_ranks("live", *(["--mca", "smsc", single_copy] if single_copy else []))
+def test_clips_arrive_whole_and_cost_the_main_thread_nothing() -> None:
+    done = run_ranks("live")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "main thread:" in done.stdout
 
 
 def test_rank_that_dies_with_a_clip_on_its_way_ends_the_job() -> None:
-    done = run_ranks("die", "--mca", "smsc", "^cma,xpmem")
+    done = run_ranks("die")
     assert done.returncode != 0
     assert "main thread:" not in done.stdout
