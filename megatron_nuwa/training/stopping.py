@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
+from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
 
 # What schedulers and launchers send before they kill; Slurm's --signal may be the second.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_WORKERS_GRACE_SECONDS = 20.0
 
 
 class StopRequested(Exception):  # noqa: N818
@@ -55,19 +56,22 @@ class StopSignals:
 
 
 def outlive_stop_signals(_worker: int) -> None:
-    """Have a loader's worker process go on for a while after a stop signal.
+    """Have a loader's worker process ignore stop signals, and end when its parent does.
 
     Launchers and schedulers send one to every process, but a run that lost its workers could not
-    go on to the next save.
+    go on to the next save, however long that takes. Processes that a worker starts ignore them too.
     """
-
-    def end_later(number: int, frame: FrameType | None) -> None:
-        timer = threading.Timer(_WORKERS_GRACE_SECONDS, os._exit, (1,))
-        timer.daemon = True
-        timer.start()
-
     for number in STOP_SIGNALS:
-        signal.signal(number, end_later)
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # PyTorch's workers look for their parent, too, but only between two batches.
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(0)
 
 
 def raise_if_stopped(number: int) -> None:

@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -19,11 +18,10 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import try_to_write, write_text_atomically
 from megatron_nuwa.training.checkpoint import Checkpoints, step_of
 from megatron_nuwa.training.faults import FAULTS_FOLDER, cause, clear_faults, read_faults
-from megatron_nuwa.training.nodes import on_nodes_left, why_not_with
-from megatron_nuwa.training.recipe import Recipe, load_recipe
+from megatron_nuwa.training.nodes import on_nodes_left
 from megatron_nuwa.training.stopping import StopSignals
+from megatron_nuwa.training.supervised import run_of, training_processes
 
-_SCRIPT, _LAYOUT = "pretrain.py", "--deepspeed_config"
 _MISTAKE = 2
 _LOOK_SECONDS = 0.2
 # A launcher that has started no process here by then has them all on other nodes.
@@ -39,7 +37,7 @@ class Supervisor:
 
     A restart needs a checkpoint that the start before has added, but for the first; a mistake of
     the user is not tried again. Stop signals are handed to the run's processes. Commands that do
-    not pretrain run once. `unfinished` is the exit code for a run that ended in order before its
+    train nothing run once. `unfinished` is the exit code for a run that ended in order before its
     last step, so that whoever started it can queue it again (default: 0).
     """
 
@@ -56,8 +54,8 @@ class Supervisor:
         self._stop = stop
         self._restarts, self._pause_seconds = restarts, pause_seconds
         self._unfinished = unfinished
-        self._recipe = recipe_of(command)
-        self._run = None if self._recipe is None else self._recipe.run
+        self._supervised = run_of(command)
+        self._run = None if self._supervised is None else self._supervised.folder
 
     def supervise(self) -> int:
         """Run to the end; returns the exit code of the last start, 128 + N for a signal N."""
@@ -126,7 +124,7 @@ class Supervisor:
     def _hand_on(self, child: subprocess.Popen[bytes], to_launcher: bool) -> bool:
         """Hand the stop signal to the run's processes; False while none would survive it."""
         number = self._stop.received
-        ready = [process for process in _training_processes(child.pid) if takes(process, number)]
+        ready = [process for process in training_processes(child.pid) if takes(process, number)]
         # One process is enough: they agree. Launchers, however, would die of the signal.
         for process in ready:
             with suppress(psutil.Error):
@@ -148,13 +146,12 @@ class Supervisor:
 
     def _in_order(self) -> int:
         """The exit code of a run that ended in order: whether it reached its last step counts."""
-        if self._unfinished == 0 or self._recipe is None or self._run is None:
+        if self._unfinished == 0 or self._supervised is None or self._run is None:
             return 0
         note = self._run / FAULTS_FOLDER / _STOPS_FILE
         folders = self._checkpoint_folders()
         newest = folders[-1].name if folders else None
-        schedule, stop_at = self._recipe.schedule.steps, self._recipe.training.stop_at_step
-        if folders and step_of(folders[-1]) >= min(schedule, stop_at or schedule):
+        if folders and step_of(folders[-1]) >= self._supervised.last_step:
             note.unlink(missing_ok=True)
             return 0
         stops = 1 + _stops_noted(note, newest)
@@ -170,37 +167,10 @@ class Supervisor:
         return self._unfinished
 
     def _on_nodes_left(self) -> list[str]:
-        assert self._recipe is not None
-        assert self._run is not None
-        layout_file = _layout_of(self._given) or self._recipe.training.deepspeed_config
+        assert self._supervised is not None
         # Of all nodes that were given: one that answers again is taken again.
-        return on_nodes_left(
-            self._given,
-            self._run / FAULTS_FOLDER / "hostfile",
-            why_not_with(self._recipe, layout_file),
-        )
-
-
-def recipe_of(command: Sequence[str]) -> Recipe | None:
-    """The recipe of a command that pretrains; None for others.
-
-    Raises `UserError` where it cannot be read.
-    """
-    place = next((n for n, word in enumerate(command) if Path(word).name == _SCRIPT), None)
-    if place is None:
-        return None
-    words = [
-        word
-        for before, word in pairwise(command[place:])
-        if not word.startswith("-") and before != _LAYOUT
-    ]
-    recipe = [word for word in words if "=" not in word]
-    if not recipe:
-        raise UserError(
-            f"{_SCRIPT} is given no recipe; example: {_SCRIPT} launch/recipes/demo.yaml"
-        )
-    overrides = [word for word in words if "=" in word]
-    return load_recipe(recipe[0], overrides)
+        hostfile = self._supervised.folder / FAULTS_FOLDER / "hostfile"
+        return on_nodes_left(self._given, hostfile, self._supervised.why_not)
 
 
 def takes(process: psutil.Process, number: int) -> bool:
@@ -212,15 +182,6 @@ def takes(process: psutil.Process, number: int) -> bool:
         return bool(process.is_running()) and not Path("/proc/self").exists()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:"))
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-
-def _layout_of(command: Sequence[str]) -> Path | None:
-    for before, word in pairwise([*command, ""]):
-        if before == _LAYOUT:
-            return Path(word)
-        if before.startswith(f"{_LAYOUT}="):
-            return Path(before.split("=", maxsplit=1)[1])
-    return None
 
 
 def _stops_noted(note: Path, newest: str | None) -> int:
@@ -242,21 +203,3 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
     given = inherited.get(name, "")
     extra = "" if "ServerAlive" in given else _KEEP_ALIVE
     return {**inherited, name: f"{given} {extra}".strip()}
-
-
-def _training_processes(launcher: int) -> list[psutil.Process]:
-    """The run's processes on this node, as far as the launcher started them."""
-    found = []
-    try:
-        children = psutil.Process(launcher).children(recursive=True)
-    except psutil.Error:
-        return []
-    for process in children:
-        try:
-            words = process.cmdline()
-        except psutil.Error:
-            continue
-        script = next((word for word in words[1:] if not word.startswith("-")), "")
-        if words and "python" in Path(words[0]).name and Path(script).name == _SCRIPT:
-            found.append(process)
-    return found

@@ -17,8 +17,8 @@ import torch
 from helpers import ROOT, SmallWorld, deepspeed_command
 from ranks import SCRIPT, Ranks
 
-from megatron_nuwa.training import supervision
 from megatron_nuwa.training.checkpoint import Checkpoints, read_manifest, step_of, tag_of
+from megatron_nuwa.training.supervised import training_processes
 
 PLAIN = ("evaluation=null", "training.log_every=1", "training.checkpoint_every=1")
 
@@ -110,7 +110,7 @@ def test_a_supervised_run_goes_on_by_itself_after_a_kill(
         while not (run / "checkpoints/latest").exists():
             assert time.monotonic() < end, log.read_text()
             time.sleep(0.05)
-        killed = supervision._training_processes(process.pid)
+        killed = training_processes(process.pid)
         assert len(killed) == 2
         killed[1].kill()
         assert process.wait(300) == 0, log.read_text()

@@ -12,12 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers import ROOT, SmallWorld, run_command_line
+from vqgan_runs import write_recipe
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training import nodes, supervision
 from megatron_nuwa.training.recipe import load_recipe
 from megatron_nuwa.training.stopping import StopSignals
-from megatron_nuwa.training.supervision import Supervisor, environment, recipe_of
+from megatron_nuwa.training.supervised import run_of
+from megatron_nuwa.training.supervision import Supervisor, environment
 
 # Stands for a run: the codes of its starts, and a checkpoint before each that has a "+".
 FAKE = """
@@ -73,11 +75,15 @@ def test_a_run_is_started_again_while_that_helps(
         assert f"the run in {tmp_path / 'run'} ended with code {code}: " in errors
 
 
+@pytest.mark.parametrize("name", ["pretrain.py", "train_vqgan.py"])
 def test_a_stop_signal_reaches_the_run_which_is_not_started_again(
-    small_world: SmallWorld, tmp_path: Path
+    name: str, small_world: SmallWorld, tmp_path: Path
 ) -> None:
     """The launcher between them would die of it."""
-    script, launcher = tmp_path / "pretrain.py", tmp_path / "launcher.py"
+    script, launcher = tmp_path / name, tmp_path / "launcher.py"
+    run = [small_world.recipe, f"run={tmp_path / 'run'}"]
+    if name == "train_vqgan.py":
+        run = [write_recipe(tmp_path, tmp_path)]
     script.write_text(
         "import signal, sys, pathlib, time\n"
         "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(5))\n"
@@ -91,7 +97,7 @@ def test_a_stop_signal_reaches_the_run_which_is_not_started_again(
     process = subprocess.Popen(
         [
             *(sys.executable, "launch/supervise.py", sys.executable, launcher, script),
-            *(small_world.recipe, f"run={tmp_path / 'run'}"),
+            *run,
         ],
         cwd=ROOT,
         stderr=subprocess.PIPE,
@@ -125,20 +131,32 @@ def test_what_cannot_be_started_is_one_sentence(small_world: SmallWorld, tmp_pat
             Supervisor(words, StopSignals(), restarts=1, pause_seconds=0).supervise()
 
 
-def test_the_run_is_found_in_the_command(small_world: SmallWorld) -> None:
-    def run_of(command: list[str]) -> Path | None:
-        found = recipe_of(command)
-        return None if found is None else found.run
+def test_the_run_is_found_in_the_command(small_world: SmallWorld, tmp_path: Path) -> None:
+    def folder(command: list[str]) -> Path | None:
+        found = run_of(command)
+        return None if found is None else found.folder
 
     start = ["deepspeed", "--hostfile", "h", "launch/pretrain.py"]
     layout = ["--deepspeed_config", "ds_configs/zero1_bf16.json"]
     recipe = str(small_world.recipe)
-    assert run_of([*start, recipe]) == small_world.folder / "run"
-    assert run_of([*start, *layout, recipe, "run=runs/other"]) == Path("runs/other")
-    assert run_of([*start, recipe, "run=runs/other", *layout]) == Path("runs/other")
-    assert run_of(["deepspeed", "launch/preflight.py", recipe]) is None
+    assert folder([*start, recipe]) == small_world.folder / "run"
+    assert folder([*start, *layout, recipe, "run=runs/other"]) == Path("runs/other")
+    assert folder([*start, recipe, "run=runs/other", *layout]) == Path("runs/other")
+    assert folder(["deepspeed", "launch/preflight.py", recipe]) is None
     with pytest.raises(UserError, match="unknown key"):
-        run_of([*start, recipe, "nothing=1"])
+        folder([*start, recipe, "nothing=1"])
+
+    start = ["deepspeed", "--hostfile", "h", "launch/train_vqgan.py"]
+    recipe = str(write_recipe(tmp_path, tmp_path))
+    assert folder([*start, recipe]) == tmp_path / "run"
+    two = [*start, recipe, "sketch_vqgan={run: other, steps: 7, batch_size: 6, data: {train: [x]}}"]
+    assert folder(two) == tmp_path / "run"
+    assert folder([*two, "--section", "sketch_vqgan"]) == Path("other")
+    found = run_of([*two[:4], "--section=sketch_vqgan", *two[4:], "sketch_vqgan.steps=8"])
+    assert found is not None
+    assert (found.folder, found.last_step) == (Path("other"), 8)
+    assert [found.why_not(count) is None for count in (2, 3, 4, 6)] == [True, True, False, True]
+    assert folder([*start, recipe, "--section", "sketch_vqgan"]) is None
 
 
 def nodes_of_starts(
@@ -332,6 +350,28 @@ def test_a_run_before_its_last_step_is_told_by_the_exit_code(
     assert code("training.stop_at_step=2") == 0
     # That of step 9.
     assert code("schedule.steps=9") == 0
+
+
+def test_a_vqgan_s_run_is_started_again_and_told_unfinished(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of `steps: 32`, the fourth start reaches the last."""
+    script = tmp_path / "train_vqgan.py"
+    script.write_text(FAKE.format(folder=str(tmp_path), plan=["+1", "0", "0", "0"]))
+    recipe = str(write_recipe(tmp_path, tmp_path))
+
+    def code() -> int:
+        command = [sys.executable, str(script), recipe, "--section", "vqgan"]
+        return Supervisor(
+            command, StopSignals(), restarts=1, pause_seconds=0, unfinished=75
+        ).supervise()
+
+    assert code() == 75
+    assert f"the run in {tmp_path / 'run'} ended with code 1: " in capfd.readouterr().err
+    assert len(list(tmp_path.glob("start_*"))) == 2
+    assert code() == 75
+    (tmp_path / "run/checkpoints/step_00000032").mkdir()
+    assert code() == 0
 
 
 def test_ssh_notices_a_silent_node() -> None:
