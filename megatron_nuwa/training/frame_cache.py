@@ -46,9 +46,9 @@ def cache_frames(
     """Decode all items into `path` (.npy, uint8 (frames, size, size[, 3])), or keep what is there.
 
     A description beside it (`.json`) names the settings that it was made with, and appears last.
-    `go_on` is called often; what it raises ends the work, and the next call goes on from
-    there. Broken items are left out and reported. Raises `UserError` when no item can be decoded,
-    and where the file cannot be written.
+    `go_on` is called often; what it raises ends the work, and the next call goes on from there, as
+    after an `OSError`. Broken items are left out and reported. Raises `UserError` when no item can
+    be decoded.
     """
     kind = "maps" if media.are_maps else "frames"
     key = hashlib.sha256(f"{kind}/2 {media.size} {media.key(go_on)}".encode()).hexdigest()
@@ -56,33 +56,27 @@ def cache_frames(
     if known is not None and known.key == key:
         return known
     record = path.with_suffix(".json")
+    record.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _Part(path, media.shape, key)
+    begun = part.items
     try:
-        record.unlink(missing_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = _Part(path, media.shape, key)
-        begun = part.items
-        try:
-            _decode(media, part, description, go_on)
-            if part.frames == 0:
-                raise UserError(
-                    f"{media.name}: none of the {len(media.items)} items can be decoded; the "
-                    f"first: {part.failures[0]}"
-                )
-            part.finish()
-        except UserError:
-            part.discard()
-            raise
-        except BaseException:
-            part.leave()
-            raise
-        report = CacheReport(part.frames, part.items, part.failures, key, reused=False, begun=begun)
-        noted = {name: getattr(report, name) for name in ("key", "frames", "items", "failures")}
-        write_text_atomically(record, json.dumps(noted, indent=2))
-    except OSError as error:
-        raise UserError(
-            f"{media.name} cannot be written to {path}: {error.strerror or error}; make room "
-            "there, or decode while training, with data.cache_frames=false"
-        ) from error
+        _decode(media, part, description, go_on)
+        if part.frames == 0:
+            raise UserError(
+                f"{media.name}: none of the {len(media.items)} items can be decoded; the first: "
+                f"{part.failures[0]}"
+            )
+        part.finish()
+    except UserError:
+        part.discard()
+        raise
+    except BaseException:
+        part.leave()
+        raise
+    report = CacheReport(part.frames, part.items, part.failures, key, reused=False, begun=begun)
+    noted = {name: getattr(report, name) for name in ("key", "frames", "items", "failures")}
+    write_text_atomically(record, json.dumps(noted, indent=2))
     return report
 
 
@@ -120,7 +114,11 @@ class _Part:
         self._path, self._shape, self._key = path, shape, key
         self._part = path.with_name(f".{path.name}.part")
         self._note = path.with_name(f".{path.name}.part.json")
-        self._stream = self._reopened() or self._part.open("wb")
+        stream = self._reopened()
+        if stream is None:
+            self._note.unlink(missing_ok=True)
+            stream = self._part.open("wb")
+        self._stream = stream
         self._header_end = _write_header(self._stream, 0, shape)
         end = self._header_end + self.frames * int(np.prod(shape))
         self._stream.truncate(end)
@@ -168,8 +166,9 @@ class _Part:
 
     def leave(self) -> None:
         """Keep what is there for another call."""
-        with self._stream:
-            self._write_note()
+        if not self._stream.closed:
+            with self._stream:
+                self._write_note()
 
     def discard(self) -> None:
         """Leave nothing behind."""
@@ -186,8 +185,8 @@ class _Part:
                 raise AssertionError("the .npy header changed its length")
             stream.flush()
             os.fsync(stream.fileno())
-        self._note.unlink(missing_ok=True)
         self._part.replace(self._path)
+        self._note.unlink(missing_ok=True)
 
 
 def _write_header(stream: IO[bytes], count: int, shape: tuple[int, ...]) -> int:

@@ -116,7 +116,21 @@ def test_what_does_not_fit_is_decoded_anew(change: str, tmp_path: Path) -> None:
     assert names(tmp_path) == ["f.json", "f.npy"]
 
 
-def test_a_file_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"test frames cannot be written to .*f\.npy: "):
-        cache_frames(Decoder().media(), tmp_path / "file/f.npy")
+def test_a_full_disk_costs_what_did_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, add = tmp_path / "f.npy", frame_cache._Part.add
+
+    def fails(part: frame_cache._Part, frames: np.ndarray) -> None:
+        if part.items == 20:
+            raise OSError(28, "No space left on device")
+        add(part, frames)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(frame_cache._Part, "add", fails)
+        with pytest.raises(OSError, match="No space left"):
+            cache_frames(Decoder().media(), path)
+    second = Decoder()
+    cache_frames(second.media(), path)
+    assert second.decoded == list(range(20, 30))
+    assert np.load(path)[:, 0, 0, 0].tolist() == WHOLE
