@@ -248,8 +248,8 @@ def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="ranks that only decode, for each that encodes; with 0 every rank does both "
-        "(default: 0)",
+        help="ranks that only decode, for each that encodes; with 0 every rank does both; a GPU "
+        "has one rank that encodes, however many there are (default: 0)",
     )
     group.add_argument(
         "--decode-threads",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -51,6 +52,10 @@ class Communicator(ABC):
 
     rank: int
     size: int
+    # The lowest rank on this rank's machine.
+    machine: int
+    # Whether a thread may receive while another sends; MPI libraries can be built without it.
+    receives_in_threads: bool
 
     @abstractmethod
     def broadcast(self, value: T) -> T:
@@ -63,6 +68,10 @@ class Communicator(ABC):
     @abstractmethod
     def send(self, rank: int, kind: MessageKind, value: object) -> None:
         """Send a message without waiting until it is received."""
+
+    @abstractmethod
+    def is_sending(self) -> bool:
+        """Whether a message sent is still on its way: it moves only while its sender asks."""
 
     @abstractmethod
     def receive(self, kind: MessageKind) -> tuple[int, Any] | None:
@@ -104,6 +113,8 @@ class LoneCommunicator(Communicator):
 
     rank = 0
     size = 1
+    machine = 0
+    receives_in_threads = False
 
     def broadcast(self, value: T) -> T:
         return value
@@ -113,6 +124,9 @@ class LoneCommunicator(Communicator):
 
     def send(self, rank: int, kind: MessageKind, value: object) -> None:
         raise AssertionError("a lone process has nobody to send to")
+
+    def is_sending(self) -> bool:
+        return False
 
     def receive(self, kind: MessageKind) -> tuple[int, Any] | None:
         return None
@@ -139,12 +153,20 @@ class MpiCommunicator(Communicator):
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
         # Imported here because the import starts MPI, which a lone process must not need.
         from mpi4py import MPI
+        from mpi4py.util import pkl5
 
         self._mpi = MPI
-        self._world = MPI.COMM_WORLD
+        # Arrays travel beside the pickles, not in them: no copy of a clip holds up other threads.
+        self._world = pkl5.Intracomm(MPI.COMM_WORLD)
         self.rank = self._world.Get_rank()
         self.size = self._world.Get_size()
+        neighbours = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+        self.machine = neighbours.bcast(self.rank)
+        neighbours.Free()
+        self.receives_in_threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         self._sends: list[Any] = []
+        # Two threads must not ask after the same message.
+        self._sends_lock = threading.Lock()
 
     def broadcast(self, value: T) -> T:
         return self._world.bcast(value)
@@ -152,7 +174,7 @@ class MpiCommunicator(Communicator):
     def gather_everywhere(self, value: T) -> list[T]:
         # A large message to a rank that has left its work would be in flight for ever, and MPI
         # could not end: everybody takes in what still comes until nobody has anything to send.
-        while self._is_sending():
+        while self.is_sending():
             self._drop_messages()
             time.sleep(_IDLE_SECONDS)
         # MPI's own waiting keeps a core busy, which the ranks still at work can use better.
@@ -163,11 +185,17 @@ class MpiCommunicator(Communicator):
         return self._world.allgather(value)
 
     def send(self, rank: int, kind: MessageKind, value: object) -> None:
-        self._is_sending()
-        self._sends.append(self._world.isend(value, rank, kind))
+        self.is_sending()
+        with self._sends_lock:
+            self._sends.append(self._world.isend(value, rank, kind))
+
+    def is_sending(self) -> bool:
+        with self._sends_lock:
+            self._sends = [send for send in self._sends if not send.test()[0]]
+            return bool(self._sends)
 
     def receive(self, kind: MessageKind) -> tuple[int, Any] | None:
-        self._is_sending()
+        self.is_sending()
         status = self._mpi.Status()
         message = self._world.improbe(tag=kind, status=status)
         if message is None:
@@ -175,7 +203,7 @@ class MpiCommunicator(Communicator):
         return status.Get_source(), message.recv()
 
     def claims(self) -> Claims:
-        return MpiClaims(self._world)
+        return MpiClaims(self._mpi.COMM_WORLD)
 
     def ask_to_stop(self) -> None:
         for rank in range(self.size):
@@ -187,10 +215,6 @@ class MpiCommunicator(Communicator):
 
     def abort(self) -> None:
         self._world.Abort(1)
-
-    def _is_sending(self) -> bool:
-        self._sends = [send for send in self._sends if not send.test()[0]]
-        return bool(self._sends)
 
     def _drop_messages(self) -> None:
         while message := self._world.improbe():

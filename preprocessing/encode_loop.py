@@ -13,8 +13,8 @@ import numpy as np
 
 from preprocessing.assembly import ShardAssembly
 from preprocessing.attempts import Attempts
-from preprocessing.communicator import Claims, Communicator, MessageKind
-from preprocessing.decode_worker import Decoded, DecodeThreads, Task
+from preprocessing.communicator import Claims
+from preprocessing.decode_worker import Decoded, Task
 from preprocessing.encoder import EncodedBatch, Encoders
 from preprocessing.figures import Figures
 from preprocessing.health import MOST_FAILURES, Health
@@ -23,8 +23,11 @@ from preprocessing.plan import Plan
 from preprocessing.sources import SourceItem
 from preprocessing.sources.locations import Location
 
-# Complete batches and batches in the making that may wait for the encoder.
+# The queue: batches that are complete, in the making or on the GPU, and items that decode threads
+# are at or have next. Items take unequal times, and a slow one keeps its batch from the encoder.
 QUEUE_BATCHES = 4
+QUEUE_ITEMS_A_THREAD = 4
+QUEUE_BYTES = 2**30
 # While the GPU is at one batch, the next is on its way there.
 BATCHES_AT_ONCE = 2
 IDLE_SECONDS = 0.002
@@ -39,67 +42,6 @@ class Decoder(Protocol):
 
     def collect(self) -> Decoded | None:
         """A result that is ready, or None."""
-
-
-class RemoteDecoder:
-    """Another rank's decode threads."""
-
-    def __init__(self, communicator: Communicator, rank: int) -> None:
-        self._communicator = communicator
-        self._rank = rank
-        self.results: deque[Decoded] = deque()
-
-    def submit(self, task: Task) -> None:
-        self._communicator.send(self._rank, MessageKind.TASK, task)
-
-    def collect(self) -> Decoded | None:
-        return self.results.popleft() if self.results else None
-
-    def dismiss(self) -> None:
-        """Tell the rank that there is no more work."""
-        self._communicator.send(self._rank, MessageKind.TASK, None)
-
-
-class RemoteDecoders:
-    """The decode ranks of one encode rank: results are sorted by their sender."""
-
-    def __init__(self, communicator: Communicator, ranks: Sequence[int]) -> None:
-        self._communicator = communicator
-        self.decoders = {rank: RemoteDecoder(communicator, rank) for rank in ranks}
-
-    def receive(self) -> None:
-        """Take in what the ranks have sent."""
-        while message := self._communicator.receive(MessageKind.RESULT):
-            rank, decoded = message
-            self.decoders[rank].results.append(decoded)
-
-    def dismiss(self) -> None:
-        """Tell all ranks that there is no more work."""
-        for decoder in self.decoders.values():
-            decoder.dismiss()
-
-
-def serve_encode_rank(communicator: Communicator, encode_rank: int, threads: DecodeThreads) -> None:
-    """A decode rank's work: decode what the encode rank sends until it dismisses this rank."""
-    under_work, dismissed = 0, False
-    while under_work or not dismissed:
-        moved = False
-        if message := communicator.receive(MessageKind.TASK):
-            moved = True
-            task = message[1]
-            if task is None:
-                dismissed = True
-            else:
-                threads.submit(task)
-                under_work += 1
-        while decoded := threads.collect():
-            moved = True
-            under_work -= 1
-            communicator.send(encode_rank, MessageKind.RESULT, decoded)
-        if communicator.is_asked_to_stop():
-            return
-        if not moved:
-            time.sleep(IDLE_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -137,6 +79,17 @@ class _UnderWork:
     began: float
 
 
+def queue_capacity(settings: CorpusSettings, decode_threads: int) -> int:
+    """How many items may be given out and not yet encoded: a few a decode thread, within a GiB."""
+    frame_bytes = 3 * settings.decode.image_size**2
+    if settings.sketch is not None:
+        frame_bytes += settings.sketch.image_size**2
+    batches = QUEUE_BATCHES * settings.items_per_batch
+    asked = batches + QUEUE_ITEMS_A_THREAD * decode_threads
+    # Four batches keep the encoder at work, however large they are.
+    return max(batches, min(asked, QUEUE_BYTES // (settings.decode.frames * frame_bytes)))
+
+
 class EncodeLoop:
     """Claims shards, keeps the decoders busy and encodes; memory is bounded by the queue.
 
@@ -151,7 +104,9 @@ class EncodeLoop:
         decoders: Sequence[Decoder],
         claims: Claims,
         receive: Callable[[], None],
+        decode_threads: int,
     ) -> None:
+        """`decode_threads` is how many threads the decoders have together."""
         self._work = work
         self._encoders = encoders
         self._decoders = decoders
@@ -166,7 +121,7 @@ class EncodeLoop:
         self._encoding: deque[_UnderWork] = deque()
         self._held = 0
         self._last_finish = 0.0
-        self.capacity = QUEUE_BATCHES * work.settings.items_per_batch
+        self.capacity = queue_capacity(work.settings, decode_threads)
         self.figures = Figures()
         self.samples: list[Sample] = []
 

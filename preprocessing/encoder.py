@@ -53,6 +53,27 @@ class EncoderSettings(Settings):
         )
 
 
+def engine(settings: EncoderSettings, gpu: int) -> str:
+    """What this process encodes with: tokens of two of them may differ in a few places.
+
+    Raises `UserError` where that is a GPU, and this process has none.
+    """
+    if settings.device == "cuda":
+        _check_gpu()
+        name = torch.cuda.get_device_name(gpu)
+    else:
+        name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
+    return f"{name}, PyTorch {torch.__version__}"
+
+
+def _check_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise UserError(
+            "the corpus is encoded on GPUs, and this rank has none; start the farm only on "
+            "machines with GPUs, or tokenize with --device cpu"
+        )
+
+
 @dataclass(frozen=True)
 class EncodedBatch:
     """A batch under work; on a GPU the processor goes on meanwhile."""
@@ -79,10 +100,11 @@ class FrameEncoder:
         vqgan: Vqgan,
         settings: EncoderSettings,
         most: int,
-        local_rank: int,
+        gpu: int,
         channels_last: bool | None = None,
     ) -> None:
-        """`most` is how many frames go through the VQ-GAN at once.
+        """`most` is how many frames go through the VQ-GAN at once; `gpu` is this process's number
+        of the GPU, where it encodes on one.
 
         `channels_last` None is what the device's convolutions want: true on GPUs. Raises
         `UserError` where the settings ask for a GPU that this process does not have.
@@ -91,7 +113,7 @@ class FrameEncoder:
         self._settings = settings
         last = settings.device == "cuda" if channels_last is None else channels_last
         self._layout = torch.channels_last if last else torch.contiguous_format
-        self.vqgan = _placed(vqgan, settings, local_rank, self._layout)
+        self.vqgan = _placed(vqgan, settings, gpu, self._layout)
         self._device = next(self.vqgan.parameters()).device
         # Two programs: the features are of the chosen precision, the search is in float32.
         self._features: Callable[[Tensor], Tensor] = self._encoded
@@ -151,8 +173,26 @@ def _compiled(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
     return cast(Callable[[Tensor], Tensor], torch.compile(function, dynamic=False))
 
 
+def make_arithmetic_the_same() -> None:
+    """Have every process of one kind of GPU take the same kernels, whatever else runs there.
+
+    cuDNN and Inductor would otherwise time several, which sum in different orders, and take the
+    fastest of the moment.
+    """
+    # Imported here because it takes a second, which CPUs need not spend.
+    from torch._inductor import config as inductor
+
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    # Not every version has it, and to set what it does not know is an error.
+    if hasattr(inductor, "deterministic"):
+        inductor.deterministic = True
+
+
 def _placed(
-    vqgan: Vqgan, settings: EncoderSettings, local_rank: int, layout: torch.memory_format
+    vqgan: Vqgan, settings: EncoderSettings, gpu: int, layout: torch.memory_format
 ) -> Vqgan:
     """Put the VQ-GAN where it runs, and make its arithmetic the same on every rank.
 
@@ -160,16 +200,9 @@ def _placed(
     share it, and a corpus must not depend on how many ranks share the machine.
     """
     if settings.device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(
-                "the corpus is encoded on GPUs, and this rank has none; start encode ranks only "
-                "where there are GPUs, or tokenize with --device cpu"
-            )
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cuda.matmul.allow_tf32 = False
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        _check_gpu()
+        make_arithmetic_the_same()
+        device = torch.device("cuda", gpu)
         torch.cuda.set_device(device)
         vqgan = vqgan.to(device)
     else:

@@ -1,15 +1,14 @@
 """The farm: ranks that turn a manifest's media and captions into the shards of a corpus.
 
-Ranks stand in groups of one encode rank and its decode ranks. Encode ranks claim shards and have
-their items decoded; an encode rank without decode ranks decodes in threads of its own.
+Ranks stand in groups of one encode rank and its decode ranks, on one machine. Encode ranks claim
+shards and have their items decoded; one without decode ranks decodes in threads of its own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_nuwa.data.shards import CorpusManifest
@@ -27,13 +26,8 @@ from preprocessing.communicator import (
 )
 from preprocessing.decode_worker import DecodeThreads, ItemDecoder
 from preprocessing.duplicates import take_out_duplicates
-from preprocessing.encode_loop import (
-    EncodeLoop,
-    RemoteDecoders,
-    Work,
-    serve_encode_rank,
-)
-from preprocessing.encoder import Encoders, FrameEncoder
+from preprocessing.encode_loop import Decoder, EncodeLoop, Work
+from preprocessing.encoder import Encoders, EncoderSettings, FrameEncoder, engine
 from preprocessing.figures import Figures
 from preprocessing.isolation import Demands
 from preprocessing.ledger import FAILURES_FILE, CorpusSettings, Ledger
@@ -41,12 +35,13 @@ from preprocessing.options import (
     TokenizeOptions,
     load_sketch_vqgan,
     load_tools,
-    local_rank,
     plan_key,
     settle,
 )
 from preprocessing.plan import Plan
+from preprocessing.remote_decoders import RemoteDecoders, serve_encode_rank
 from preprocessing.report import write_report
+from preprocessing.roles import Roles, agree_on_roles
 from preprocessing.sources import Source, read_source
 from preprocessing.state import FarmFolder, writing
 from preprocessing.watch import Watch
@@ -54,21 +49,6 @@ from preprocessing.watch import Watch
 SHOWN_FAILURES = 5
 REPORT_SECONDS = 0.5
 IDLE_SECONDS = 0.02
-
-
-@dataclass(frozen=True)
-class Group:
-    """An encode rank and its decode ranks, neighbours so that they share a machine."""
-
-    encode_rank: int
-    decode_ranks: range
-
-    @classmethod
-    def of(cls, rank: int, size: int, decode_ranks_per_encoder: int) -> Group:
-        """The group of a rank; the last group may be smaller than the others."""
-        width = decode_ranks_per_encoder + 1
-        first = rank - rank % width
-        return cls(first, range(first + 1, min(first + width, size)))
 
 
 class _Farm:
@@ -81,6 +61,7 @@ class _Farm:
         tools: tuple[Vqgan, TextTokenizer],
         sketch_vqgan: Vqgan | None,
         settings: CorpusSettings,
+        roles: Roles,
     ) -> None:
         self._options = options
         self._communicator = communicator
@@ -88,9 +69,8 @@ class _Farm:
         self._sketch_vqgan = sketch_vqgan
         self._settings = settings
         self._folder = FarmFolder(options.output)
-        self._group = Group.of(
-            communicator.rank, communicator.size, options.decode_ranks_per_encoder
-        )
+        self._roles = roles
+        self._group = roles.group_of(communicator.rank)
         self.loop: EncodeLoop | None = None
         self.encoders: Encoders | None = None
 
@@ -98,32 +78,25 @@ class _Farm:
         """This rank's part of the work."""
         ranks, rank = self._communicator, self._communicator.rank
         if rank != self._group.encode_rank:
-            with self._threads() as threads:
-                serve_encode_rank(ranks, self._group.encode_rank, threads)
+            with self._threads() as own:
+                serve_encode_rank(ranks, self._group.encode_rank, own)
             return
         self.encoders = Encoders(
             self._encoder_of(self._vqgan),
             None if self._sketch_vqgan is None else self._encoder_of(self._sketch_vqgan),
         )
-        if self._group.decode_ranks:
-            remote = RemoteDecoders(ranks, self._group.decode_ranks)
-            decoders = list(remote.decoders.values())
-            self.loop = EncodeLoop(work, self.encoders, decoders, claims, remote.receive)
+        with self._decoders() as (decoders, receive):
+            threads = len(decoders) * self._options.decode_threads
+            self.loop = EncodeLoop(work, self.encoders, decoders, claims, receive, threads)
             self._encode(self.loop, watch)
-            remote.dismiss()
-        else:
-            with self._threads() as threads:
-                self.loop = EncodeLoop(work, self.encoders, [threads], claims, lambda: None)
-                self._encode(self.loop, watch)
         if watch is None:
             ranks.send(0, MessageKind.REPORT, (self.loop.take_figures(), True))
         else:
             self._await_others(watch)
 
     def _encoder_of(self, vqgan: Vqgan) -> FrameEncoder:
-        width = self._options.decode_ranks_per_encoder + 1
         return FrameEncoder(
-            vqgan, self._settings.encoder, self._settings.frames_at_once, local_rank() // width
+            vqgan, self._settings.encoder, self._settings.frames_at_once, self._group.gpu
         )
 
     def _encode(self, loop: EncodeLoop, watch: Watch | None) -> None:
@@ -144,8 +117,7 @@ class _Farm:
 
     def _await_others(self, watch: Watch) -> None:
         """On the first rank: show the progress of the others until they are done."""
-        width = self._options.decode_ranks_per_encoder + 1
-        others = len(range(width, self._communicator.size, width))
+        others = len(self._roles.groups) - 1
         while self._ended < others and not self._communicator.is_asked_to_stop():
             self._receive_reports(watch)
             watch.tick()
@@ -158,6 +130,17 @@ class _Farm:
             figures, ended = message[1]
             watch.add(figures)
             self._ended += ended
+
+    @contextmanager
+    def _decoders(self) -> Iterator[tuple[Sequence[Decoder], Callable[[], None]]]:
+        """What an encode rank has its items decoded by, and what takes in the results."""
+        if not self._group.decode_ranks:
+            with self._threads() as threads:
+                yield [threads], lambda: None
+            return
+        with RemoteDecoders(self._communicator, self._group.decode_ranks) as remote:
+            yield list(remote.decoders.values()), remote.receive
+            remote.dismiss()
 
     @contextmanager
     def _threads(self) -> Iterator[DecodeThreads]:
@@ -209,13 +192,19 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
             print(f"corpus {options.output} is finished already", flush=True)
         return
     with _only_farm(folder, communicator):
-        work = on_first_rank(communicator, lambda: _begin(ledger, plan, source, folder, options))
+        roles = agree_on_roles(communicator, settings.encoder, options.decode_ranks_per_encoder)
+        engines = _engines(communicator, roles, settings.encoder)
+        work = on_first_rank(
+            communicator, lambda: _begin(ledger, plan, source, folder, options, engines)
+        )
         claims = communicator.claims()
-        farm = _Farm(options, communicator, tools, sketch_vqgan, settings)
+        farm = _Farm(options, communicator, tools, sketch_vqgan, settings, roles)
         total = sum(len(settings.rows(shard)) for shard in work.pending)
         watch = None
         if communicator.rank == 0:
-            watch = Watch(total, settings.decode.frames, folder.tensorboard)
+            watch = Watch(total, settings.decode.frames, folder.tensorboard, str(roles))
+            if communicator.size > 1 or settings.encoder.device == "cuda":
+                print(f"tokenize: {roles}", flush=True)
         with watch or nullcontext():
             on_every_rank(communicator, lambda: farm.run(work, claims, watch))
         claims.close()
@@ -259,6 +248,7 @@ def _begin(
     source: Source | None,
     folder: FarmFolder,
     options: TokenizeOptions,
+    engines: Sequence[str],
 ) -> Work:
     """Open the corpus for writing, and say what is left to do."""
     assert source is not None
@@ -276,6 +266,7 @@ def _begin(
     with writing(folder.path):
         if new or options.retry_failed:
             attempts.forget(folder.attempts)
+        _note_engines(folder, engines, new)
         pending = ledger.pending()
         if pending and plan.planned_items(key) is None:
             plan.write(source, key)
@@ -289,6 +280,32 @@ def _begin(
         _of_shards(counts, pending, ledger.settings),
         options.most_failures,
     )
+
+
+def _engines(communicator: Communicator, roles: Roles, settings: EncoderSettings) -> list[str]:
+    """What the encode ranks encode with; every rank must make this call."""
+    group, rank = roles.group_of(communicator.rank), communicator.rank
+
+    def own() -> str | None:
+        return engine(settings, group.gpu) if rank == group.encode_rank else None
+
+    found = communicator.gather_everywhere(on_every_rank(communicator, own))
+    return sorted({name for name in found if name is not None})
+
+
+def _note_engines(folder: FarmFolder, engines: Sequence[str], new: bool) -> None:
+    """Put down what the corpus is encoded with, and warn where it is more than one thing.
+
+    A warning, since the tokens differ in so few places that to refuse the other half of the GPUs,
+    or to encode everything anew after an upgrade, would cost more than it saves.
+    """
+    noted = folder.note_engines(engines, new)
+    if len(noted) > 1:
+        print(
+            f"warning: this corpus is encoded with {' and with '.join(noted)}, so some tokens, "
+            "whose two nearest codes are all but equally near, may differ from those of one alone",
+            flush=True,
+        )
 
 
 def _of_shards(
@@ -331,7 +348,14 @@ def _finish(
         more = manifest.counts.failed - len(failures)
         print(f"  and {more} more, in {options.output / FAILURES_FILE}", flush=True)
     if options.report and farm.loop is not None and farm.encoders is not None:
-        told = write_report(folder.report, options.output, farm.loop.samples, farm.encoders, watch)
+        told = write_report(
+            folder.report,
+            options.output,
+            farm.loop.samples,
+            farm.encoders,
+            watch,
+            folder.engines(),
+        )
         print(told, flush=True)
 
 

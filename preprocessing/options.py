@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -189,14 +188,6 @@ def _sketch_settings(options: TokenizeOptions, sketch_vqgan: Vqgan | None) -> Sk
         codebook_size=config.codebook_size,
         unlabelled=options.sketch_unlabelled,
     )
-
-
-def local_rank() -> int:
-    """This process's number on its machine, as the launcher says it."""
-    for name in ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return 0
 
 
 def _decode_settings(options: TokenizeOptions, frames: int, image_size: int) -> DecodeSettings:

@@ -43,7 +43,12 @@ class Bar:
 
 
 def write_report(
-    path: Path, corpus_folder: Path, samples: Sequence[Sample], encoders: Encoders, watch: Watch
+    path: Path,
+    corpus_folder: Path,
+    samples: Sequence[Sample],
+    encoders: Encoders,
+    watch: Watch,
+    engines: Sequence[str],
 ) -> str:
     """Write the page and say where it is, or why there is none."""
     corpus = Corpus(corpus_folder)
@@ -54,6 +59,8 @@ def write_report(
         corpus=corpus_folder,
         manifest=corpus.manifest,
         cards=_cards(watch),
+        roles=watch.roles,
+        engines=engines,
         samples=[_pictures(sample, encoders) for sample in samples],
         lengths=_histogram(lengths),
         codes=_histogram(np.sort(codes)[::-1]),

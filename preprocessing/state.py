@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import write_text_atomically
 
 _LOCK = "lock"
 
@@ -35,6 +37,7 @@ class FarmFolder:
         self.looks = self.path / "looks"
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
+        self._engines = self.path / "engines.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -65,6 +68,20 @@ class FarmFolder:
             yield
         finally:
             os.close(handle)
+
+    def engines(self) -> list[str]:
+        """What the corpus has been encoded with so far, as far as it is noted."""
+        try:
+            noted = json.loads(self._engines.read_text())
+        except (OSError, ValueError):
+            return []
+        return [str(name) for name in noted] if isinstance(noted, list) else []
+
+    def note_engines(self, engines: Sequence[str], new: bool) -> list[str]:
+        """Add to what the corpus is encoded with, or begin anew, and return all of it."""
+        noted = sorted({*engines, *([] if new else self.engines())})
+        write_text_atomically(self._engines, json.dumps(noted, indent=1))
+        return noted
 
     def forget_plan(self) -> None:
         """Remove the plan, which a finished corpus needs no more."""

@@ -24,8 +24,10 @@ LINES_IN_A_LOG = 10
 class Watch:
     """Adds up the ranks' figures and shows them; only the first rank has one."""
 
-    def __init__(self, total: int, frames: int, tensorboard: Path) -> None:
+    def __init__(self, total: int, frames: int, tensorboard: Path, roles: str = "") -> None:
+        """`roles` says which ranks encode and which decode."""
         self.figures = Figures()
+        self.roles = roles
         self._total = total
         self._frames = frames
         self._folder = tensorboard
@@ -94,6 +96,8 @@ class Watch:
         table = Table(title="tokenize", show_header=False, min_width=60)
         table.add_column(style="bold")
         table.add_column(ratio=1)
+        if self.roles:
+            table.add_row("ranks", self.roles)
         table.add_row("done", ProgressBar(total=max(1, self._total), completed=figures.items))
         table.add_row("items", f"{figures.items:,} of {self._total:,}, {figures.shards:,} shards")
         unit = "clips" if self._frames > 1 else "images"

@@ -49,8 +49,8 @@ struct Layout {
   int at_once;    // columns of a group that the forward pass computes at once: 32 or 16
 };
 
-// layout_of() of warp_tables.py. benchmarks.kernel_layouts compiles others for head size 64 on large
-// devices, to see which one is the fastest.
+// What is shipped; shape_of() of warp_tables.py says the same. benchmarks.kernel_layouts compiles
+// others for head size 64 on large devices, to see which one is the fastest.
 constexpr Layout layout_of(Sums sums, int size, bool is_large) {
   [[maybe_unused]] const bool is_tuned = size == 64 && is_large;
 #ifdef MEGATRON_NUWA_OUTPUTS
@@ -80,8 +80,8 @@ struct Shape {
   static constexpr int kRowBytes = 2 * kSize;
   static constexpr int kSegments = kRowBytes / 16;
   static constexpr int kChunk = kLayout.chunk, kStages = kLayout.stages, kAhead = kLayout.ahead;
-  // Of a chunk's columns the threads that gather take each so many, and each several: every
-  // kStep-th from its first on.
+  // The threads that gather copy kRowsAPass columns at once, and kPasses times so many make a chunk:
+  // a thread's columns are every kStep-th from its first one on, which is kFirst times its row.
   static constexpr int kRowsAPass = 32 * kGatherers / kSegments;
   static constexpr int kPasses = kChunk / kRowsAPass;
   static constexpr int kStep = kIsApart ? 1 : kRowsAPass;

@@ -1,0 +1,108 @@
+"""Tokens of one kind of GPU: what secures them, and what is said where there are two kinds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.config
+from farm_media import CAPTIONS, tokenize_command, write_manifest
+from farm_runs import contents
+
+from preprocessing import encoder
+from preprocessing.__main__ import main
+from preprocessing.encoder import EncoderSettings, engine
+
+ON_A_GPU = EncoderSettings(device="cuda", precision="bfloat16", compiled=True)
+
+
+class StandIn:
+    """A module that says where it was put."""
+
+    def __init__(self) -> None:
+        self.device: Any = None
+
+    def to(self, device: Any = None, memory_format: Any = None) -> StandIn:
+        self.device = device or self.device
+        return self
+
+
+@pytest.fixture
+def flags() -> Iterator[None]:
+    """What is set for the whole process is taken back."""
+    changed: list[tuple[Any, str, bool]] = [
+        (torch.backends.cudnn, "deterministic", False),
+        (torch.backends.cudnn, "benchmark", True),
+        (torch.backends.cudnn, "allow_tf32", True),
+        (torch.backends.cuda.matmul, "allow_tf32", True),
+        (torch._inductor.config, "deterministic", False),
+    ]
+    before = [getattr(module, name) for module, name, _ in changed]
+    for module, name, value in changed:
+        setattr(module, name, value)
+    yield
+    for (module, name, _), value in zip(changed, before, strict=True):
+        setattr(module, name, value)
+
+
+@pytest.mark.usefixtures("flags")
+def test_encoder_on_a_gpu_times_no_kernels_against_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    vqgan: Any = StandIn()
+    assert encoder._placed(vqgan, ON_A_GPU, 5, torch.channels_last) is vqgan
+    assert chosen == [vqgan.device] == [torch.device("cuda", 5)]
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+    assert torch._inductor.config.deterministic
+
+
+@pytest.mark.usefixtures("flags")
+def test_inductor_without_a_deterministic_mode_is_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    older = SimpleNamespace()
+    monkeypatch.setattr(torch._inductor, "config", older)
+    encoder.make_arithmetic_the_same()
+    assert not vars(older)
+
+
+def test_engine_names_the_gpu_and_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"NVIDIA H100 number {gpu}")
+    assert engine(ON_A_GPU, 3) == f"NVIDIA H100 number 3, PyTorch {torch.__version__}"
+
+
+def test_corpus_completed_with_another_gpu_is_warned_of_and_keeps_its_form(
+    media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": n, "media": f"image{n}.png", "captions": CAPTIONS} for n in range(6)
+    ]
+    manifest = write_manifest(media / "engines.jsonl", rows)
+    output = tmp_path / "corpus"
+    command = tokenize_command(manifest, output, tools, "--items-per-shard", "3", "--report")
+    assert main(command) == 0
+    assert "warning" not in capsys.readouterr().out
+    whole = contents(output)
+    farm = tmp_path / "corpus.farm"
+    here = json.loads((farm / "engines.json").read_text())
+    assert here == [engine(EncoderSettings.chosen("cpu"), 0)]
+    assert here[0] in (farm / "report.html").read_text()
+
+    (farm / "engines.json").write_text('["NVIDIA A100, PyTorch 2.11.0"]')
+    (output / "shard-000001.json").unlink()
+    assert main(command) == 0
+    told = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(told) == 1
+    assert f"encoded with {here[0]} and with NVIDIA A100, PyTorch 2.11.0, so some" in told[0]
+    assert contents(output) == whole
+    assert "and with NVIDIA A100" in (farm / "report.html").read_text()

@@ -1,0 +1,187 @@
+"""Which ranks encode and which decode, on machines and GPUs of all sorts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from farm_media import CAPTIONS, tokenize_command, write_manifest
+from farm_runs import MPIRUN, contents, environment
+
+from preprocessing.__main__ import main
+from preprocessing.communicator import LoneCommunicator
+from preprocessing.encoder import EncoderSettings
+from preprocessing.roles import Roles, agree_on_roles, candidates, share_out
+
+ON_CPUS = EncoderSettings(device="cpu", precision="float32", compiled=False)
+
+
+def roles_on_gpus(machines: Sequence[int], decode_ranks: int, gpus: int = 8) -> Roles:
+    """The roles where every rank sees all GPUs of its machine."""
+    asked = set(candidates(machines, decode_ranks))
+    seen = [
+        tuple(f"machine {machine} GPU {number}" for number in range(gpus)) if rank in asked else ()
+        for rank, machine in enumerate(machines)
+    ]
+    return share_out(machines, seen, decode_ranks)
+
+
+def check(roles: Roles, machines: Sequence[int]) -> None:
+    """Every rank has one role, and groups stay on their machine."""
+    everybody = [
+        rank for group in roles.groups for rank in (group.encode_rank, *group.decode_ranks)
+    ]
+    assert sorted(everybody) == list(range(len(machines)))
+    for group in roles.groups:
+        on = {machines[rank] for rank in (group.encode_rank, *group.decode_ranks)}
+        assert on == {group.machine}
+        assert all(roles.group_of(rank) == group for rank in group.decode_ranks)
+    assert roles.groups[0].encode_rank == 0
+
+
+BLOCK = [rank // 128 * 128 for rank in range(1024)]
+CYCLIC = [rank % 8 for rank in range(1024)]
+
+
+@pytest.mark.parametrize(
+    ("machines", "decode_ranks"),
+    [
+        (BLOCK, 15),
+        (CYCLIC, 15),
+        # Widths that do not divide the ranks of a machine.
+        ([rank // 126 * 126 for rank in range(1008)], 14),
+        ([rank // 120 * 120 for rank in range(960)], 15),
+        # Without decode ranks there would be 16 encoders to a GPU.
+        (BLOCK, 0),
+    ],
+    ids=["block", "cyclic", "126 ranks", "120 ranks", "no decode ranks"],
+)
+def test_every_gpu_has_one_encoder(machines: list[int], decode_ranks: int) -> None:
+    roles = roles_on_gpus(machines, decode_ranks)
+    check(roles, machines)
+    used = Counter((group.machine, group.gpu) for group in roles.groups)
+    assert len(used) == 64
+    assert set(used.values()) == {1}
+    sizes = {len(group.decode_ranks) for group in roles.groups}
+    assert max(sizes) - min(sizes) <= 1
+    assert "8 machines with 8 encoders on 8 of 8 GPUs and 1" in str(roles)
+    assert "idle" not in str(roles)
+
+
+def test_gpus_that_stay_idle_are_told() -> None:
+    machines = [0] * 128 + [128] * 40
+    roles = roles_on_gpus(machines, 15)
+    check(roles, machines)
+    assert str(roles) == (
+        "1 machine with 8 encoders on 8 of 8 GPUs and 120 decode ranks; "
+        "1 machine with 3 encoders on 3 of 8 GPUs and 37 decode ranks; "
+        "idle: 5 GPUs (start more ranks a machine, or lower --decode-ranks-per-encoder)"
+    )
+
+
+def test_ranks_that_are_bound_to_a_gpu_each_take_their_own() -> None:
+    seen = [(f"GPU {rank // 16}",) for rank in range(128)]
+    roles = share_out([0] * 128, seen, 15)
+    check(roles, [0] * 128)
+    assert [group.encode_rank for group in roles.groups] == list(range(0, 128, 16))
+    assert {group.gpu for group in roles.groups} == {0}
+    assert not roles.shared
+
+
+def test_containers_on_one_machine_do_not_take_the_same_gpu() -> None:
+    seen = [("GPU 0", "GPU 1")] * 3
+    roles = share_out([0, 1, 2], seen, 0)
+    assert [group.gpu for group in roles.groups] == [0, 1, 0]
+    assert roles.shared == 1
+    assert "1 encoder on a GPU that has another one already" in str(roles)
+
+
+@pytest.mark.parametrize(
+    ("machines", "decode_ranks", "groups", "told"),
+    [
+        ([0], 0, [(0, ())], "1 encoder"),
+        ([0, 0], 0, [(0, ()), (1, ())], "2 encoders"),
+        ([0, 0], 7, [(0, (1,))], "1 encoder and 1 decode rank"),
+        # No group is larger than asked for, and none much smaller than the others.
+        ([0] * 5, 3, [(0, (1,)), (2, (3, 4))], "2 encoders and 3 decode ranks"),
+        (
+            [0, 1, 0, 1, 0],
+            2,
+            [(0, (2, 4)), (1, (3,))],
+            "1 machine with 1 encoder and 2 decode ranks; "
+            "1 machine with 1 encoder and 1 decode rank",
+        ),
+    ],
+)
+def test_roles_on_cpus(
+    machines: list[int],
+    decode_ranks: int,
+    groups: list[tuple[int, tuple[int, ...]]],
+    told: str,
+) -> None:
+    roles = share_out(machines, [()] * len(machines), decode_ranks)
+    check(roles, machines)
+    assert [(group.encode_rank, group.decode_ranks) for group in roles.groups] == groups
+    assert str(roles) == told
+
+
+def test_lone_process_encodes() -> None:
+    roles = agree_on_roles(LoneCommunicator(), ON_CPUS, 0)
+    assert [group.encode_rank for group in roles.groups] == [0]
+
+
+def test_gpus_are_known_by_what_names_them_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid=f"GPU-{number}")
+    )
+    on_gpus = EncoderSettings(device="cuda", precision="bfloat16", compiled=True)
+    roles = agree_on_roles(LoneCommunicator(), on_gpus, 0)
+    assert roles.gpus == {0: {"GPU-0", "GPU-1"}}
+    assert str(roles).startswith("1 encoder on 1 of 2 GPUs; idle: 1 GPU (start more ranks")
+
+
+# A farm whose ranks believe that a launcher has dealt them out to two machines in turn.
+CYCLIC_FARM = """
+import sys
+from preprocessing import communicator
+from preprocessing.__main__ import main
+
+class OfTwoMachines(communicator.MpiCommunicator):
+    def __init__(self):
+        super().__init__()
+        assert self.machine == 0
+        self.machine = self.rank % 2
+
+communicator.MpiCommunicator = OfTwoMachines
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_cyclic_placement_changes_no_byte(media: Path, tools: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": n, "media": f"image{n % 6}.png", "captions": CAPTIONS} for n in range(12)
+    ]
+    manifest = write_manifest(media / "cyclic.jsonl", rows)
+    lone = tokenize_command(manifest, tmp_path / "lone", tools, "--items-per-shard", "3")
+    assert main(lone) == 0
+    command = [str(MPIRUN), "-n", "4", "--bind-to", "none", "--oversubscribe"]
+    command += [sys.executable, "-c", CYCLIC_FARM]
+    command += tokenize_command(manifest, tmp_path / "cyclic", tools, "--items-per-shard", "3")
+    done = subprocess.run(
+        [*command, "--decode-ranks-per-encoder", "1"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tokenize: 2 machines with 1 encoder and 1 decode rank\n" in done.stdout
+    assert contents(tmp_path / "cyclic") == contents(tmp_path / "lone")
