@@ -2,6 +2,7 @@
 # An OpenMPI job over the nodes of a hostfile, started from the repository's root:
 #   launch/mpi.sh HOSTFILE launch/recipes/nuwa_870m.yaml --deepspeed_config ds_configs/zero1_bf16.json
 # SCRIPT=launch/preflight.py launch/mpi.sh HOSTFILE RECIPE checks the nodes only.
+# SCRIPT=launch/train_vqgan.py launch/mpi.sh HOSTFILE RECIPE trains the recipe's VQ-GAN.
 # MPI_ARGS holds further options of mpirun, MASTER_PORT the port where the processes meet,
 # RESTARTS (default 10) how often the run is started again after a fault.
 set -euo pipefail

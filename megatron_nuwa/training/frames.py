@@ -1,11 +1,8 @@
-"""Frames for training a VQ-GAN: decoded once into a file, or while training; then batched."""
+"""Frames for training a VQ-GAN: from a file of them, or decoded while training; batched."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,8 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import write_text_atomically
-from megatron_nuwa.training.progress import track
 from megatron_nuwa.training.stopping import outlive_stop_signals
 
 # Decoding moves on to the next item after a broken one, but not for ever.
@@ -30,13 +25,14 @@ class MediaFrames:
 
     `decode(item)` gives an item's real frames, uint8 (frames, size, size, 3), or maps of classes,
     uint8 (frames, size, size), where `are_maps`, and raises `UserError` for a broken one; `key`
-    changes whenever any frame may; `name` is for messages.
+    changes whenever any frame may, and calls its argument often while it looks at the files;
+    `name` is for messages. Every worker of a loader gets a copy, so `items` should hold little.
     """
 
     items: Sequence[object]
     decode: Callable[[object], np.ndarray]
     size: int
-    key: str
+    key: Callable[[Callable[[], None]], str]
     name: str
     are_maps: bool = False
 
@@ -98,81 +94,6 @@ class DecodedFrames(Dataset[Sample]):
         )
 
 
-class CacheReport(NamedTuple):
-    """What a frame cache holds."""
-
-    frames: int
-    items: int
-    failures: list[str]
-    reused: bool
-
-
-def cache_frames(
-    media: MediaFrames, path: Path, description: str = "decoding frames"
-) -> CacheReport:
-    """Decode all items into `path` (.npy, uint8 (frames, size, size[, 3])), or keep what is there.
-
-    A description beside it (`.json`) names the settings that it was made with, and appears last.
-    Broken items are left out and reported. Raises `UserError` when no item can be decoded.
-    """
-    record = path.with_suffix(".json")
-    kind = "maps" if media.are_maps else "frames"
-    key = hashlib.sha256(f"{kind}/1 {media.size} {media.key}".encode()).hexdigest()
-    if path.is_file() and record.is_file():
-        known = json.loads(record.read_text(encoding="utf-8"))
-        if known["key"] == key:
-            return CacheReport(known["frames"], known["items"], known["failures"], reused=True)
-    record.unlink(missing_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    failures: list[str] = []
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        count = _write_frames(temporary, _decoded(media, description, failures), media.shape)
-        if count == 0:
-            raise UserError(
-                f"{media.name}: none of the {len(media.items)} items can be decoded; the first: "
-                f"{failures[0]}"
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    report = CacheReport(count, len(media.items), failures, reused=False)
-    known = {"key": key, "frames": count, "items": report.items, "failures": failures}
-    write_text_atomically(record, json.dumps(known, indent=2))
-    return report
-
-
-def _decoded(media: MediaFrames, description: str, failures: list[str]) -> Iterator[np.ndarray]:
-    for item in track(media.items, description):
-        try:
-            yield media.decode(item)
-        except UserError as error:
-            failures.append(str(error))
-
-
-def _write_frames(path: Path, groups: Iterable[np.ndarray], shape: tuple[int, ...]) -> int:
-    """Write an .npy file of frames whose number is known only at the end; returns the number."""
-    count = 0
-    with path.open("wb") as stream:
-        header_end = _write_header(stream, 0, shape)
-        for frames in groups:
-            stream.write(np.ascontiguousarray(frames, np.uint8).tobytes())
-            count += len(frames)
-        stream.seek(0)
-        # NumPy leaves room in the header for the first axis to grow, so both have one length.
-        if _write_header(stream, count, shape) != header_end:
-            raise AssertionError("the .npy header changed its length")
-        stream.flush()
-        os.fsync(stream.fileno())
-    return count
-
-
-def _write_header(stream: object, count: int, shape: tuple[int, ...]) -> int:
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
-    np.lib.format.write_array_header_1_0(stream, header)  # type: ignore[arg-type]
-    return int(stream.tell())  # type: ignore[attr-defined]
-
-
 class Batch(NamedTuple):
     """Images (batch, 3, H, W) in [-1, 1], or maps uint8 (batch, H, W), and how many broken items
     were passed over.
@@ -194,7 +115,7 @@ def batches(
     first_step: int,
     steps: int,
     workers: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This process's batches from step `first_step` to `steps`, each a function of (seed, step).
 
     Over all processes a step takes `batch_size` frames, the next ones of an endless series of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from megatron_nuwa.training.meeting import choose_device, choose_device_together
 T = TypeVar("T")
 # How long the first process waits for the others to start, and they for it.
 _PATIENCE = timedelta(minutes=10)
+# How often processes that wait for the first one's work hear from it.
+_TURN_SECONDS = 5.0
 _NCCL_MONITOR = "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC"
 
 
@@ -71,6 +74,36 @@ class Processes:
                 failure = f"{socket.gethostname()}, process {self.rank}: {error}"
         self.raise_first(failure)
         return cast(T, result)
+
+    def first_works(self, work: Callable[[Callable[[], None]], T], turn: Callable[[], None]) -> T:
+        """Do long work on the first process alone, and return its result on every process.
+
+        `work` calls its argument often; every few seconds that has all processes take a `turn`
+        together, so that none waits long enough to be given up, and what a turn raises on all of
+        them ends the work. A `UserError` of the work ends them all.
+        """
+        failure: str | None = None
+        result: T | None = None
+        if self.is_first:
+            last = time.monotonic()
+
+            def go_on() -> None:
+                nonlocal last
+                if time.monotonic() - last >= _TURN_SECONDS:
+                    self.agree([0])
+                    turn()
+                    last = time.monotonic()
+
+            try:
+                result = work(go_on)
+            except UserError as error:
+                failure = str(error)
+            self.agree([1])
+        else:
+            while not self.agree([0])[0]:
+                turn()
+        self.raise_first(failure)
+        return cast(T, self.first_tells(lambda: result))
 
     def first_tells(self, work: Callable[[], T]) -> T:
         """Do work on the first process alone, and return its result on every process."""

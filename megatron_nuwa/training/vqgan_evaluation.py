@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -43,11 +44,16 @@ class VqganEvaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate_vqgan(
-    model: Vqgan, dataset: Dataset[Sample], batch_size: int, device: torch.device
+    model: Vqgan,
+    dataset: Dataset[Sample],
+    batch_size: int,
+    device: torch.device,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> VqganEvaluation:
     """Reconstruct every frame of `dataset` once, shared out over the processes.
 
     Frames are taken as they will be shown: through tokens, pictures rounded to bytes.
+    `on_progress` is called before each batch.
     """
     total = len(dataset)  # type: ignore[arg-type]
     places = range(dist.get_rank(), total, dist.get_world_size())
@@ -57,6 +63,7 @@ def evaluate_vqgan(
     sums = torch.zeros(shape, dtype=torch.float64, device=device)
     counts = torch.zeros(model.config.codebook_size, device=device)
     for start in range(0, len(places), batch_size):
+        on_progress()
         frames = held_out_frames(model, dataset, places[start : start + batch_size], device)
         tokens = model.encode(network_input(model, frames))
         counts += torch.bincount(tokens.flatten(), minlength=counts.shape[0])

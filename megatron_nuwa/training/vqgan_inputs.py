@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_nuwa.training.frame_cache import CacheReport, cache_frames, known_cache
 from megatron_nuwa.training.frames import (
     Batch,
     CachedFrames,
-    CacheReport,
     DecodedFrames,
     Draw,
     MediaFrames,
     Sample,
     batches,
-    cache_frames,
 )
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
@@ -26,11 +27,16 @@ _KMEANS_SEED = 1_000_003
 
 
 def open_dataset(
-    recipe: VqganRecipe, media: MediaFrames, cache: Path, processes: Processes
+    recipe: VqganRecipe,
+    media: MediaFrames,
+    cache: Path,
+    processes: Processes,
+    turn: Callable[[], None] = lambda: None,
 ) -> Dataset[Sample]:
     """The frames of `media`, decoded into `cache` first where the recipe says so.
 
-    Called by all processes together; `UserError` where nothing can be decoded.
+    Called by all processes together; the first one decodes, while all take a `turn` together every
+    few seconds. `UserError` where nothing can be decoded.
     """
     if not recipe.data.cache_frames:
         decoded = DecodedFrames(media)
@@ -38,19 +44,31 @@ def open_dataset(
         processes.first_then_all(lambda: decoded[Draw(0, 0)] if processes.is_first else None)
         return decoded
 
-    def decode() -> CacheReport:
-        return cache_frames(media, cache, f"decoding {media.name}")
+    def decode(go_on: Callable[[], None]) -> CacheReport:
+        return cache_frames(media, cache, f"decoding {media.name}", go_on)
 
-    # The others find the first one's frames, or decode their own where no disk is shared.
-    report = processes.first_then_all(decode)
+    report = processes.first_works(decode, turn)
     if processes.is_first:
         _tell_cache(report, media, cache)
+    found = known_cache(cache)
+    absent = None
+    if found is None or found.key != report.key:
+        absent = (
+            f"{socket.gethostname()}, process {processes.rank}: does not see the frames that the "
+            f"first process has written to {cache}; {recipe.section}.run must lie on a file system "
+            "that all nodes mount"
+        )
+    processes.raise_first(absent)
     return CachedFrames(cache)
 
 
 def _tell_cache(report: CacheReport, media: MediaFrames, cache: Path) -> None:
     verb = "reusing" if report.reused else "decoded"
-    print(f"{media.name}: {verb} {report.frames} frames of {report.items} items in {cache}")
+    before = f", {report.begun} of them before this start" if report.begun else ""
+    print(
+        f"{media.name}: {verb} {report.frames} frames of {report.items} items{before} in {cache}",
+        flush=True,
+    )
     if report.failures:
         print(
             f"{media.name}: {len(report.failures)} items cannot be decoded and are left out; "
@@ -66,7 +84,7 @@ def training_batches(
     frames: Dataset[Sample],
     first_step: int,
     steps: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """This process's batches from `first_step` to `steps`."""
     return batches(
         frames,
@@ -84,9 +102,10 @@ def training_batches(
 
 def kmeans_batches(
     recipe: VqganRecipe, seed: int, processes: Processes, frames: Dataset[Sample]
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """Batches of frames for the k-means start, from another shuffle than the training's."""
     enough = recipe.codebook.kmeans_vectors + recipe.model.codebook_size
     other_seed = seed + _KMEANS_SEED
-    for batch in training_batches(recipe, other_seed, processes, frames, 0, enough):
-        yield batch.images
+    with closing(training_batches(recipe, other_seed, processes, frames, 0, enough)) as found:
+        for batch in found:
+            yield batch.images

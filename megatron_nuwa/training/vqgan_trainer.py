@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.vqgan import Vqgan, load_vqgan, save_vqgan
 from megatron_nuwa.training.checkpoint import Checkpoints
-from megatron_nuwa.training.frames import MediaFrames, Sample
+from megatron_nuwa.training.faults import clear_faults, written_down
+from megatron_nuwa.training.frames import Batch, MediaFrames, Sample
 from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.progress import track
+from megatron_nuwa.training.recipe import Recipe
+from megatron_nuwa.training.roll_call import RollCall
 from megatron_nuwa.training.run_folder import prepare_run_folder, taken_back
 from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
 from megatron_nuwa.training.vqgan_checkpoint import (
@@ -35,21 +38,23 @@ from megatron_nuwa.training.vqgan_figures import FigureWindow
 from megatron_nuwa.training.vqgan_inputs import kmeans_batches, open_dataset, training_batches
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 from megatron_nuwa.training.vqgan_step import VqganStep
+from megatron_nuwa.training.watchdog import Watchdog
 
 _SHOWN_RECONSTRUCTIONS = 8
 
 
 def train_vqgan(
     recipe: VqganRecipe,
-    whole_recipe: Settings,
-    seed: int,
+    whole_recipe: Recipe,
     processes: Processes,
     train: MediaFrames,
     held_out: MediaFrames | None,
+    stop: StopSignals | None = None,
 ) -> VqganEvaluation | None:
     """Train from the run's newest checkpoint to its last step; returns the final evaluation.
 
-    None without held-out frames, and where SIGTERM or SIGUSR1 ended the training early.
+    None without held-out frames, and where SIGTERM or SIGUSR1 ended the training early; `stop` may
+    have taken signals before. Every process of the run calls it.
 
     Leaves `RUN/vqgan.safetensors` and, with held-out frames, `RUN/evaluation.json`. Raises
     `UserError` for settings that do not fit, media that cannot be decoded, a foreign run folder.
@@ -59,41 +64,174 @@ def train_vqgan(
             f"{recipe.section}.batch_size {recipe.batch_size} must be a multiple of the number of "
             f"processes, {processes.world_size}"
         )
-    start = processes.first_then_all(lambda: _start(recipe))
-    state = VqganStep(recipe, seed, processes)
-    step = _resume(state)
-    # Only now: a run that is refused must not change the folder of the one it does not fit.
-    with taken_back(recipe.run) if processes.is_first else nullcontext():
-        if processes.is_first:
-            prepare_run_folder(recipe.run, whole_recipe, f"{recipe.section}.run")
-        processes.barrier()
-        held = None
-        if held_out is not None:
-            held = open_dataset(recipe, held_out, recipe.run / "held_out_frames.npy", processes)
-        frames = open_dataset(recipe, train, recipe.run / "frames.npy", processes)
-    if step == 0 and start is not None:
-        state.begin_with(start)
-    _announce(state, step, frames)
-    samples = step * recipe.batch_size
-    with (
-        Monitor(recipe.run, enabled=processes.is_first, step=step, samples=samples) as monitor,
-        StopSignals() as stop,
-    ):
+    with StopSignals() if stop is None else nullcontext(stop) as signals:
         try:
-            evaluation = _run_steps(state, seed, step, frames, held, monitor, stop)
+            return _train_vqgan(recipe, whole_recipe, processes, train, held_out, signals)
         except StopRequested as request:
             if processes.is_first:
-                print(f"{request} received: the last step is saved", flush=True)
+                ends = "before this start's first step: nothing to save, ending"
+                print(f"{request} received {ends}", flush=True)
+    return None
+
+
+def _train_vqgan(
+    recipe: VqganRecipe,
+    whole_recipe: Recipe,
+    processes: Processes,
+    train: MediaFrames,
+    held_out: MediaFrames | None,
+    stop: StopSignals,
+) -> VqganEvaluation | None:
+    """Raises `StopRequested` where the signal comes before the first step."""
+    training: VqganTraining | None = None
+
+    def reached() -> int:
+        return 0 if training is None else training.step
+
+    seconds = whole_recipe.training.hang_seconds
+    with (
+        RollCall(processes) as roll_call,
+        Watchdog(seconds, recipe.run, processes, reached, roll_call) as watchdog,
+    ):
+
+        def go_on() -> None:
+            watchdog.beat()
+            stop.check(processes)
+
+        start = processes.first_then_all(lambda: _start(recipe))
+        state = VqganStep(recipe, whole_recipe.seed, processes)
+        step = _resume(state)
+        go_on()
+        # Only now: a run that is refused must not change the folder of the one it does not fit.
+        with taken_back(recipe.run) if processes.is_first else nullcontext():
+            if processes.is_first:
+                prepare_run_folder(recipe.run, whole_recipe, f"{recipe.section}.run")
+                clear_faults(recipe.run)
+            processes.barrier()
+            held = None
+            if held_out is not None:
+                place = recipe.run / "held_out_frames.npy"
+                held = open_dataset(recipe, held_out, place, processes, go_on)
+            frames = open_dataset(recipe, train, recipe.run / "frames.npy", processes, go_on)
+        if step == 0 and start is not None:
+            state.begin_with(start)
+        _announce(state, step, frames)
+        with Monitor(
+            recipe.run, enabled=processes.is_first, step=step, samples=step * recipe.batch_size
+        ) as monitor:
+            training = VqganTraining(
+                state, step, whole_recipe.seed, frames, held, monitor, stop, watchdog
+            )
+            with written_down(recipe.run, processes, reached):
+                go_on()
+                return training.run()
+
+
+class VqganTraining:
+    """One process's part of a VQ-GAN's training."""
+
+    def __init__(
+        self,
+        state: VqganStep,
+        step: int,
+        seed: int,
+        frames: Dataset[Sample],
+        held_out: Dataset[Sample] | None,
+        monitor: Monitor,
+        stop: StopSignals,
+        watchdog: Watchdog,
+    ) -> None:
+        self.state, self.step, self.seed = state, step, seed
+        self.recipe, self.processes = state.recipe, state.processes
+        self.frames, self.held_out = frames, held_out
+        self.monitor, self.stop, self.watchdog = monitor, stop, watchdog
+
+    def run(self) -> VqganEvaluation | None:
+        """Train to the end; returns the evaluation there, None where a signal has ended it."""
+        recipe, processes = self.recipe, self.processes
+        self.watchdog.steps_begin()
+        try:
+            self._train()
+        except StopRequested as request:
+            self._say(f"{request} received: the last step is saved")
             processes.barrier()
             return None
-    if processes.is_first:
-        if evaluation:
-            text = json.dumps(evaluation.figures(), indent=2)
-            write_text_atomically(recipe.run / "evaluation.json", text + "\n")
-        save_vqgan(state.tokenizer, recipe.run / "vqgan.safetensors")
-        print(f"VQ-GAN written to {recipe.run / 'vqgan.safetensors'}", flush=True)
-    processes.barrier()
-    return evaluation
+        evaluation = None if self.held_out is None else self._evaluate(self.held_out)
+        if processes.is_first:
+            if evaluation:
+                text = json.dumps(evaluation.figures(), indent=2)
+                write_text_atomically(recipe.run / "evaluation.json", text + "\n")
+            save_vqgan(self.state.tokenizer, recipe.run / "vqgan.safetensors")
+            print(f"VQ-GAN written to {recipe.run / 'vqgan.safetensors'}", flush=True)
+        processes.barrier()
+        return evaluation
+
+    def _train(self) -> None:
+        """Raises `StopRequested`, with the last step saved, after a signal."""
+        recipe, processes = self.recipe, self.processes
+        window = FigureWindow(recipe.model.codebook_size, processes)
+        batches: Iterator[Batch] = self._batches()
+        if processes.is_first:
+            batches = track(batches, "training the VQ-GAN", total=recipe.steps, done=self.step)
+        for batch in batches:
+            self.watchdog.beat()
+            figures, counts = self.state(self.step, batch.images)
+            window.add(figures, counts, batch.broken)
+            self.step += 1
+            step, last = self.step, self.step == recipe.steps
+            if step % recipe.log_every == 0 or last:
+                means = window.close(recipe.batch_size)
+                self.monitor.scalars(step, step * recipe.batch_size, means)
+                self._say(_line(step, recipe.steps, means))
+            signal_number = processes.agree([self.stop.received])[0]
+            if step % recipe.checkpoint_every == 0 or last or signal_number:
+                _save(self.state, step, must=bool(last or signal_number))
+            if last:
+                return
+            raise_if_stopped(signal_number)
+            # After the save: an evaluation that fails would meet its step again at every start.
+            if self.held_out and recipe.evaluate_every and step % recipe.evaluate_every == 0:
+                self._evaluate(self.held_out)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of the steps left; on the way, the codes are placed by k-means.
+
+        One loader at a time: each has its own workers.
+        """
+        recipe, placed_at = self.recipe, self.recipe.codebook.start_step
+        if recipe.codebook.kmeans and self.step <= placed_at < recipe.steps:
+            yield from self._batches_between(self.step, placed_at)
+            self.watchdog.beat()
+            self._say(f"step {placed_at}: placing {recipe.model.codebook_size} codes by k-means")
+            with closing(kmeans_batches(recipe, self.seed, self.processes, self.frames)) as frames:
+                self.state.start_codebook(placed_at, frames)
+        yield from self._batches_between(self.step, recipe.steps)
+
+    def _batches_between(self, first: int, end: int) -> Iterator[Batch]:
+        return training_batches(self.recipe, self.seed, self.processes, self.frames, first, end)
+
+    def _evaluate(self, held_out: Dataset[Sample]) -> VqganEvaluation:
+        """Reconstruct the held-out frames, log the figures and some pictures."""
+        state, recipe, step = self.state, self.recipe, self.step
+        device = self.processes.device
+        per_process = max(1, recipe.batch_size // self.processes.world_size)
+        found = evaluate_vqgan(state.tokenizer, held_out, per_process, device, self.watchdog.beat)
+        if self.processes.is_first:
+            total = len(held_out)  # type: ignore[arg-type]
+            spread = range(0, total, max(1, total // _SHOWN_RECONSTRUCTIONS))
+            shown = held_out_frames(
+                state.tokenizer, held_out, spread[:_SHOWN_RECONSTRUCTIONS], device
+            )
+            self.monitor.images("reconstructions", step, comparison(state.tokenizer, shown))
+        figures = {f"eval/{name.removesuffix('_db')}": v for name, v in found.figures().items()}
+        del figures["eval/frames"]
+        self.monitor.scalars(step, step * recipe.batch_size, figures)
+        self._say(_evaluation_line(step, found))
+        return found
+
+    def _say(self, line: str) -> None:
+        if self.processes.is_first:
+            print(line, flush=True)
 
 
 def _start(recipe: VqganRecipe) -> Vqgan | None:
@@ -131,53 +269,6 @@ def _checkpoints(recipe: VqganRecipe) -> Checkpoints:
     return Checkpoints(recipe.run / "checkpoints", recipe.keep_checkpoints)
 
 
-def _run_steps(
-    state: VqganStep,
-    seed: int,
-    step: int,
-    frames: Dataset[Sample],
-    held_out: Dataset[Sample] | None,
-    monitor: Monitor,
-    stop: StopSignals,
-) -> VqganEvaluation | None:
-    """Train from `step` to the end; returns the evaluation at the end.
-
-    Raises `StopRequested`, with the last step saved, after a signal.
-    """
-    recipe, processes = state.recipe, state.processes
-    say = print if processes.is_first else _say_nothing
-    window = FigureWindow(recipe.model.codebook_size, processes)
-    loader = training_batches(recipe, seed, processes, frames, step, recipe.steps)
-    if processes.is_first:
-        loader = track(loader, "training the VQ-GAN", total=recipe.steps, done=step)
-    for batch in loader:
-        if step == recipe.codebook.start_step and recipe.codebook.kmeans:
-            say(f"step {step}: placing {recipe.model.codebook_size} codes by k-means", flush=True)
-            state.start_codebook(step, kmeans_batches(recipe, seed, processes, frames))
-        figures, counts = state(step, batch.images)
-        window.add(figures, counts, batch.broken)
-        step += 1
-        last = step == recipe.steps
-        if step % recipe.log_every == 0 or last:
-            means = window.close(recipe.batch_size)
-            monitor.scalars(step, step * recipe.batch_size, means)
-            say(_line(step, recipe.steps, means), flush=True)
-        signal_number = processes.agree([stop.received])[0]
-        due = step % recipe.checkpoint_every == 0 or last or signal_number
-        if due:
-            _save(state, step, must=bool(last or signal_number))
-        if not last:
-            raise_if_stopped(signal_number)
-        # After the save: an evaluation that fails would meet its step again at every start.
-        if held_out and recipe.evaluate_every and step % recipe.evaluate_every == 0 and not last:
-            say(_evaluation_line(step, _evaluate(state, held_out, step, monitor)), flush=True)
-    if held_out is None:
-        return None
-    evaluation = _evaluate(state, held_out, step, monitor)
-    say(_evaluation_line(step, evaluation), flush=True)
-    return evaluation
-
-
 def _announce(state: VqganStep, step: int, frames: Dataset[Sample]) -> None:
     model, recipe = state.model.config, state.recipe
     if state.processes.is_first:
@@ -189,28 +280,6 @@ def _announce(state: VqganStep, step: int, frames: Dataset[Sample]) -> None:
             f"{state.processes.world_size} processes",
             flush=True,
         )
-
-
-def _say_nothing(line: str, flush: bool) -> None:
-    """Stands for `print` on all processes but the first."""
-
-
-def _evaluate(
-    state: VqganStep, held_out: Dataset[Sample], step: int, monitor: Monitor
-) -> VqganEvaluation:
-    """Reconstruct the held-out frames, log the figures and some pictures."""
-    recipe, device = state.recipe, state.processes.device
-    per_process = max(1, recipe.batch_size // state.processes.world_size)
-    found = evaluate_vqgan(state.tokenizer, held_out, per_process, device)
-    if state.processes.is_first:
-        total = len(held_out)  # type: ignore[arg-type]
-        spread = range(0, total, max(1, total // _SHOWN_RECONSTRUCTIONS))[:_SHOWN_RECONSTRUCTIONS]
-        shown = held_out_frames(state.tokenizer, held_out, spread, device)
-        monitor.images("reconstructions", step, comparison(state.tokenizer, shown))
-    figures = {f"eval/{name.removesuffix('_db')}": v for name, v in found.figures().items()}
-    del figures["eval/frames"]
-    monitor.scalars(step, step * recipe.batch_size, figures)
-    return found
 
 
 def _save(state: VqganStep, step: int, must: bool) -> None:

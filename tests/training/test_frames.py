@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.frame_cache import cache_frames
 from megatron_nuwa.training.frames import (
     CachedFrames,
     DecodedFrames,
     Draw,
     MediaFrames,
     batches,
-    cache_frames,
     to_bytes,
     to_images,
 )
@@ -31,7 +31,7 @@ def media(items: list[int], key: str = "k") -> MediaFrames:
             raise UserError("item 0 cannot be decoded")
         return np.full((item, 8, 8, 3), item, np.uint8)
 
-    return MediaFrames(items, decode, 8, key, "test frames")
+    return MediaFrames(items, decode, 8, lambda go_on: key, "test frames")
 
 
 def numbered(tmp_path: Path, count: int) -> CachedFrames:
@@ -54,8 +54,9 @@ def test_cache_holds_all_real_frames_and_names_the_broken_items(tmp_path: Path) 
 def test_cache_is_reused_until_its_key_changes(tmp_path: Path) -> None:
     path = tmp_path / "frames.npy"
     cache_frames(media([1]), path)
-    assert cache_frames(media([2]), path) == (1, 1, [], True)
-    assert cache_frames(media([2], key="other"), path) == (2, 1, [], False)
+    assert cache_frames(media([2]), path)[:3] == (1, 1, [])
+    other = cache_frames(media([2], key="other"), path)
+    assert (other.frames, other.items, other.reused) == (2, 1, False)
 
 
 def test_nothing_decodable_is_an_error_that_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ def test_ssim_is_its_published_definition_window_by_window() -> None:
 
 def test_maps_are_cached_cropped_and_mirrored_as_numbers(tmp_path: Path) -> None:
     maps = np.arange(100, dtype=np.uint8).reshape(1, 10, 10)
-    source = MediaFrames([1], lambda item: maps, 10, "k", "test maps", are_maps=True)
+    source = MediaFrames([1], lambda item: maps, 10, lambda go_on: "k", "test maps", are_maps=True)
     assert cache_frames(source, tmp_path / "maps.npy").frames == 1
     dataset = CachedFrames(tmp_path / "maps.npy")
     assert np.array_equal(dataset[Draw(0, 0)].frame, maps[0])
