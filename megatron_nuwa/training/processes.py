@@ -206,8 +206,10 @@ def _patient_backends(timeout: timedelta | None) -> Iterator[None]:
         return
     names = ("default_pg_timeout", "default_pg_nccl_timeout")
     usual = {name: getattr(dist.distributed_c10d, name) for name in names}
-    # NCCL's monitor ends the process, too, when a call of CUDA's does not come back.
-    os.environ.setdefault(_NCCL_MONITOR, str(int(timeout.total_seconds())))
+    monitor = os.environ.get(_NCCL_MONITOR)
+    if monitor is None:
+        # NCCL's monitor ends the process, too, when a call of CUDA's does not come back.
+        os.environ[_NCCL_MONITOR] = str(int(timeout.total_seconds()))
     for name in names:
         setattr(dist.distributed_c10d, name, timeout)
     try:
@@ -215,3 +217,5 @@ def _patient_backends(timeout: timedelta | None) -> Iterator[None]:
     finally:
         for name, value in usual.items():
             setattr(dist.distributed_c10d, name, value)
+        if monitor is None:
+            os.environ.pop(_NCCL_MONITOR, None)
