@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import imageio_ffmpeg
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from rich.console import Console
@@ -113,7 +114,7 @@ def farm_cost(arguments: Sequence[str], items: int) -> Cost:
         if preprocessing_main([*arguments, "--no-report"]):
             raise UserError("the farm of the benchmark failed; its error stands above")
         own, children = time.process_time() - own, _children_seconds() - children
-    # ffmpeg is the only child.
+    # Children do nothing but decode: ffmpeg, and the worker that reads pictures.
     whole = own + children - loading.seconds
     decode = decoding.seconds + children
     return Cost(items, decode, encoding.seconds, captions.seconds, whole)
@@ -192,8 +193,10 @@ def _write_image(path: Path, number: int) -> None:
 
 
 def _children_seconds() -> float:
+    """Processor seconds of all child processes, those that are still there among them."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    alive = [child.cpu_times() for child in psutil.Process().children()]
+    return usage.ru_utime + usage.ru_stime + sum(sum(times[:4]) for times in alive)
 
 
 @contextmanager
