@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from types import TracebackType
 
 from preprocessing.communicator import Communicator, MessageKind
 from preprocessing.decode_worker import Decoded, DecodeThreads, Task
@@ -59,12 +58,7 @@ class RemoteDecoders:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ending.set()
         if self._thread is not None:
             self._thread.join()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -35,13 +34,17 @@ from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.relayout import load
-from megatron_nuwa.training.roll_call import RollCall
 from megatron_nuwa.training.run_folder import ENVIRONMENT_FILE, RECIPE_FILE, describe_environment
 from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
 from megatron_nuwa.training.skipping import make_skippable
-from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
-from megatron_nuwa.training.watchdog import Watchdog
+from megatron_nuwa.training.stopping import (
+    StopRequested,
+    StopSignals,
+    raise_if_stopped,
+    told_before_the_first_step,
+)
+from megatron_nuwa.training.watchdog import Watchdog, watched
 
 # After a longer step the processes also look for stop signals between the next one's micro-batches;
 # short ones are spared that, because it would have the CPUs wait for the GPUs.
@@ -64,13 +67,8 @@ def pretrain(
     """
     if processes.is_first:
         print(processes, flush=True)
-    with StopSignals() if stop is None else nullcontext(stop) as signals:
-        try:
-            _pretrain(recipe, layout_path, processes, show_samples, memory_needed, signals)
-        except StopRequested as request:
-            if processes.is_first:
-                ends = "before this start's first step: nothing to save, ending"
-                print(f"{request} received {ends}", flush=True)
+    with told_before_the_first_step(stop, processes) as signals:
+        _pretrain(recipe, layout_path, processes, show_samples, memory_needed, signals)
 
 
 def _pretrain(
@@ -91,15 +89,7 @@ def _pretrain(
         return 0 if training is None else training.step
 
     seconds = recipe.training.hang_seconds
-    with (
-        RollCall(processes) as roll_call,
-        Watchdog(seconds, recipe.run, processes, reached, roll_call) as watchdog,
-    ):
-
-        def go_on() -> None:
-            watchdog.beat()
-            stop.check(processes)
-
+    with watched(seconds, recipe.run, processes, reached, stop) as (watchdog, go_on):
         prepared = prepare(recipe, layout, config, processes, memory_needed, go_on)
         start = prepared.start
         if processes.is_first:

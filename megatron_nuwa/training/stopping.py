@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -53,6 +55,24 @@ class StopSignals:
     def check(self, processes: Processes) -> None:
         """Raise `StopRequested` on every process if any got a signal; each must call it."""
         raise_if_stopped(processes.agree([self._received])[0])
+
+
+@contextmanager
+def told_before_the_first_step(
+    stop: StopSignals | None, processes: Processes
+) -> Iterator[StopSignals]:
+    """The stop signals of a run, those of `stop` if it takes them already.
+
+    A `StopRequested` that leaves the block came before any step: the first process says so, and the
+    block just ends.
+    """
+    with StopSignals() if stop is None else nullcontext(stop) as signals:
+        try:
+            yield signals
+        except StopRequested as request:
+            if processes.is_first:
+                ends = "before this start's first step: nothing to save, ending"
+                print(f"{request} received {ends}", flush=True)
 
 
 def outlive_stop_signals(_worker: int) -> None:

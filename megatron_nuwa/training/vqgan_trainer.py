@@ -20,9 +20,13 @@ from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.progress import track
 from megatron_nuwa.training.recipe import Recipe
-from megatron_nuwa.training.roll_call import RollCall
 from megatron_nuwa.training.run_folder import prepare_run_folder, taken_back
-from megatron_nuwa.training.stopping import StopRequested, StopSignals, raise_if_stopped
+from megatron_nuwa.training.stopping import (
+    StopRequested,
+    StopSignals,
+    raise_if_stopped,
+    told_before_the_first_step,
+)
 from megatron_nuwa.training.vqgan_checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -38,7 +42,7 @@ from megatron_nuwa.training.vqgan_figures import FigureWindow
 from megatron_nuwa.training.vqgan_inputs import kmeans_batches, open_dataset, training_batches
 from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 from megatron_nuwa.training.vqgan_step import VqganStep
-from megatron_nuwa.training.watchdog import Watchdog
+from megatron_nuwa.training.watchdog import Watchdog, watched
 
 _SHOWN_RECONSTRUCTIONS = 8
 
@@ -64,13 +68,8 @@ def train_vqgan(
             f"{recipe.section}.batch_size {recipe.batch_size} must be a multiple of the number of "
             f"processes, {processes.world_size}"
         )
-    with StopSignals() if stop is None else nullcontext(stop) as signals:
-        try:
-            return _train_vqgan(recipe, whole_recipe, processes, train, held_out, signals)
-        except StopRequested as request:
-            if processes.is_first:
-                ends = "before this start's first step: nothing to save, ending"
-                print(f"{request} received {ends}", flush=True)
+    with told_before_the_first_step(stop, processes) as signals:
+        return _train_vqgan(recipe, whole_recipe, processes, train, held_out, signals)
     return None
 
 
@@ -89,15 +88,7 @@ def _train_vqgan(
         return 0 if training is None else training.step
 
     seconds = whole_recipe.training.hang_seconds
-    with (
-        RollCall(processes) as roll_call,
-        Watchdog(seconds, recipe.run, processes, reached, roll_call) as watchdog,
-    ):
-
-        def go_on() -> None:
-            watchdog.beat()
-            stop.check(processes)
-
+    with watched(seconds, recipe.run, processes, reached, stop) as (watchdog, go_on):
         start = processes.first_then_all(lambda: _start(recipe))
         state = VqganStep(recipe, whole_recipe.seed, processes)
         step = _resume(state)

@@ -6,7 +6,8 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from megatron_nuwa.training.faults import Kind, write_fault
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.roll_call import RollCall
+from megatron_nuwa.training.stopping import StopSignals
 
 # Reading a large checkpoint over a slow file system may take longer than any step.
 START_SECONDS = 1800.0
@@ -30,6 +32,26 @@ def backend_timeout(hang_seconds: float) -> timedelta:
     They end a process without a word about why. They still would where Python itself is stuck.
     """
     return timedelta(seconds=2 * max(hang_seconds, START_SECONDS))
+
+
+@contextmanager
+def watched(
+    seconds: float, run: Path, processes: Processes, step: Callable[[], int], stop: StopSignals
+) -> Iterator[tuple[Watchdog, Callable[[], None]]]:
+    """A watchdog with a roll call, and what a run calls now and then before its first step.
+
+    That is a sign of life, and raises `StopRequested` on all processes after a stop signal.
+    """
+    with (
+        RollCall(processes) as roll_call,
+        Watchdog(seconds, run, processes, step, roll_call) as watchdog,
+    ):
+
+        def go_on() -> None:
+            watchdog.beat()
+            stop.check(processes)
+
+        yield watchdog, go_on
 
 
 class Watchdog:
