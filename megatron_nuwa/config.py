@@ -13,6 +13,23 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.mistakes import explain
 
 
+class _UniqueFieldLoader(yaml.SafeLoader):
+    """Plain YAML values; a field that stands twice is an error, where PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, yaml.Node] = {}
+        for key, _ in node.value:
+            first = seen.setdefault(str(key.value), key)
+            if first is not key:
+                raise yaml.constructor.ConstructorError(
+                    None,
+                    None,
+                    f"'{key.value}' stands in lines {first.start_mark.line + 1} and "
+                    f"{key.start_mark.line + 1} of the same group; leave one out",
+                )
+        return super().construct_mapping(node, deep)
+
+
 class Settings(BaseModel):
     """Base of every settings class: immutable, finite, and an unknown key is an error."""
 
@@ -39,7 +56,7 @@ def load_settings(
     except UnicodeDecodeError as error:
         raise UserError(f"{noun} {path} is no text in UTF-8 ({error}); save it as UTF-8") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _UniqueFieldLoader)
     except yaml.YAMLError as error:
         raise UserError(
             f"{noun} {path} is not valid YAML: {' '.join(str(error).split())}"

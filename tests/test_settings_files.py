@@ -23,12 +23,26 @@ DEMO = ROOT / "launch/recipes/demo.yaml"
         (b"- 1\n- 2\n", r"recipe .*a\.yaml must hold fields at its top level, such as 'name: …'"),
         (b"name: [\n", r"recipe .*a\.yaml is not valid YAML"),
         (b"name: ' '\n", r"recipe .*a\.yaml: name: must not be empty"),
+        (
+            b"name: a\nschedule:\n  steps: 1\n  warmup: 2\n  steps: 3\n",
+            r"recipe .*a\.yaml .*'steps' stands in lines 3 and 5 of the same group; leave one out",
+        ),
     ],
 )
 def test_a_broken_recipe_is_named(content: bytes, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(UserError, match=sentence):
         load_recipe(tmp_path / "a.yaml")
+
+
+def test_groups_may_share_names_and_anchors(tmp_path: Path) -> None:
+    class Pair(Settings):
+        left: dict[str, int]
+        right: dict[str, int]
+
+    (tmp_path / "a.yaml").write_text("left: &l {a: 1, b: 2}\nright:\n  <<: *l\n  a: 3\n")
+    pair = load_settings(Pair, tmp_path / "a.yaml")
+    assert (pair.left, pair.right) == ({"a": 1, "b": 2}, {"a": 3, "b": 2})
 
 
 def test_other_files_are_not_called_recipes(tmp_path: Path) -> None:
