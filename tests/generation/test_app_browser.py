@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from helpers import run_command_line
 from PIL import Image
+from test_app_parts import slowed
 
 from megatron_nuwa.generation.app.__main__ import OFFLINE
 from megatron_nuwa.generation.trained import Generator
@@ -54,15 +55,8 @@ def address(generator: Generator, tmp_path_factory: pytest.TempPathFactory) -> I
         pytest.skip(f"the page in a browser: {reason}")
     from megatron_nuwa.generation.app import page as module
 
-    stream = module.stream
-
-    def slowly(*arguments: object) -> Iterator[object]:
-        for progress in stream(*arguments):  # type: ignore[arg-type]
-            yield progress
-            time.sleep(0.5)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "stream", slowly)
+        slowed(patch, 0.05)
         page = module.build_page(generator, tmp_path_factory.mktemp("pictures"))
         _, local, _ = page.launch(prevent_thread_lock=True, **module.serving())
         yield local
@@ -209,6 +203,28 @@ def test_one_draws_a_sketch(browser: Chrome) -> None:
     paint(browser, "#sketch")
     assert generate(browser) == "Done."
     assert wait(browser, lambda: browser.execute_script(WIDTHS) == [16])
+
+
+def test_who_waits_for_others_is_told(browser: Chrome, address: str) -> None:
+    def begin() -> None:
+        choose(browser, "t2v")
+        write(browser, "a green circle stays")
+        browser.find_element("css selector", "#generate").click()
+
+    first = browser.current_window_handle
+    begin()
+    wait(browser, lambda: browser.find_elements("css selector", ".strip"))
+    browser.switch_to.new_window("tab")
+    try:
+        browser.get(address)
+        wait(browser, lambda: browser.find_elements("css selector", "#prompt textarea"))
+        begin()
+        said = browser.find_element("css selector", "#status")
+        wait(browser, lambda: said.text == "Waiting for its turn …")
+        assert wait(browser, lambda: browser.execute_script(FINAL)) == "Done."
+    finally:
+        browser.close()
+        browser.switch_to.window(first)
 
 
 def test_a_mistake_is_one_sentence(browser: Chrome) -> None:

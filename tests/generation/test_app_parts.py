@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import torch
 from test_tasks import CLIP, PICTURE, request, sample
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.app import drawing, stream
+from megatron_nuwa.generation.app import drawing, pictures, stream
+from megatron_nuwa.generation.app.pictures import Arriving
 from megatron_nuwa.generation.app.stream import Progress
 from megatron_nuwa.generation.palette import classes_of, colour_names, coloured, colours
 from megatron_nuwa.generation.sampling import SamplingSettings
@@ -23,7 +25,27 @@ from megatron_nuwa.grid import Grid
 PLAIN = SamplingSettings()
 
 
-def test_frames_arrive_one_by_one_and_are_those_of_the_sampler(generator: Generator) -> None:
+def slowed(monkeypatch: pytest.MonkeyPatch, seconds: float) -> list[int]:
+    """Have the sampler take so long a token; returns a list that grows by one each."""
+    tokens: list[int] = []
+    generate = stream.generate
+
+    def counted(*arguments: object, on_token: Callable[[], None], **named: object) -> torch.Tensor:
+        def slow() -> None:
+            tokens.append(1)
+            time.sleep(seconds)
+            on_token()
+
+        return generate(*arguments, on_token=slow, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(stream, "generate", counted)
+    return tokens
+
+
+def test_frames_arrive_one_by_one_and_are_those_of_the_sampler(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, 0.01)
     requests = [request("t2v", 1), request("t2v", 2)]
     seen = list(stream.stream(generator, requests, PLAIN))
     counts = [progress.frames.shape[1] for progress in seen]
@@ -32,6 +54,44 @@ def test_frames_arrive_one_by_one_and_are_those_of_the_sampler(generator: Genera
     assert seen[-1].cells == seen[-1].wanted_cells == 48
     expected = generator.pixels(sample(generator, *requests), Grid(4, 4, 3))
     assert np.array_equal(seen[-1].frames, expected)
+
+
+def test_a_slow_page_is_shown_the_newest_and_not_the_past(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "_SECONDS", 0.0)
+    slowed(monkeypatch, 0.01)
+    seen = []
+    for progress in stream.stream(generator, [request("t2v")], PLAIN):
+        seen.append(progress.cells)
+        time.sleep(0.1)
+    # 48 tokens in about half a second, told one by one.
+    assert len(seen) < 24
+    assert seen[-1] == 48
+
+
+def test_a_frame_is_made_into_a_picture_once(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def counted(frames: np.ndarray, frames_per_second: float) -> str:
+        made.append(frames)
+        return f"data:{len(made)}"
+
+    monkeypatch.setattr(pictures, "address", counted)
+    clips = np.zeros((2, 3, 16, 16, 3), np.uint8)
+    arriving = Arriving([request("t2v", 1), request("t2v", 2)], 4.0)
+    shown = [
+        arriving.show(Progress(clips[:, :count], 3, cells, 48))
+        for cells, count in enumerate((0, 0, 1, 1, 3, 3))
+    ]
+    assert [text is None for text in shown] == [False, True, False, True, False, True]
+    assert len(made) == 6
+    assert str(shown[0]).count("<span></span>") == 6
+    # The newest of each sample, and the strips below them.
+    assert str(shown[4]).count("data:") == 2 + 6
+    assert "<span></span>" not in str(shown[4])
 
 
 def test_a_longer_video_arrives_to_its_end(generator: Generator) -> None:
@@ -59,23 +119,11 @@ def test_a_failure_of_the_sampler_reaches_the_page(
 def test_nobody_waiting_ends_the_sampling(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens = 0
-    generate = stream.generate
-
-    def counted(*arguments: object, on_token, **named: object) -> torch.Tensor:
-        def slow() -> None:
-            nonlocal tokens
-            tokens += 1
-            time.sleep(0.05)
-            on_token()
-
-        return generate(*arguments, on_token=slow, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(stream, "generate", counted)
+    tokens = slowed(monkeypatch, 0.05)
     arriving = stream.stream(generator, [request("t2v")], PLAIN)
     assert isinstance(next(arriving), Progress)
     arriving.close()
-    assert tokens < 48
+    assert len(tokens) < 48
 
 
 def drawing_of(background: np.ndarray | None, painted: np.ndarray | None) -> drawing.Drawing:

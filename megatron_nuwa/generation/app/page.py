@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,8 +15,8 @@ import numpy as np
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.app import drawing
+from megatron_nuwa.generation.app.pictures import Arriving, finished_pictures
 from megatron_nuwa.generation.app.stream import Progress, stream
-from megatron_nuwa.generation.media import address, still
 from megatron_nuwa.generation.outputs import origin_of, write_media
 from megatron_nuwa.generation.palette import colour_names, colours
 from megatron_nuwa.generation.regions import composite
@@ -169,7 +170,7 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
             first_seed: float | None,
             count: float,
             *drawing_settings: float,
-        ) -> Iterator[tuple[str, str, Any]]:
+        ) -> Iterator[tuple[str, Any, Any]]:
             yield _status("Reading …"), _EMPTY, gr.update(visible=False, value=None)
             try:
                 settings = _settings(*drawing_settings)
@@ -188,13 +189,15 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                 if request.task.reads == "none":
                     settings = replace(settings, guidance=1.0)
                 asked = int(length) if request.task.target == "clip" else None
+                arriving = Arriving(requests, generator.frames_per_second)
                 for progress in stream(generator, requests, settings, asked):
-                    yield _counted(progress), _arrived(progress, requests), gr.update()
+                    shown = arriving.show(progress)
+                    yield _counted(progress), shown or gr.update(), gr.update()
                 clips = progress.frames
                 if pixels_kept and request.region is not None and request.pixels is not None:
                     clips = composite(clips, request.pixels, request.region)
                 written = _write(generator, requests, clips, settings, folder)
-                finished = _finished(requests, clips, generator.frames_per_second)
+                finished = finished_pictures(requests, clips, generator.frames_per_second)
                 yield _status("Done."), finished, gr.update(visible=True, value=written)
             except UserError as error:
                 yield _status(_sentence(error), wrong=True), _EMPTY, gr.update()
@@ -216,8 +219,12 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
             seed,
             samples,
         ]
+        begins = [start.click, prompt.submit]
+        # Said by the browser itself: others' runs come first.
+        waiting = json.dumps(_status("Waiting for its turn …"))
+        gr.on(begins, None, None, status, js=f"() => {waiting}", **quiet)
         running = gr.on(
-            [start.click, prompt.submit],
+            begins,
             run,
             [*given, temperature, top_k, top_p, guidance],
             [status, result, files],
@@ -302,31 +309,6 @@ def _counted(progress: Progress) -> str:
     frames = progress.frames.shape[1]
     what = f"{frames} of {progress.wanted_frames} frames, " if progress.wanted_frames > 1 else ""
     return _status(f"{what}{progress.cells:,} of {progress.wanted_cells:,} tokens")
-
-
-def _arrived(progress: Progress, requests: list[Request]) -> str:
-    """The newest frame of each sample, above all that have arrived and places for the rest."""
-    figures = []
-    for request, frames in zip(requests, progress.frames, strict=True):
-        addresses = [still(frame) for frame in frames]
-        waiting = "<span></span>" * (progress.wanted_frames - len(frames))
-        newest = f'<img src="{addresses[-1]}" alt="newest frame">' if addresses else ""
-        strip = "".join(f'<img src="{each}" alt="frame">' for each in addresses) + waiting
-        strip = f'<div class="strip">{strip}</div>' if progress.wanted_frames > 1 else ""
-        figures.append(_figure(newest + strip, request))
-    return f'<div class="pictures">{"".join(figures)}</div>'
-
-
-def _finished(requests: list[Request], clips: np.ndarray, frames_per_second: float) -> str:
-    figures = [
-        _figure(f'<img src="{address(clip, frames_per_second)}" alt="generated">', request)
-        for request, clip in zip(requests, clips, strict=True)
-    ]
-    return f'<div class="pictures finished">{"".join(figures)}</div>'
-
-
-def _figure(content: str, request: Request) -> str:
-    return f"<figure>{content}<figcaption>seed {request.seed}</figcaption></figure>"
 
 
 def _write(

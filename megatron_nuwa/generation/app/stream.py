@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event, Thread
+from typing import TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +30,10 @@ class Progress:
     wanted_cells: int
 
 
+# A frame's tokens, the number of cells so far, what went wrong, or the end.
+_Event: TypeAlias = Tensor | int | BaseException | None
+
+
 class _StoppedError(Exception):
     """Nobody waits for the rest."""
 
@@ -41,12 +46,14 @@ def stream(
 ) -> Iterator[Progress]:
     """Progress at every frame and a few times a second, the last with all frames.
 
+    Where it is taken more slowly than that, each is the newest there is.
+
     `frames` is the length of a video. Closing the iterator ends the sampling. Raises `UserError`
     as `prepare` does.
     """
     prepared = prepare(generator, requests, frames)
     grid = prepared.grid
-    told: SimpleQueue[Tensor | int | BaseException | None] = SimpleQueue()
+    told: SimpleQueue[_Event] = SimpleQueue()
     stopped = Event()
     done, last = 0, 0.0
 
@@ -75,16 +82,30 @@ def stream(
     thread = Thread(target=work, daemon=True)
     thread.start()
     try:
-        while (event := told.get()) is not None:
-            if isinstance(event, BaseException):
-                raise event
-            if isinstance(event, int):
-                cells = event
-            else:
-                arrived = generator.pixels(event, grid._replace(s=1))
-                shown = np.concatenate([shown, arrived], axis=1)
-                cells = max(cells, shown.shape[1] * grid.h * grid.w)
+        is_done = False
+        while not is_done:
+            for event in _waited_for(told):
+                if isinstance(event, BaseException):
+                    raise event
+                if event is None:
+                    is_done = True
+                elif isinstance(event, int):
+                    cells = event
+                else:
+                    arrived = generator.pixels(event, grid._replace(s=1))
+                    shown = np.concatenate([shown, arrived], axis=1)
+                    cells = max(cells, shown.shape[1] * grid.h * grid.w)
             yield Progress(shown, grid.s, cells, grid.cells)
     finally:
         stopped.set()
         thread.join()
+
+
+def _waited_for(told: SimpleQueue[_Event]) -> Iterator[_Event]:
+    """All that has been told by now, at least one event.
+
+    Whoever shows progress more slowly than it is made would otherwise show the past.
+    """
+    yield told.get()
+    while not told.empty():
+        yield told.get()
