@@ -132,8 +132,7 @@ def single_engine(
     The weights are made in fp32 and DeepSpeed casts them one by one, so building needs less than
     training: 3.5 GiB of the 870 M model's before the state of the step exists.
     """
-    clipping = recipe.optimizer.gradient_clipping
-    config = complete_config(plan.deepspeed, micro_batches, 1, clipping)
+    config = complete_config(plan.deepspeed, micro_batches, 1, recipe)
     place = find_place(plan.layout)
     return build_engine(recipe, place, config, device, unit_costs=(), codebook=None)
 

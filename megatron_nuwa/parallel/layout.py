@@ -152,21 +152,23 @@ class _State:
     offload: bool
     bf16: bool
     fp16: bool
-    accumulation: str | None
 
     @staticmethod
     def of(deepspeed: Mapping[str, Any]) -> _State:
         zero = _section(deepspeed, "zero_optimization")
         stage = zero.get("stage", 0)
-        if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-            raise UserError(f"zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+        if stage not in (1, 2, 3) or isinstance(stage, bool):
+            # DeepSpeed's stage 0 tells no gradient norm in fp32 and sums gradients in bf16.
+            raise UserError(
+                f"zero_optimization.stage must be 1, 2 or 3, not {stage!r}; on one process, too, "
+                "where stage 1 divides nothing"
+            )
         devices = [_section(zero, key).get("device") for key in _OFFLOAD_KEYS]
         return _State(
             stage,
             offload=any(device not in (None, "none") for device in devices),
             bf16=any(_section(deepspeed, key).get("enabled") is True for key in _BF16_KEYS),
             fp16=_section(deepspeed, "fp16").get("enabled") is True,
-            accumulation=_section(deepspeed, "data_types").get("grad_accum_dtype"),
         )
 
     @property
@@ -177,11 +179,6 @@ class _State:
         """What is wrong whatever the number of processes."""
         if self.bf16 and self.fp16:
             return "bf16.enabled and fp16.enabled exclude each other: leave one of them out"
-        if self.zero_stage == 0 and self.accumulation not in (None, self.precision):
-            return (
-                f"data_types.grad_accum_dtype '{self.accumulation}' for {self.precision} weights "
-                "needs zero_optimization.stage 1 or more"
-            )
         return None
 
 

@@ -32,7 +32,9 @@ _KEPT_PREFIXES = (
     "megatron_nuwa::nearby_attention",
 )
 _KINDS: tuple[ContextKind, ...] = get_args(ContextKind)
-_MULTIPLIER = 0x9E3779B97F4A7C15
+# Odd and far apart, so that no two of (micro-batch, unit, stream) come to the same seed.
+_UNIT_STRIDE = 0x9E3779B97F4A7C15
+_STREAM_STRIDE = 0xD1B54A32D192ED03
 # Compiled forms of a layer that are kept, one a shape.
 _SHAPES = 64
 
@@ -168,7 +170,8 @@ class Units:
 
     def _seed(self, unit: int, flow: Flow) -> None:
         if self.model.training and self.model.config.dropout:
-            torch.manual_seed((flow.seed + (unit + 1) * _MULTIPLIER + self._stream) % (1 << 63))
+            seed = flow.seed + (unit + 1) * _UNIT_STRIDE + self._stream * _STREAM_STRIDE
+            torch.manual_seed(seed % (1 << 63))
 
     def _call(self, unit: int, flow: Flow, layer: nn.Module, *arguments: object) -> Tensor:
         if self._compiled is not None and torch.is_grad_enabled():

@@ -142,7 +142,7 @@ def all_candidates(
     sizes = [size for size in range(1, machine.gpus + 1) if machine.gpus % size == 0]
     for pipeline in sizes:
         for tensor in sizes:
-            for stage in (0, 1, 2, 3):
+            for stage in (1, 2, 3):
                 candidate = settings.model_copy(
                     update={
                         "pipeline": pipeline,
@@ -187,12 +187,8 @@ def _micro_batch_sizes(recipe: Recipe, replicas: int) -> list[int | None]:
 
 
 def _with_stage(deepspeed: Mapping[str, Any], stage: int) -> dict[str, Any]:
-    changed = dict(deepspeed)
-    if stage == 0:
-        # DeepSpeed accumulates in another precision than the weights' from stage 1 on only.
-        changed.pop("data_types", None)
-    changed["zero_optimization"] = {**(deepspeed.get("zero_optimization") or {}), "stage": stage}
-    return changed
+    zero = deepspeed.get("zero_optimization") or {}
+    return {**deepspeed, "zero_optimization": {**zero, "stage": stage}}
 
 
 def _rank(judged: Judged) -> tuple[bool, float]:

@@ -94,15 +94,13 @@ def _data_parallel(step: Step, bounds: Sequence[int], links: Links) -> Traffic:
         overlaps = bool(zero.get("overlap_comm", layout.zero_stage == 3))
     else:
         # One all-reduce after the last backward pass; BF16_Optimizer's in fp32.
-        size = _FULL if layout.zero_stage == 1 and wide else unit
+        size = _FULL if wide else unit
         volume, overlaps = 2 * _ring_volume(parameters * size, layout.data), False
     return Traffic("data_parallel", volume, volume / links.data, overlaps)
 
 
 def _zero_gather(step: Step, bounds: Sequence[int], links: Links) -> Traffic:
     layout = step.layout
-    if layout.zero_stage == 0:
-        return Traffic("zero_gather", 0, 0.0)
     once = _ring_volume(_largest_stage(step, bounds) * _element_size(layout), layout.data)
     if layout.zero_stage < 3:
         return Traffic("zero_gather", once, once / links.data)

@@ -21,7 +21,7 @@ from megatron_nuwa.training.recipe import Recipe
 _HOURS = 24
 _SUMS = (
     "zero1 with data_types.grad_accum_dtype fp32 sums gradients over replicas in fp32; "
-    "zero0, zero2 and zero3 do so in half precision, which is part of their speed"
+    "zero2 and zero3 do so in half precision, which is part of their speed"
 )
 _PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "working", "framework")
 _KINDS = {

@@ -1,6 +1,6 @@
 """Bytes of weights, gradients and optimizer in one process, as DeepSpeed 0.19.8 allocates them.
 
-Read from its `runtime/`: bf16_optimizer.py, fp16/fused_optimizer.py, zero/stage_1_and_2.py and
+Read from its `runtime/`: bf16_optimizer.py, zero/stage_1_and_2.py and
 zero/stage3.py. Adam is taken to be fused: PyTorch's plain one adds two temporaries of the size of
 the master weights in every step.
 """
@@ -45,16 +45,6 @@ def state_bytes(
     accumulator = _accumulator(deepspeed, unit)
     bucket = min(int(zero.get("reduce_bucket_size", _REDUCE_BUCKET)), parameters) * unit
     master_and_moments = (_FULL + _ADAM) * share
-    if layout.zero_stage == 0:
-        # fp32 trains in place; the half-precision optimizers keep fp32 weights and gradients.
-        more = 0 if unit == _FULL else _FULL
-        return StateBytes(
-            unit * parameters,
-            (unit + more) * parameters,
-            (more + _ADAM) * parameters,
-            bucket if layout.data > 1 else 0,
-            0,
-        )
     if layout.zero_stage == 1 and _is_bf16_optimizer(layout, accumulator):
         # Its fp32 gradients are not divided, and every half gradient is widened on its way there.
         # It may stay until the next backward pass or not.

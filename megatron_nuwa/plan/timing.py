@@ -143,7 +143,7 @@ def _update_seconds(step: Step, bounds: Sequence[int], links: Links) -> float:
         sum(unit.local(layout.tensor) for unit in units[bounds[s] : bounds[s + 1]])
         for s in range(layout.pipeline)
     )
-    share = largest if layout.zero_stage == 0 else partition(largest, layout.data)
+    share = partition(largest, layout.data)
     accumulated = len(step.micro_batches) * largest if layout.precision != "fp32" else 0
     moved = _UPDATE_BYTES * share + _ACCUMULATE_BYTES * accumulated
     return moved / links.device.memory_bandwidth

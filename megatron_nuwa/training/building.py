@@ -15,15 +15,15 @@ from megatron_nuwa.models.initialisation import assign
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.parallel.cut import cut, stage_table
 from megatron_nuwa.parallel.groups import Place
-from megatron_nuwa.parallel.units import Units
+from megatron_nuwa.parallel.units import Recomputation, Units
 from megatron_nuwa.training.engine import Engine, StageEngine, WholeEngine
 from megatron_nuwa.training.recipe import Recipe
 
 
 def complete_config(
-    config: dict[str, Any], micro_batches: int, replicas: int, gradient_clipping: float
+    config: dict[str, Any], micro_batches: int, replicas: int, recipe: Recipe
 ) -> dict[str, Any]:
-    """A layout's DeepSpeed part with the recipe's batch and clipping filled in.
+    """A layout's DeepSpeed part with what the recipe says filled in.
 
     DeepSpeed counts in micro-batches of one task, whose sample counts differ, so its own batch
     size says 1 a micro-batch and only the accumulation is real.
@@ -35,9 +35,24 @@ def complete_config(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": micro_batches * replicas,
-        "gradient_clipping": gradient_clipping,
+        "gradient_clipping": recipe.optimizer.gradient_clipping,
         "steps_per_print": 1 << 62,
+        "zero_optimization": _zero(config, recipe.training.checkpoint_activations),
     }
+
+
+def _zero(config: dict[str, Any], recompute: Recomputation) -> dict[str, Any]:
+    """ZeRO's settings that go with what is computed a second time.
+
+    DeepSpeed's own linear function, for stage 3, adds the bias in place to the matrix product that
+    selective recomputation keeps, so that the second run would add it once more. It is there to
+    hold no gathered weight from the forward to the backward pass; a layer that is run a second
+    time holds none.
+    """
+    zero = dict(config.get("zero_optimization") or {})
+    if recompute == "selective":
+        zero["memory_efficient_linear"] = False
+    return zero
 
 
 def build_engine(

@@ -23,6 +23,8 @@ from megatron_nuwa.training.fused import fuse_norms, make_adam
 from megatron_nuwa.training.name_patterns import matching
 from megatron_nuwa.training.recipe import OptimizerSettings, Recipe
 
+_LINEAR = nn.functional.linear
+
 
 class Loss(NamedTuple):
     """Mean loss of a micro-batch, and its share in the replica's mean of that task."""
@@ -72,7 +74,7 @@ class Engine(ABC):
 
     def grad_norm(self) -> float:
         """Norm of the last step's gradient, before clipping; every process must call it."""
-        return float(self.deepspeed.get_global_grad_norm() or 0.0)
+        return float(self.deepspeed.get_global_grad_norm())
 
     def loss_scale(self) -> float | None:
         """What fp16 multiplies losses by now; None in other precisions."""
@@ -342,6 +344,8 @@ def _initialize(
     )
     if dist.get_rank() == 0:
         print(f"optimizer {taken}", flush=True)
+    # DeepSpeed replaces it for ZeRO 3, and leaves it so to whatever the process trains next.
+    nn.functional.linear = _LINEAR
     # It prints its memory at every turn.
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = import_deepspeed().initialize(

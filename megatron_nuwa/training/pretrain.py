@@ -136,7 +136,7 @@ class Pretraining:
             prepared.config,
             sum(task.micro_batch_count(layout.data) for task in self.tasks.values()),
             layout.data,
-            recipe.optimizer.gradient_clipping,
+            recipe,
         )
         if processes.is_first:
             shown = json.dumps(full_config, indent=2)

@@ -61,23 +61,15 @@ def find_start(recipe: Recipe, description: dict[str, Any], found: Newest) -> St
             f"run {recipe.run} was trained with {_told(*difference)} to continue the run, or "
             f"begin another with its weights: run=FOLDER start.weights={recipe.run}"
         )
-    other = _other_layout(recipe.run, state, description)
+    other = _other_layout(state, description)
     return Start(newest, int(state["step"]), tuple(complaints), other)
 
 
-def _other_layout(run: Path, state: dict[str, Any], description: dict[str, Any]) -> Layout | None:
+def _other_layout(state: dict[str, Any], description: dict[str, Any]) -> Layout | None:
     """The layout that wrote a checkpoint whose state must be taken over; None for the same."""
     if state["layout"] == description["layout"]:
         return None
-    before, now = (layout_of(each["layout"]) for each in (state, description))
-    if 0 in (before.zero_stage, now.zero_stage):
-        if before == now:
-            return None
-        raise UserError(
-            f"run {run} was trained as {before.name} and cannot continue as {now.name}: the layout "
-            "may change between zero_optimization.stage 1, 2 and 3 only"
-        )
-    return before
+    return layout_of(state["layout"])
 
 
 def describe(

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.initialisation import shard_of
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
 from megatron_nuwa.parallel.collectives import TensorGroup
@@ -49,7 +50,10 @@ class SavedState:
 
     def __init__(self, folder: Path, layout: Layout, config: NuwaConfig) -> None:
         if layout.zero_stage == 0:
-            raise ValueError("checkpoints of ZeRO stage 0 hold no state by name")
+            raise UserError(
+                f"checkpoint {folder} was written with zero_optimization.stage 0, whose optimizer "
+                "state cannot be taken over; begin another run with its weights: start.weights"
+            )
         self._folder, self._layout = folder, layout
         with torch.device("meta"):
             model = Nuwa(config)

@@ -6,9 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 
 def make_skippable(engine: Any, should_skip: Callable[[], bool]) -> None:
     """Ask `should_skip` whenever a DeepSpeed engine is about to take an optimizer step.
@@ -17,27 +14,18 @@ def make_skippable(engine: Any, should_skip: Callable[[], bool]) -> None:
     by plain and pipeline engines alike, and may use collectives; all processes must get the same
     answer. On True the step becomes one that DeepSpeed itself drops for an overflow: gradients are
     cleared, weights, moments, Adam's step counters and the loss scale stay, and
-    `engine.was_step_applied()` is False. Works for ZeRO 0 to 3 in fp32, bf16 and fp16.
-
-    DeepSpeed lets a gradient that is not finite pass in one case, fp32 without ZeRO; after this
-    call it is dropped there, too.
+    `engine.was_step_applied()` is False. Works for ZeRO 1 to 3 in fp32, bf16 and fp16.
     """
     optimizer = engine.optimizer
     take_step = optimizer.step
-    is_plain = isinstance(optimizer, torch.optim.Optimizer)
 
-    def step(*arguments: Any, **options: Any) -> Any:
-        if is_plain:
-            # The engine reads and reports what its own optimizers set.
-            optimizer.overflow = should_skip() or not _gradients_are_finite(optimizer)
-            return None if optimizer.overflow else take_step(*arguments, **options)
+    def step(*arguments: Any, **options: Any) -> None:
         if should_skip():
             _drop(optimizer, take_step)
         else:
             take_step(*arguments, **options)
         if optimizer.overflow:
             _forget_offloaded_gradients(optimizer)
-        return None
 
     optimizer.step = step
 
@@ -45,9 +33,7 @@ def make_skippable(engine: Any, should_skip: Callable[[], bool]) -> None:
 def _drop(optimizer: Any, take_step: Callable[[], Any]) -> None:
     """Have a DeepSpeed optimizer go the way of an overflow."""
     with _overflow_pretended(optimizer):
-        if hasattr(optimizer, "_skip_invalid_grad_norm"):
-            optimizer._skip_invalid_grad_norm()
-        elif hasattr(optimizer, "clear_hp_grads"):
+        if hasattr(optimizer, "clear_hp_grads"):
             optimizer.overflow, optimizer._global_grad_norm = True, float("inf")
             optimizer.clear_hp_grads()
             optimizer.clear_lp_grads()
@@ -89,15 +75,3 @@ def _forget_offloaded_gradients(optimizer: Any) -> None:
     if getattr(optimizer, "cpu_offload", False):
         for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             gradients.update(dict.fromkeys(gradients))
-
-
-def _gradients_are_finite(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether those of all processes are: after clipping one bad number has spread to all."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = [p.grad for p in parameters if p.grad is not None]
-    bad = torch.zeros((), dtype=torch.int32, device=parameters[0].device)
-    if grads:
-        bad += (~torch.stack(torch._foreach_norm(grads)).isfinite()).any()
-    if dist.is_initialized():
-        dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    return not bool(bad)

@@ -54,7 +54,6 @@ def test_a_layout_says_itself_in_one_word() -> None:
         ({"pipeline": 64}, ZERO1, 64, "pipeline 64 is more than the 38 stages"),
         ({"pipeline": 2}, {"zero_optimization": {"stage": 2}}, 8, "stage 1 only, not 2"),
         ({"pipeline": 2}, {"zero_optimization": {"stage": 3}}, 8, "stage 1 only, not 3"),
-        ({"pipeline": 2}, {}, 8, "stage 1 only, not 0"),
         ({"pipeline": 2}, OFFLOAD, 8, "without offloading to the CPU only"),
         ({"sequence_parallel": True}, ZERO1, 8, "sequence_parallel needs parallel.tensor"),
     ],
@@ -96,7 +95,7 @@ def test_nearest_comes_first() -> None:
     tensor=st.integers(1, 48),
     sequence_parallel=st.booleans(),
     ranks=st.integers(1, 256),
-    stage=st.integers(0, 3),
+    stage=st.integers(1, 3),
     heads=st.sampled_from([1, 4, 6, 20]),
     layers=st.integers(1, 6),
 )
@@ -193,8 +192,7 @@ def test_the_parallel_key_is_taken_out_before_deepspeed_sees_the_file(tmp_path: 
     assert deepspeed == ZERO1
 
 
-def test_gradients_in_another_precision_need_zero() -> None:
-    config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    with pytest.raises(UserError, match=r"grad_accum_dtype 'fp32' for bf16 weights needs zero"):
-        check_layout(ParallelSettings(), config, NuwaConfig(), 1)
-    check_layout(ParallelSettings(), {**config, "zero_optimization": {"stage": 1}}, NuwaConfig(), 1)
+@pytest.mark.parametrize("zero", [{}, {"zero_optimization": {"stage": 0}}])
+def test_a_stage_must_be_named(zero: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"stage must be 1, 2 or 3, not 0; on one process, too"):
+        check_layout(ParallelSettings(), zero, NuwaConfig(), 1)

@@ -218,9 +218,10 @@ def held(parameter: torch.nn.Parameter, kind: Kind) -> torch.Tensor:
     return safe_get_full_optimizer_state(parameter, kind)
 
 
-def test_zero_stage_0_is_refused_with_a_reason(runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("contents", ["{}", '{"zero_optimization": {"stage": 0}}'])
+def test_zero_stage_0_is_refused_with_a_reason(runs: Path, tmp_path: Path, contents: str) -> None:
     path = tmp_path / "layout.json"
-    path.write_text('{"zero_optimization": {"stage": 0}}')
+    path.write_text(contents)
     recipe = load_recipe(runs / "untied/recipe.yaml")
-    with pytest.raises(UserError, match="pp1_tp1_dp1_zero1_fp32 and cannot continue as pp1_tp1_dp"):
+    with pytest.raises(UserError, match="stage must be 1, 2 or 3, not 0; on one process, too"):
         pretrain(recipe, path, lone_process())

@@ -16,9 +16,10 @@ from megatron_nuwa.training.checkpoint import read_manifest
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (3, 1, 1), (2, 2, 2)]
 RESUMED = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)]
 TEN = ("schedule.steps=10", "optimizer.gradient_clipping=0.5")
+RECOMPUTED = {kind: f"training.checkpoint_activations={kind}" for kind in ("layer", "selective")}
 VARIANTS = {
     "fp32": ({}, ()),
-    "recomputed": ({}, ("training.checkpoint_activations=layer",)),
+    "recomputed": ({}, (RECOMPUTED["layer"],)),
     "bf16": ({"bf16": True}, ()),
 }
 
@@ -47,7 +48,6 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
     for pipeline, tensor, data in LAYOUTS:
         of_size = by_size.setdefault(pipeline * tensor * data, [])
         of_size += [scenario(kind, pipeline, tensor, data) for kind in VARIANTS]
-    # Before ZeRO 3, for which DeepSpeed replaces torch's linear function in the whole process.
     for sizes in RESUMED:
         for kind in ("fp32", "bf16"):
             whole = scenario(kind, *sizes)
@@ -57,6 +57,12 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
                 )
     for stage in (2, 3):
         by_size[2].append(Scenario(f"fp32_zero{stage}", layout(zero=stage), TEN))
+        for kind, change in RECOMPUTED.items():
+            for name, precision in (("fp32", {}), ("bf16", {"bf16": True})):
+                recomputed = layout(zero=stage, **precision)
+                by_size[2].append(
+                    Scenario(f"{name}_zero{stage}_{kind}", recomputed, (*TEN, change))
+                )
     for by in ("measured", "uniform"):
         by_size[2].append(Scenario(f"cut_{by}", layout(2, cut=by), TEN))
     for name in BF16_FILES:
@@ -92,9 +98,18 @@ def test_fp32_trains_like_one_process(runs: Path, sizes: tuple[int, int, int], k
     compare(runs, "fp32_pp1_tp1_dp1", scenario(kind, *sizes).name)
 
 
+@pytest.mark.parametrize("recomputed", ["", "_layer", "_selective"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_stages_train_like_one_process(runs: Path, stage: int) -> None:
-    compare(runs, "fp32_pp1_tp1_dp1", f"fp32_zero{stage}")
+def test_zero_stages_train_like_one_process(runs: Path, stage: int, recomputed: str) -> None:
+    compare(runs, "fp32_pp1_tp1_dp1", f"fp32_zero{stage}{recomputed}")
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16_zero_stages_recompute_what_they_computed(
+    runs: Path, stage: int, recomputed: str
+) -> None:
+    compare_bf16(runs, f"bf16_zero{stage}_{recomputed}")
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
@@ -158,6 +173,7 @@ def compare_bf16(runs: Path, name: str) -> None:
     one, several = (torch.tensor(figures(runs / run)) for run in (scenario("bf16").name, name))
     assert len(several) == 10
     torch.testing.assert_close(several[:, :-1], one[:, :-1], rtol=2e-3, atol=0)
+    torch.testing.assert_close(several[:, -1], one[:, -1], rtol=5e-3, atol=0)
 
 
 def compare(runs: Path, expected: str, name: str) -> None:

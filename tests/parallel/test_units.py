@@ -165,5 +165,7 @@ def test_dropout_follows_from_the_seed_and_the_unit_alone() -> None:
     assert torch.equal(run(5), Units(model).run(Flow.of(text(), target(), GRID, 5)).x)
     assert not torch.equal(run(5), run(6))
     assert not torch.equal(run(5), run(5, stream=1))
+    # The next micro-batch of one process is not the same one of the next process.
+    assert not torch.equal(run(6), run(5, stream=1))
     model.eval()
     assert torch.equal(run(5), run(6))

@@ -162,9 +162,6 @@ def test_ranking_puts_what_fits_first_and_tells_what_is_missing(
     assert seconds == sorted(seconds)
     for candidate in others:
         assert candidate.shortfall == candidate.memory.total - 8 * GIB > 0
-    # 18 bytes a parameter, not divided, is 16 GiB.
-    assert ("pp1_tp1_dp16_zero0_bf16", "layer") in [
-        (candidate.layout.name, candidate.recomputation) for candidate in others
-    ]
+    assert {c.layout.zero_stage for c in ranked} == {1, 2, 3}
     stages = {c.layout.zero_stage for c in ranked if c.layout.pipeline > 1}
     assert stages == {1}
