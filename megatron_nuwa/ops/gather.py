@@ -56,7 +56,8 @@ def backward(
         index = keys_of.index[:, slot]
         key_here, value_here = key.index_select(1, index), value.index_select(1, index)
         visible = _visible(keys_of.valid[:, slot], mask, index)
-        probability = torch.exp((query * key_here).sum(-1) * scale - log_sum) * visible
+        score = (query * key_here).sum(-1) * scale - log_sum
+        probability = _probability(score, visible)
         grad_score = probability * ((grad * value_here).sum(-1) - row_product) * scale
         grad_query.addcmul_(grad_score.unsqueeze(-1), key_here)
 
@@ -69,11 +70,16 @@ def backward(
         if mask is not None:
             visible = visible & mask.unsqueeze(-1)
         score = (query_here * key).sum(-1) * scale - log_sum.index_select(1, index)
-        probability = torch.exp(score) * visible
+        probability = _probability(score, visible)
         product = (grad_here * value).sum(-1) - row_product.index_select(1, index)
         grad_key.addcmul_((probability * product * scale).unsqueeze(-1), query_here)
         grad_value.addcmul_(probability.unsqueeze(-1), grad_here)
     return grad_query, grad_key, grad_value
+
+
+def _probability(score: Tensor, visible: Tensor) -> Tensor:
+    # Not a product with `visible`: what is not to be seen may score so high that exp is infinite.
+    return torch.exp(score.masked_fill(~visible, -torch.inf))
 
 
 def _visible(valid: Tensor, mask: Tensor | None, index: Tensor) -> Tensor:
