@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import why_unreadable
 
 _PICTURES_AT_ONCE = 32
 
@@ -151,6 +152,8 @@ class ClipRanker:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no file of CLIP weights {path}")
+    if (reason := why_unreadable(path)) is not None:
+        raise UserError(f"the CLIP weights {path} cannot be read: {reason}")
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)

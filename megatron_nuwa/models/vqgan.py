@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import replaced_atomically
+from megatron_nuwa.files import replaced_atomically, why_unreadable
 from megatron_nuwa.models.autoencoder import Decoder, Encoder, Shape
 from megatron_nuwa.models.quantizer import GradientEstimator, VectorQuantizer
 
@@ -230,6 +230,8 @@ def load_vqgan(path: str | Path) -> Vqgan:
         raise UserError(
             f"VQ-GAN {path} does not exist; train one with launch/train_vqgan.py or name another"
         )
+    if (reason := why_unreadable(path)) is not None:
+        raise UserError(f"VQ-GAN {path} cannot be read: {reason}")
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}

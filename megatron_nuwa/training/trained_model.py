@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import replaced_atomically, sha256_of
+from megatron_nuwa.files import replaced_atomically, sha256_of, why_unreadable
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, load_vqgan
 from megatron_nuwa.training.checkpoint import (
@@ -205,6 +205,8 @@ class _Checkpoint(TrainedModel):
 class _ExportedModel(TrainedModel):
     def __init__(self, path: Path, field: str) -> None:
         self.origin = path
+        if (reason := why_unreadable(path)) is not None:
+            raise UserError(f"{field}: {path} cannot be read: {reason}")
         try:
             # Kept open: the BPE makes its header long, and there are many weights.
             self._file: Any = safe_open(path, framework="pt")
