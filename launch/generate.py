@@ -209,7 +209,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts is not None:
         try:
-            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+            # Some editors begin a file with a byte-order mark, which is no part of the first text.
+            lines = arguments.prompts.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {arguments.prompts} cannot be read: {error}") from error
         prompts += [line.strip() for line in lines if line.strip()]

@@ -228,6 +228,12 @@ def test_batches_of_prompts_and_pictures_are_all_combined(
     assert sheet.shape == (1, 32, 32, 3)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(generate, tmp_path: Path) -> None:
+    listed = tmp_path / "prompts.txt"
+    listed.write_bytes(f"\ufeff{PROMPT}\r\n{OTHER}\r\n".encode())
+    assert [entry["prompt"] for entry in generate("t2i", "--prompts", listed)] == [PROMPT, OTHER]
+
+
 def test_a_longer_clip_has_as_many_frames_as_asked_for(
     generate, media: Path, tmp_path: Path
 ) -> None:

@@ -198,3 +198,11 @@ def test_gradients_in_another_precision_need_zero() -> None:
     with pytest.raises(UserError, match=r"grad_accum_dtype 'fp32' for bf16 weights needs zero"):
         check_layout(ParallelSettings(), config, NuwaConfig(), 1)
     check_layout(ParallelSettings(), {**config, "zero_optimization": {"stage": 1}}, NuwaConfig(), 1)
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_file_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "layout.json"
+    path.write_text(json.dumps({"parallel": {"pipeline": 2}, **ZERO1}), encoding="utf-8-sig")
+    settings, deepspeed = read_layout(path)
+    assert settings.pipeline == 2
+    assert deepspeed == ZERO1
