@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import replaced_atomically, sha256_of, why_unreadable
+from megatron_nuwa.files import sha256_of, why_unreadable
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, load_vqgan
+from megatron_nuwa.models.weights_file import write_weights
 from megatron_nuwa.training.checkpoint import (
     MODEL_FILE,
     STATE_FILE,
@@ -140,7 +140,7 @@ def export(trained: TrainedModel, output: Path, dtype: torch.dtype) -> None:
 
     Weights lie under `model.` in `dtype`, the VQ-GAN's under `vqgan.` as they are, and VQ-GAN-Seg's
     under `sketch_vqgan.` where there is one; the metadata hold `format`, `facts`, `vqgan` and
-    `sketch_vqgan` (their settings) and `bpe` as JSON.
+    `sketch_vqgan` (their settings) and `bpe` as JSON. Raises `OSError` where it cannot be written.
     """
     facts = trained.facts.model_dump(mode="json", exclude={"model"})
     metadata = {
@@ -156,8 +156,7 @@ def export(trained: TrainedModel, output: Path, dtype: torch.dtype) -> None:
                 tensors[f"{prefix}{name}"] = value.contiguous()
     for name in trained.names:
         tensors[f"{_MODEL}{name}"] = trained.weight(name).to(dtype).contiguous()
-    with replaced_atomically(output) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_weights(output, tensors, metadata)
 
 
 class _Checkpoint(TrainedModel):
