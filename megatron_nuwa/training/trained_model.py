@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +100,29 @@ def open_trained(path: Path, field: str, full_precision: bool = True) -> Trained
 
     Raises `UserError` that names `field`, the argument or field that `path` comes from.
     """
-    return open_located(locate(path, field), field, full_precision)
+    # The optimizer's state is several times as large as all else, and holds nothing for these.
+    files = None if full_precision else (STATE_FILE, MODEL_FILE)
+    return open_located(locate(path, field, files), field, full_precision)
 
 
-def locate(path: Path, field: str) -> Path:
+def locate(path: Path, field: str, files: Collection[str] | None = None) -> Path:
     """The checkpoint, whose files are all read and found whole, or the exported file, at a path.
 
-    Raises `UserError` that names `field`.
+    `files` are those that are read of a checkpoint, where not all are needed. Raises `UserError`
+    that names `field`.
     """
+    try:
+        return _located(path, field, files)
+    except OSError as error:
+        raise UserError(f"{field}: {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _located(path: Path, field: str, files: Collection[str] | None) -> Path:
     if path.is_file():
         return path
     if (path / STATE_FILE).is_file():
         try:
-            check(path)
+            check(path, files)
         except DamagedCheckpointError as error:
             raise UserError(f"{field}: checkpoint {path} is damaged ({error})") from error
         return path
@@ -119,7 +130,7 @@ def locate(path: Path, field: str) -> Path:
         raise UserError(
             f"{field}: {path} is no pretraining run, no checkpoint of one and no exported file"
         )
-    newest, complaints = Checkpoints(path / "checkpoints", keep=1).newest()
+    newest, complaints = Checkpoints(path / "checkpoints", keep=1).newest(files)
     if newest is None:
         reason = f" ({complaints[0]})" if complaints else ""
         raise UserError(
