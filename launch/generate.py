@@ -175,7 +175,7 @@ def main() -> None:
     folder = source if source.is_dir() else source.parent
     output = arguments.output or new_folder(folder / "generated" / task.name)
     check_output(output)
-    generator = open_generator(source, field)
+    generator = open_generator(source, field).for_task(task.name)
     ranker = None
     if arguments.best_of is not None:
         weights, architecture = arguments.clip_weights, arguments.clip_architecture

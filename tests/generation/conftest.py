@@ -48,7 +48,8 @@ def generator() -> Generator:
         for parameter in model.parameters():
             parameter.mul_(4)
     vqgan = Vqgan(VqganConfig(**common))
-    made = make_generator(model.eval(), vqgan.eval(), bpe, [Grid(4, 4, 1), Grid(4, 4, 3)], 8.0)
+    grids, rates = {"t2i": Grid(4, 4, 1), "t2v": Grid(4, 4, 3)}, {"t2i": None, "t2v": 8.0}
+    made = make_generator(model.eval(), vqgan.eval(), bpe, grids, rates)
     return replace(made, sketch_vqgan=Vqgan(VqganConfig(**common, classes=5)).eval())
 
 
