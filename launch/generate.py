@@ -30,9 +30,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_nuwa.command_line import CommandParser, example_in, whole_number
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.generation.outputs import check_output, new_folder, origin_of, write_samples
+from megatron_nuwa.generation.outputs import origin_of, write_samples
 from megatron_nuwa.generation.ranking import ClipRanker, Ranker, best_of
 from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
+from megatron_nuwa.generation.reserved import ReservedFolder, reserve, reserve_new
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import (
     TASKS,
@@ -75,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
         "--output",
         type=Path,
         help="folder for the files, where they take the place of an earlier call's (default: "
-        "RUN/generated/TASK, and TASK-2 and so on where there are samples already)",
+        "RUN/generated/TASK, or TASK-2 and so on where that is there already)",
     )
 
     given = parser.add_argument_group("what it starts from; each but --region may be repeated")
@@ -169,12 +170,27 @@ def main() -> None:
         )
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-')}") from error
-    source, field = (
-        (arguments.run, "--run") if arguments.model is None else (arguments.model, "--model")
-    )
-    folder = source if source.is_dir() else source.parent
-    output = arguments.output or new_folder(folder / "generated" / task.name)
-    check_output(output)
+    if arguments.output is not None:
+        place = reserve(arguments.output)
+    else:
+        source, field = _source(arguments)
+        if not source.exists():
+            raise UserError(f"{field}: {source} does not exist")
+        folder = source if source.is_dir() else source.parent
+        place = reserve_new(folder / "generated" / task.name)
+    with place:
+        generate_into(place, arguments, task, prompts, settings)
+
+
+def generate_into(
+    place: ReservedFolder,
+    arguments: argparse.Namespace,
+    task: Task,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+) -> None:
+    """Sample, rank and write."""
+    source, field = _source(arguments)
     generator = open_generator(source, field).for_task(task.name)
     ranker = None
     if arguments.best_of is not None:
@@ -199,7 +215,8 @@ def main() -> None:
     if ranker is not None:
         samples = best_samples(samples, arguments, ranker)
     classes = 0 if generator.sketch_vqgan is None else generator.sketch_vqgan.config.classes or 0
-    write_samples(output, samples, generator.frames_per_second, classes)
+    write_samples(place, samples, generator.frames_per_second, classes)
+    output = place.folder
     noun = f"{task.target}{'' if len(samples) == 1 else 's'}"
     print(f"wrote {len(samples)} {noun} to {output}; look at {output / 'index.html'}")
 
@@ -369,6 +386,13 @@ def length_of(arguments: argparse.Namespace) -> dict[str, object]:
     """What was asked of a clip's length, for the files."""
     asked = {"frames": arguments.frames, "overlap": arguments.overlap}
     return {name: value for name, value in asked.items() if value is not None}
+
+
+def _source(arguments: argparse.Namespace) -> tuple[Path, str]:
+    """Where the weights lie, and the argument that says so."""
+    if arguments.model is None:
+        return arguments.run, "--run"
+    return arguments.model, "--model"
 
 
 def _task_list() -> str:

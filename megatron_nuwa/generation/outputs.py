@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +13,7 @@ import numpy as np
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.gallery import gallery_page
 from megatron_nuwa.generation.media import contact_sheet, write_gif, write_mp4, write_png
+from megatron_nuwa.generation.reserved import ReservedFolder
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import Request, Sample
 from megatron_nuwa.generation.trained import Generator
@@ -51,51 +49,35 @@ def write_media(
 
 
 def write_samples(
-    output: Path, samples: Sequence[Sample], frames_per_second: float, sketch_classes: int = 0
+    place: ReservedFolder,
+    samples: Sequence[Sample],
+    frames_per_second: float,
+    sketch_classes: int = 0,
 ) -> None:
     """Write every sample, sheet.png, samples.json and index.html, aside first, then all at once.
 
     Samples are of one task. They take the place of an earlier call's; other files stay. Raises
     `UserError` naming the folder where it cannot be written.
     """
+    output, drafts = place.folder, place.drafts
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=".generate.") as name:
-            folder = Path(name) / "files"
-            folder.mkdir()
-            entries = []
-            for number, sample in enumerate(samples):
-                stem = folder / f"{number:04d}"
-                files = write_media(stem, sample.frames, frames_per_second, sample.origin)
-                entries.append({**sample.origin, "files": [path.name for path in files]})
-            task = samples[0].request.task
-            sheet = contact_sheet(np.stack([sample.frames for sample in samples]))
-            write_png(folder / "sheet.png", sheet, {"task": task.name})
-            (folder / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
-            page = gallery_page(samples, entries, frames_per_second, sketch_classes)
-            (folder / "index.html").write_text(page, encoding="utf-8")
-            output.mkdir(exist_ok=True)
-            for path in _earlier(output):
-                path.unlink(missing_ok=True)
-            for path in folder.iterdir():
-                shutil.move(path, output / path.name)
+        entries = []
+        for number, sample in enumerate(samples):
+            stem = drafts / f"{number:04d}"
+            files = write_media(stem, sample.frames, frames_per_second, sample.origin)
+            entries.append({**sample.origin, "files": [path.name for path in files]})
+        task = samples[0].request.task
+        sheet = contact_sheet(np.stack([sample.frames for sample in samples]))
+        write_png(drafts / "sheet.png", sheet, {"task": task.name})
+        (drafts / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
+        page = gallery_page(samples, entries, frames_per_second, sketch_classes)
+        (drafts / "index.html").write_text(page, encoding="utf-8")
+        for path in _earlier(output):
+            path.unlink(missing_ok=True)
+        for path in drafts.iterdir():
+            os.replace(path, output / path.name)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from error
-
-
-def check_output(output: Path) -> None:
-    """`UserError` where no samples can be written to this folder, before there are any."""
-    place = next(each for each in (output, *output.parents) if each.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        what = "cannot be written to" if place.is_dir() else "is a file"
-        raise UserError(f"--output {output}: {place} {what}; name another folder")
-
-
-def new_folder(folder: Path) -> Path:
-    """The folder, or `folder-2` and so on: the first without samples of an earlier call."""
-    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-    names = (folder.with_name(folder.name + number) for number in numbers)
-    return next(name for name in names if not (name / "samples.json").exists())
 
 
 def _earlier(output: Path) -> list[Path]:

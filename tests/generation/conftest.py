@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import imageio_ffmpeg
 import numpy as np
@@ -104,3 +108,29 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frames = [Image.fromarray(255 * frame) for frame in moving]
     frames[0].save(folder / "moving-mask.gif", save_all=True, append_images=frames[1:])
     return folder
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", "launch/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def generate(command: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs the command in this process; gives the lines of samples.json."""
+
+    def call(*arguments: object) -> list[dict]:
+        words = [str(argument) for argument in arguments]
+        source = [] if "--run" in words else ["--run", str(run)]
+        output = tmp_path / "out"
+        monkeypatch.setattr(sys, "argv", ["generate", *words, *source, "--output", str(output)])
+        command.main()
+        return json.loads((output / "samples.json").read_text())
+
+    return call
