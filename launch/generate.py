@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_nuwa.command_line import CommandParser, example_in, whole_number
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.generation.outputs import origin_of, write_samples
+from megatron_nuwa.generation.outputs import check_free, origin_of, write_samples
 from megatron_nuwa.generation.ranking import ClipRanker, Ranker, best_of
 from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
 from megatron_nuwa.generation.reserved import ReservedFolder, reserve, reserve_new
@@ -179,6 +179,7 @@ def main() -> None:
         folder = source if source.is_dir() else source.parent
         place = reserve_new(folder / "generated" / task.name)
     with place:
+        check_free(place.folder, samples_asked(arguments, prompts), task.target)
         generate_into(place, arguments, task, prompts, settings)
 
 
@@ -270,6 +271,12 @@ def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence
         raise UserError(f"--best-of {arguments.best_of} cannot yield --samples {arguments.samples}")
     if arguments.region and arguments.mask:
         raise UserError("--region and --mask say the same: give one of them")
+
+
+def samples_asked(arguments: argparse.Namespace, prompts: Sequence[str]) -> int:
+    """How many samples there will be."""
+    starts = len(arguments.sketch) + len(arguments.image) + len(arguments.clip)
+    return max(1, starts) * max(1, len(prompts)) * arguments.samples
 
 
 def read_starts(arguments: argparse.Namespace, task: Task, generator: Generator) -> list[Start]:

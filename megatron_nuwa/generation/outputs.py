@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from megatron_nuwa.generation.reserved import ReservedFolder
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import Request, Sample
 from megatron_nuwa.generation.trained import Generator
+
+LIST_FILE, PAGE_FILE, SHEET_FILE = "samples.json", "index.html", "sheet.png"
+_SUFFIXES = {"image": (".png",), "clip": (".gif", ".mp4")}
 
 
 def origin_of(
@@ -68,24 +72,43 @@ def write_samples(
             entries.append({**sample.origin, "files": [path.name for path in files]})
         task = samples[0].request.task
         sheet = contact_sheet(np.stack([sample.frames for sample in samples]))
-        write_png(drafts / "sheet.png", sheet, {"task": task.name})
-        (drafts / "samples.json").write_text(json.dumps(entries, indent=2), encoding="utf-8")
+        write_png(drafts / SHEET_FILE, sheet, {"task": task.name})
+        (drafts / LIST_FILE).write_text(json.dumps(entries, indent=2), encoding="utf-8")
         page = gallery_page(samples, entries, frames_per_second, sketch_classes)
-        (drafts / "index.html").write_text(page, encoding="utf-8")
-        for path in _earlier(output):
-            path.unlink(missing_ok=True)
+        (drafts / PAGE_FILE).write_text(page, encoding="utf-8")
+        for name in _written(output) or ():
+            (output / name).unlink(missing_ok=True)
         for path in drafts.iterdir():
             os.replace(path, output / path.name)
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror}") from error
 
 
-def _earlier(output: Path) -> list[Path]:
-    """The samples that an earlier call has left in a folder."""
+def check_free(folder: Path, count: int, target: Literal["image", "clip"]) -> None:
+    """`UserError` where samples would take the place of files that no earlier call has written."""
+    suffixes = _SUFFIXES[target]
+    names = [f"{number:04d}{suffix}" for number in range(count) for suffix in suffixes]
+    written = _written(folder)
+    if written is not None:
+        written |= {SHEET_FILE, PAGE_FILE, LIST_FILE}
+    others = [
+        name
+        for name in (*names, SHEET_FILE, PAGE_FILE, LIST_FILE)
+        if os.path.lexists(folder / name) and name not in (written or ())
+    ]
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise UserError(
+            f"--output {folder} holds {others[0]}{more}, which no earlier call has written: name "
+            "another folder"
+        )
+
+
+def _written(folder: Path) -> set[str] | None:
+    """Names of the samples that an earlier call has left in a folder; None where there was none."""
     try:
-        entries = json.loads((output / "samples.json").read_text(encoding="utf-8"))
-        names = [str(name) for entry in entries for name in entry["files"]]
+        entries = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
+        # Names, not paths: nothing outside the folder is meant.
+        return {Path(str(name)).name for entry in entries for name in entry["files"]}
     except (OSError, ValueError, TypeError, KeyError):
-        return []
-    # Names, not paths: nothing outside the folder is meant.
-    return [output / Path(name).name for name in names]
+        return None

@@ -144,3 +144,35 @@ def test_samples_are_written_where_it_was_tried_before(call, open_folder: Path, 
             call("t2i", "--prompt", PROMPT, "--output", open_folder / "other", run=open_folder)
     assert contents(mine) == {"0000.png", "index.html", "samples.json", "sheet.png"}
     assert contents(open_folder) == {"mine", "run"}
+
+
+@pytest.mark.parametrize("named", ["samples.json", None])
+def test_files_that_no_call_has_written_are_never_replaced(
+    call,
+    command: ModuleType,
+    media: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: str | None,
+) -> None:
+    """`named`: a file of the user's that has the name of the list, but not its content."""
+    output = tmp_path / "site"
+    output.mkdir()
+    clips = ("v2v", "--clip", media / "clip.mp4", "--samples", 2, "--output", output)
+    call(*clips)
+    call(*clips, "--samples", 1)
+    # The earlier call's may be replaced, this one not, for only one clip was listed.
+    (output / "0001.mp4").write_text("mine")
+    with monkeypatch.context() as context:
+        context.setattr(command, "open_generator", None)
+        with pytest.raises(UserError, match=r"site holds 0001\.mp4, which no earlier call has wr"):
+            call(*clips)
+        if named is None:
+            (output / "samples.json").unlink()
+        else:
+            (output / "samples.json").write_text('{"kept": "for later"}')
+        with pytest.raises(UserError, match=r"site holds 0000\.gif and [45] more, which"):
+            call(*clips)
+    assert (output / "0001.mp4").read_text() == "mine"
+    assert (output / "0000.gif").read_bytes()[:3] == b"GIF"
+    assert not (output / "0001.gif").exists()
