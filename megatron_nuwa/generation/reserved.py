@@ -13,6 +13,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.drafts import carry_over, listed_files
 
 _LOCK = ".generate.lock"
 _DRAFTS = ".generate"
@@ -43,12 +44,22 @@ class ReservedFolder:
     ) -> None:
         self.release()
 
+    def become_drafts_of(self, other: ReservedFolder) -> None:
+        """Turn the whole folder into the drafts of another one, in one step, and give it back."""
+        self.release()
+        shutil.rmtree(other.drafts)
+        self.folder.rename(other.drafts)
+
     def release(self) -> None:
-        """Give the folder back, without its hidden files; a second time does nothing."""
+        """Give the folder back, without its hidden files; a second time does nothing.
+
+        Finished drafts that could not be carried over stay for the next call.
+        """
         if not self._is_held:
             return
         self._is_held = False
-        shutil.rmtree(self.drafts, ignore_errors=True)
+        if listed_files(self.drafts) is None:
+            shutil.rmtree(self.drafts, ignore_errors=True)
         # Removed while it is held: a moment later it could be that of another call.
         (self.folder / _LOCK).unlink(missing_ok=True)
         self._lock.release()
@@ -116,6 +127,7 @@ def _claimed(folder: Path, made: Sequence[Path]) -> ReservedFolder | None:
         return None
     reserved = ReservedFolder(folder, lock, made)
     try:
+        carry_over(reserved.drafts, folder)
         # What a killed call did not get ready.
         shutil.rmtree(reserved.drafts, ignore_errors=True)
         reserved.drafts.mkdir()

@@ -134,3 +134,15 @@ def generate(command: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest
         return json.loads((output / "samples.json").read_text())
 
     return call
+
+
+@pytest.fixture
+def call(command: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs the command in this process, on a run of the caller's."""
+
+    def call(*arguments: object, run: Path = run) -> None:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["generate", *words, "--run", str(run)])
+        command.main()
+
+    return call

@@ -1,4 +1,4 @@
-"""The folder of one call: what it holds, who may write to it, and what is left of a failed one."""
+"""The folder of one call: what it holds, who may write to it, and what is never replaced."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT, without_privileges
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.outputs import check_free
 from megatron_nuwa.generation.reserved import reserve, reserve_new
 
 PROMPT, OTHER = "a red square moves left", "a blue circle stays"
@@ -46,18 +47,6 @@ def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_sampled(
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(UserError, match=r"a\.png is a file; name another folder"):
             command.main()
-
-
-@pytest.fixture
-def call(command: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs the command in this process, on a run of the caller's."""
-
-    def call(*arguments: object, run: Path = run) -> None:
-        words = [str(argument) for argument in arguments]
-        monkeypatch.setattr(sys, "argv", ["generate", *words, "--run", str(run)])
-        command.main()
-
-    return call
 
 
 def contents(folder: Path) -> set[str]:
@@ -167,6 +156,10 @@ def test_files_that_no_call_has_written_are_never_replaced(
         context.setattr(command, "open_generator", None)
         with pytest.raises(UserError, match=r"site holds 0001\.mp4, which no earlier call has wr"):
             call(*clips)
+        # A clip of one frame is written as a picture.
+        (output / "0000.png").write_text("mine")
+        with pytest.raises(UserError, match=r"site holds 0000\.png, which no earlier call has wr"):
+            call("t2v", "--prompt", PROMPT, "--frames", 1, "--output", output)
         if named is None:
             (output / "samples.json").unlink()
         else:
@@ -176,3 +169,46 @@ def test_files_that_no_call_has_written_are_never_replaced(
     assert (output / "0001.mp4").read_text() == "mine"
     assert (output / "0000.gif").read_bytes()[:3] == b"GIF"
     assert not (output / "0001.gif").exists()
+
+
+@pytest.mark.parametrize("moves", range(5))
+def test_a_call_killed_while_it_puts_files_in_their_place_is_made_good_by_the_next(
+    tmp_path: Path, moves: int
+) -> None:
+    """Killed after each of its moves: of two samples, a page and a sheet, then of the list."""
+    folder = tmp_path / "out"
+    killed = (
+        "import os, sys; from pathlib import Path\n"
+        "from megatron_nuwa.generation import drafts\n"
+        "from megatron_nuwa.generation.reserved import reserve\n"
+        "place = reserve(Path(sys.argv[1])); left, move = int(sys.argv[2]), os.replace\n"
+        "def replace(*paths):\n"
+        "    global left\n"
+        "    if not left: os._exit(9)\n"
+        "    left -= 1; move(*paths)\n"
+        "os.replace = replace\n"
+        "for name in ('0000.png', '0001.png', 'index.html', 'sheet.png'):\n"
+        "    (place.drafts / name).write_text('new')\n"
+        "(place.drafts / 'samples.json').write_text(sys.argv[3])\n"
+        "drafts.carry_over(place.drafts, place.folder)\n"
+    )
+    folder.mkdir()
+    for name in ("0000.png", "0002.png", "index.html", "mine.txt"):
+        (folder / name).write_text("old")
+    (folder / "samples.json").write_text(json.dumps([{"files": ["0000.png", "0002.png"]}]))
+    new = json.dumps([{"files": ["0000.png"]}, {"files": ["0001.png"]}])
+    command = [sys.executable, "-c", killed, str(folder), str(moves), new]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert done.returncode == 9, done.stderr
+    with reserve(folder) as place:
+        check_free(folder, 2, "image")
+        assert contents(place.drafts) == set()
+    texts = {path.name: path.read_text() for path in folder.iterdir()}
+    made = dict.fromkeys(("0000.png", "0001.png", "index.html", "sheet.png"), "new")
+    assert texts == {**made, "samples.json": new, "mine.txt": "old"}
+
+
+def test_a_run_that_is_not_there_is_named_and_no_folder_made_for_it(call, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^--run: {tmp_path}/gone does not exist$"):
+        call("t2i", "--prompt", PROMPT, run=tmp_path / "gone")
+    assert contents(tmp_path) == set()
