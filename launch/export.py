@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from megatron_nuwa.command_line import CommandParser, example_in
+from megatron_nuwa.command_line import CommandParser, example_in, output_file
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.models.vqgan import fingerprint, is_vqgan_file, load_vqgan, save_vqgan
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     vqgan.add_argument("source", metavar="RUN", type=Path, help="a VQ-GAN run, or a checkpoint")
     for command in (model, vqgan):
-        command.add_argument("--output", metavar="FILE", type=Path, required=True)
+        command.add_argument("--output", metavar="FILE", type=output_file, required=True)
         command.add_argument(
             "--overwrite", action="store_true", help="replace FILE where it exists"
         )
@@ -84,9 +85,14 @@ def main() -> None:
     if output.exists() and not arguments.overwrite:
         raise UserError(f"--output {output} exists already; name another, or pass --overwrite")
     if arguments.command == "model":
-        export(open_trained(arguments.source, "RUN"), output, PRECISIONS[arguments.precision])
+        trained, dtype = open_trained(arguments.source, "RUN"), PRECISIONS[arguments.precision]
+        write = partial(export, trained, output, dtype)
     else:
-        save_vqgan(load_vqgan(arguments.source), output)
+        write = partial(save_vqgan, load_vqgan(arguments.source), output)
+    try:
+        write()
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     print(description_of(output))
 
 

@@ -12,16 +12,18 @@ python launch/generate.py tv2v --run RUN --clip my.mp4 --region 0,0,0.5,1 --regi
 
 Regions and masks say what is made new, in the pixels of the given file; a token's cell is made new
 if the region touches it, and every other token stays as it is. The folder that is written holds the
-files, sheet.png, samples.json and index.html, a page to look at.
+files, sheet.png, samples.json and index.html, a page to look at. Each batch is written when it is
+done, so that a call that ends early leaves the samples it has finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +32,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_nuwa.command_line import CommandParser, example_in, whole_number
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.generation.outputs import check_output, new_folder, origin_of, write_samples
-from megatron_nuwa.generation.ranking import ClipRanker, Ranker, best_of
+from megatron_nuwa.generation.outputs import check_free, origin_of, sample_writer
+from megatron_nuwa.generation.ranking import ClipRanker, best_samples
 from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
+from megatron_nuwa.generation.reserved import ReservedFolder, reserve, reserve_new
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import (
     TASKS,
@@ -74,8 +77,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder for the files, where they take the place of an earlier call's (default: "
-        "RUN/generated/TASK, and TASK-2 and so on where there are samples already)",
+        help="folder for the files, where they take the place of an earlier call's when all are "
+        "there (default: RUN/generated/TASK, or TASK-2 and so on where that is there already)",
     )
 
     given = parser.add_argument_group("what it starts from; each but --region may be repeated")
@@ -169,13 +172,30 @@ def main() -> None:
         )
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-')}") from error
-    source, field = (
-        (arguments.run, "--run") if arguments.model is None else (arguments.model, "--model")
-    )
-    folder = source if source.is_dir() else source.parent
-    output = arguments.output or new_folder(folder / "generated" / task.name)
-    check_output(output)
-    generator = open_generator(source, field)
+    if arguments.output is not None:
+        place = reserve(arguments.output)
+    else:
+        source = arguments.run or arguments.model
+        if not source.exists():
+            raise UserError(f"{'--run' if arguments.run else '--model'}: {source} does not exist")
+        folder = source if source.is_dir() else source.parent
+        place = reserve_new(folder / "generated" / task.name)
+    with place:
+        target = "image" if arguments.frames == 1 else task.target
+        check_free(place.folder, samples_asked(arguments, prompts), target)
+        generate_into(place, arguments, task, prompts, settings)
+
+
+def generate_into(
+    place: ReservedFolder,
+    arguments: argparse.Namespace,
+    task: Task,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+) -> None:
+    """Sample, rank and write."""
+    source = arguments.run or arguments.model
+    generator = open_generator(source, "--run" if arguments.run else "--model").for_task(task.name)
     ranker = None
     if arguments.best_of is not None:
         weights, architecture = arguments.clip_weights, arguments.clip_architecture
@@ -189,19 +209,30 @@ def main() -> None:
         requests.append(Request(task, seed, prompt, start.pixels, start.region, start.sketch))
         origin = origin_of(generator, requests[-1], settings)
         origins.append(origin | length_of(arguments) | {"run": str(source)} | start.origin)
-    clips = sample(generator, requests, settings, arguments)
-    if arguments.keep_pixels:
-        clips = [
-            composite(clip, request.pixels, request.region)
-            for clip, request in zip(clips, requests, strict=True)
-        ]
-    samples = [Sample(*row) for row in zip(requests, clips, origins, strict=True)]
-    if ranker is not None:
-        samples = best_samples(samples, arguments, ranker)
+    asked = len(requests) // drawn * arguments.samples
     classes = 0 if generator.sketch_vqgan is None else generator.sketch_vqgan.config.classes or 0
-    write_samples(output, samples, generator.frames_per_second, classes)
-    noun = f"{task.target}{'' if len(samples) == 1 else 's'}"
-    print(f"wrote {len(samples)} {noun} to {output}; look at {output / 'index.html'}")
+    with sample_writer(place, asked, generator.frames_per_second, classes) as writer:
+        rows = zip(requests, origins, strict=True)
+        waiting: list[Sample] = []
+
+        def keep(clips: Sequence[np.ndarray]) -> None:
+            for clip, (request, origin) in zip(clips, rows, strict=False):
+                if arguments.keep_pixels:
+                    clip = composite(clip, request.pixels, request.region)
+                waiting.append(Sample(request, clip, origin))
+            # Those that compete for a place are ranked together.
+            whole = len(waiting) if ranker is None else len(waiting) // drawn * drawn
+            ready, waiting[:] = waiting[:whole], waiting[whole:]
+            if ranker is not None:
+                name = arguments.clip_architecture
+                ready = best_samples(ready, drawn, arguments.samples, ranker, name)
+            if ready:
+                writer.add(ready)
+
+        sample(generator, requests, settings, arguments, keep)
+    noun = f"{task.target}{'' if asked == 1 else 's'}"
+    output = place.folder
+    print(f"wrote {asked} {noun} to {output}; look at {output / 'index.html'}")
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
@@ -209,7 +240,8 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
     prompts = list(arguments.prompt)
     if arguments.prompts is not None:
         try:
-            lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
+            # Some editors begin a file with a byte-order mark, which is no part of the first text.
+            lines = arguments.prompts.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {arguments.prompts} cannot be read: {error}") from error
         prompts += [line.strip() for line in lines if line.strip()]
@@ -252,6 +284,12 @@ def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence
         raise UserError(f"--best-of {arguments.best_of} cannot yield --samples {arguments.samples}")
     if arguments.region and arguments.mask:
         raise UserError("--region and --mask say the same: give one of them")
+
+
+def samples_asked(arguments: argparse.Namespace, prompts: Sequence[str]) -> int:
+    """How many samples there will be."""
+    starts = len(arguments.sketch) + len(arguments.image) + len(arguments.clip)
+    return max(1, starts) * max(1, len(prompts)) * arguments.samples
 
 
 def read_starts(arguments: argparse.Namespace, task: Task, generator: Generator) -> list[Start]:
@@ -326,42 +364,22 @@ def sample(
     requests: Sequence[Request],
     settings: SamplingSettings,
     arguments: argparse.Namespace,
-) -> list[np.ndarray]:
-    """Pixels uint8 (frames, rows, columns, 3) of each request."""
+    keep: Callable[[Sequence[np.ndarray]], None],
+) -> None:
+    """Have `keep` take the pixels, uint8 (frames, rows, columns, 3), of each batch of requests."""
     size, length = arguments.batch_size, (arguments.frames, arguments.overlap)
     # All of them are looked at before the first one is generated.
     batches = [
         prepare(generator, requests[start : start + size], *length)
         for start in range(0, len(requests), size)
     ]
-    clips: list[np.ndarray] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TextColumn("tokens"), TimeRemainingColumn()) as progress:
         bar = progress.add_task("", total=sum(batch.grid.cells for batch in batches))
         for number, batch in enumerate(batches, start=1):
             progress.update(bar, description=f"batch {number} of {len(batches)}")
             tokens = generate(generator, batch, settings, on_token=lambda: progress.advance(bar))
-            clips += list(generator.pixels(tokens, batch.grid))
-    return clips
-
-
-def best_samples(
-    samples: Sequence[Sample], arguments: argparse.Namespace, ranker: Ranker
-) -> list[Sample]:
-    """The best `--samples` of every `--best-of` that began alike, the best first."""
-    kept = []
-    for first in range(0, len(samples), arguments.best_of):
-        group = samples[first : first + arguments.best_of]
-        pixels = np.stack([each.frames for each in group])
-        prompts = [each.request.prompt for each in group]
-        for number, score in best_of(pixels, prompts, arguments.samples, ranker):
-            ranked = {
-                "best_of": arguments.best_of,
-                "clip": arguments.clip_architecture,
-                "clip_score": round(score, 6),
-            }
-            kept.append(replace(group[number], origin=group[number].origin | ranked))
-    return kept
+            keep(generator.pixels(tokens, batch.grid))
 
 
 def length_of(arguments: argparse.Namespace) -> dict[str, object]:
@@ -375,4 +393,6 @@ def _task_list() -> str:
 
 
 if __name__ == "__main__":
+    # Told to end, it puts in order what it leaves.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(run_command(main))

@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_nuwa.command_line import CommandParser, example_in, whole_number
+from megatron_nuwa.command_line import CommandParser, example_in, output_file, whole_number
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.models.taming import load_taming
 from megatron_nuwa.models.vqgan import fingerprint, save_vqgan
@@ -28,7 +28,10 @@ def main() -> None:
     if output.exists() and not arguments.overwrite:
         raise UserError(f"--output {output} exists already; name another, or pass --overwrite")
     model = load_taming(arguments.checkpoint, arguments.config, arguments.image_size)
-    save_vqgan(model, output)
+    try:
+        save_vqgan(model, output)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
     config = model.config
     print(
         f"{output}: VQ-GAN of {config.image_size}² pixels to {config.grid_side}² tokens, "
@@ -46,7 +49,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--config", metavar="YAML", type=Path, required=True, help="with ddconfig and n_embed"
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, required=True)
+    parser.add_argument("--output", metavar="FILE", type=output_file, required=True)
     parser.add_argument(
         "--image-size",
         metavar="N",

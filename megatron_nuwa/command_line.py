@@ -121,8 +121,8 @@ def output_folder(text: str) -> Path:
 
 def _try_to_write(folder: Path, text: str) -> None:
     folder = folder.absolute()
-    there = next(f for f in (folder, *folder.parents) if f.exists())
     try:
+        there = next(f for f in (folder, *folder.parents) if f.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +16,16 @@ _CHUNK = 1 << 20
 @contextmanager
 def written_atomically(path: Path) -> Iterator[IO[bytes]]:
     """A stream whose bytes become the file when the block ends, and vanish when it fails."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Opened as any other file is, so that its mode is the one that the umask gives.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp makes a private file; this one is to be as readable as its neighbours.
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -36,7 +35,11 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        # safetensors puts a private file of its own in the place of this one.
+        temporary.chmod(mode)
         sync(temporary)
         os.replace(temporary, path)
     finally:
@@ -65,6 +68,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def why_unreadable(path: Path) -> str | None:
+    """Why the system does not open a file, in its words; None where it does."""
+    try:
+        with path.open("rb"):
+            return None
+    except OSError as error:
+        return error.strerror
 
 
 def sha256_of(path: Path) -> str:

@@ -6,6 +6,8 @@ import atexit
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +24,7 @@ from megatron_nuwa.training.launcher import free_port
 from megatron_nuwa.training.processes import Processes, join_processes
 
 ROOT = Path(__file__).resolve().parents[1]
+_NOBODY = 65534
 CODES, SKETCH_CODES, CLASSES = 32, 16, 5
 CAPTIONS = ["a red square moves left", "a blue circle stays", "none of them turns around"]
 
@@ -186,6 +189,19 @@ def lone_process() -> Processes:
     joined = join_processes()
     atexit.register(joined.__exit__, None, None, None)
     return joined.__enter__()
+
+
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """Nobody's rights in place of root's, whom no file's mode keeps out; others keep their own."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(_NOBODY)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
 
 
 def run_command_line(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +32,52 @@ _SETTINGS = {
 _LABELS = {"region": "Given, to be made new inside the line", "frames": "Given"}
 
 
-def gallery_page(
-    samples: Sequence[Sample],
-    entries: Sequence[Mapping[str, object]],
-    frames_per_second: float,
-    sketch_classes: int = 0,
-) -> str:
-    """The page's HTML for samples of one task; `entries` are their lines of samples.json."""
-    groups: dict[tuple[object, ...], dict[str, Any]] = {}
-    for sample, entry in zip(samples, entries, strict=True):
+class Gallery:
+    """The page of samples of one task, which may come one after another."""
+
+    def __init__(self, frames_per_second: float, sketch_classes: int = 0) -> None:
+        self._frames_per_second, self._sketch_classes = frames_per_second, sketch_classes
+        self._groups: dict[tuple[object, ...], dict[str, Any]] = {}
+        self._first: tuple[Sample, Mapping[str, object]] | None = None
+        self._count = 0
+
+    def add(self, sample: Sample, entry: Mapping[str, object]) -> None:
+        """Take a sample in; `entry` is its line of samples.json."""
         key = (sample.request.prompt, entry.get("given"), entry.get("sketch"))
-        if key not in groups:
-            groups[key] = _group(sample.request, entry, frames_per_second, sketch_classes)
-        groups[key]["results"].append(
+        if key not in self._groups:
+            self._groups[key] = _group(
+                sample.request, entry, self._frames_per_second, self._sketch_classes
+            )
+        self._groups[key]["results"].append(
             {
-                "source": address(sample.frames, frames_per_second),
+                "source": address(sample.frames, self._frames_per_second),
                 "seed": sample.request.seed,
                 "score": entry.get("clip_score"),
                 "files": entry["files"],
             }
         )
-    origin = entries[0]
-    shown = {name: origin.get(key) for key, name in _SETTINGS.items()}
-    return render_page(
-        Path(__file__).with_name("gallery.html.j2"),
-        task=samples[0].request.task,
-        groups=list(groups.values()),
-        count=len(samples),
-        frames=len(samples[0].frames),
-        frames_per_second=frames_per_second,
-        side=samples[0].frames.shape[2],
-        checkpoint=origin.get("checkpoint"),
-        step=origin.get("step"),
-        sha256=origin.get("sha256"),
-        settings={name: value for name, value in shown.items() if value not in (None, False)},
-    )
+        self._first = self._first or (sample, entry)
+        self._count += 1
+
+    def page(self, asked: int) -> str:
+        """The page's HTML for the samples so far, of `asked` that there are to be."""
+        assert self._first is not None
+        sample, origin = self._first
+        shown = {name: origin.get(key) for key, name in _SETTINGS.items()}
+        return render_page(
+            Path(__file__).with_name("gallery.html.j2"),
+            task=sample.request.task,
+            groups=list(self._groups.values()),
+            count=self._count,
+            asked=asked,
+            frames=len(sample.frames),
+            frames_per_second=self._frames_per_second,
+            side=sample.frames.shape[2],
+            checkpoint=origin.get("checkpoint"),
+            step=origin.get("step"),
+            sha256=origin.get("sha256"),
+            settings={name: value for name, value in shown.items() if value not in (None, False)},
+        )
 
 
 def shown_given(request: Request, sketch_classes: int = 0) -> np.ndarray | None:

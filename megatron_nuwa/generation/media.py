@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import io
 import json
 import math
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +53,10 @@ def write_gif(
 def write_mp4(
     path: Path, frames: np.ndarray, frames_per_second: float, origin: Mapping[str, object]
 ) -> None:
-    """Write uint8 (frames, rows, columns, 3) as H.264; the origin is its comment."""
+    """Write uint8 (frames, rows, columns, 3) as H.264; the origin is its comment.
+
+    Raises `OSError` for a full disk, `UserError` for whatever else ffmpeg complains of.
+    """
     _, rows, columns, _ = frames.shape
     stream = ffmpeg.input(
         "pipe:0",
@@ -72,6 +77,9 @@ def write_mp4(
     done = _run_ffmpeg(stream, frames.tobytes())
     if done.returncode:
         path.unlink(missing_ok=True)
+        for number in (errno.ENOSPC, errno.EDQUOT):
+            if os.strerror(number).encode() in done.stderr:
+                raise OSError(number, os.strerror(number), str(path))
         raise UserError(f"ffmpeg could not write {path}: {_complaint(done)}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import why_unreadable
+from megatron_nuwa.generation.tasks import Sample
 
 _PICTURES_AT_ONCE = 32
 
@@ -62,6 +65,24 @@ def best_of(pixels: np.ndarray, prompts: Sequence[str], count: int, ranker: Rank
         for group in groups.values()
         for ranked in sorted(group, key=lambda ranked: -ranked.score)[:count]
     ]
+
+
+def best_samples(
+    samples: Sequence[Sample], drawn: int, count: int, ranker: Ranker, name: str
+) -> list[Sample]:
+    """The `count` best of every `drawn` samples that began alike, the best first.
+
+    Their origins say how many they were, the ranker's `name` and the score.
+    """
+    kept = []
+    for first in range(0, len(samples), drawn):
+        group = samples[first : first + drawn]
+        pixels = np.stack([each.frames for each in group])
+        prompts = [each.request.prompt for each in group]
+        for number, score in best_of(pixels, prompts, count, ranker):
+            ranked = {"best_of": drawn, "clip": name, "clip_score": round(score, 6)}
+            kept.append(replace(group[number], origin=group[number].origin | ranked))
+    return kept
 
 
 class ClipRanker:
@@ -151,6 +172,8 @@ class ClipRanker:
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"there is no file of CLIP weights {path}")
+    if (reason := why_unreadable(path)) is not None:
+        raise UserError(f"the CLIP weights {path} cannot be read: {reason}")
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)

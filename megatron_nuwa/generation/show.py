@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_nuwa.data.text import TextTokenizer
@@ -31,8 +31,8 @@ def make_sample_shower(recipe: Recipe) -> ShowSamples | None:
         model: Nuwa,
         step: int,
         monitor: Monitor,
-        grids: Sequence[Grid],
-        frames_per_second: float | None,
+        grids: Mapping[str, Grid],
+        frames_per_second: Mapping[str, float | None],
     ) -> None:
         device = model.begin.vector.device
         generator = make_generator(
@@ -47,19 +47,21 @@ def make_sample_shower(recipe: Recipe) -> ShowSamples | None:
         was_training = model.training
         model.eval()
         try:
-            for grid in sorted(set(grids), key=lambda grid: grid.s):
-                show_grid(generator, grid, step, monitor, folder)
+            kinds = {task[-2:] for task in grids}
+            for task in ("t2i", "t2v"):
+                if task[-2:] in kinds:
+                    show_task(generator.for_task(task), task, step, monitor, folder)
         finally:
             # Training goes on with it, whatever happened here.
             model.train(was_training)
 
-    def show_grid(
-        generator: Generator, grid: Grid, step: int, monitor: Monitor, folder: Path
+    def show_task(
+        generator: Generator, name: str, step: int, monitor: Monitor, folder: Path
     ) -> None:
+        grid = generator.grids[name]
         seeds = [settings.seed + number for number in range(len(settings.prompts))]
         clips = generator.pixels(generator.generate(settings.prompts, grid, seeds, sampling), grid)
         origin = {"prompts": " | ".join(settings.prompts), "step": step, "seed": settings.seed}
-        name = "t2i" if grid.s == 1 else "t2v"
         write_png(folder / f"step_{step:08d}_{name}.png", contact_sheet(clips), origin)
         if grid.s == 1:
             monitor.images(f"samples/{name}", step, clips[:, 0])

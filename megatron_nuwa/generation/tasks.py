@@ -121,7 +121,7 @@ def task_named(name: str) -> Task:
 
 def grid_of(generator: Generator, task: Task) -> Grid:
     """The grid of what a task writes."""
-    return generator.image_grid if task.target == "image" else generator.clip_grid
+    return generator.grids[task.name]
 
 
 def prepare(
@@ -138,6 +138,7 @@ def prepare(
     region that keeps everything or nothing, and for sketches that the model cannot read.
     """
     task = requests[0].task
+    generator = generator.for_task(task.name)
     window = grid_of(generator, task)
     grid, starts, overlap = _whole(task, window, frames, overlap)
     known = is_known = None

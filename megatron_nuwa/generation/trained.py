@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,18 @@ from megatron_nuwa.models.vqgan import Vqgan
 from megatron_nuwa.training.trained_model import open_trained
 
 _DEFAULT_FRAMES_PER_SECOND = 2.5
+# Whose grid and frames a second each of the eight tasks has: its own, or else those of the nearest
+# task that the model was trained on.
+_NEAREST = {
+    "t2i": ("t2i", "s2i"),
+    "s2i": ("s2i", "t2i"),
+    "i2i": ("t2i", "s2i"),
+    "ti2i": ("t2i", "s2i"),
+    "t2v": ("t2v", "v2v", "s2v"),
+    "s2v": ("s2v", "t2v", "v2v"),
+    "v2v": ("v2v", "t2v", "s2v"),
+    "tv2v": ("t2v", "v2v", "s2v"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,11 @@ class CheckpointFacts:
 
 @dataclass(frozen=True)
 class Generator:
-    """Everything that turns a prompt into pixels."""
+    """Everything that turns a prompt into pixels.
+
+    `image_grid`, `clip_grid` and `frames_per_second` are those of t2i and t2v; `for_task` gives
+    those of another task, out of `grids` and `rates`, which have all eight.
+    """
 
     model: Nuwa
     vqgan: Vqgan
@@ -47,10 +63,22 @@ class Generator:
     image_grid: Grid
     clip_grid: Grid
     frames_per_second: float
+    grids: Mapping[str, Grid]
+    rates: Mapping[str, float]
     # None for a model that reads no sketches.
     sketch_vqgan: Vqgan | None = None
     # None for a model in training.
     checkpoint: CheckpointFacts | None = None
+
+    def for_task(self, task: str) -> Generator:
+        """The same with the grid, the picture size and the frames a second of one of the tasks."""
+        grid = self.grids[task]
+        return replace(
+            self,
+            image_grid=grid._replace(s=1),
+            clip_grid=self.clip_grid if grid.s == 1 else grid,
+            frames_per_second=self.rates[task],
+        )
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -148,13 +176,12 @@ def open_generator(path: Path, field: str, device: torch.device | None = None) -
     # A GPU's time to a token is that of reading the weights.
     if device.type == "cuda" and trained.weight(trained.names[0]).dtype == torch.bfloat16:
         model = model.bfloat16()
-    rates = trained.facts.frames_per_second.values()
     generator = make_generator(
         model.to(device),
         trained.vqgan().to(device),
         trained.bpe(),
-        [Grid(*grid) for grid in trained.facts.grids.values()],
-        next((rate for rate in rates if rate), None),
+        {task: Grid(*grid) for task, grid in trained.facts.grids.items()},
+        trained.facts.frames_per_second,
     )
     sketch_vqgan = trained.sketch_vqgan()
     return replace(
@@ -168,18 +195,31 @@ def make_generator(
     model: Nuwa,
     vqgan: Vqgan,
     bpe: TextTokenizer,
-    grids: Sequence[Grid],
-    frames_per_second: float | None,
+    grids: Mapping[str, Grid],
+    frames_per_second: Mapping[str, float | None],
 ) -> Generator:
-    """A generator for the grids that a model was trained on."""
-    clips = [grid for grid in grids if grid.s > 1]
-    images = [grid for grid in grids if grid.s == 1] or [clips[0]._replace(s=1)]
-    largest = Grid(*model.config.position_grid)
+    """A generator for a model that was trained on these grids and frames a second, by task.
+
+    A task that it was not trained on takes those of the nearest one that writes the same kind:
+    images t2i's, then s2i's, and clips t2v's, then v2v's and s2v's (s2v its own first, then t2v's).
+    Images of a model of clips are single frames; clips of a model of images have as many frames as
+    it has positions for.
+    """
+    # For a kind that no task was trained on.
+    other, frames = next(iter(grids.values())), model.config.position_grid[2]
+    all_grids, all_rates = {}, {}
+    for task, nearest in _NEAREST.items():
+        fallback = other._replace(s=1 if task.endswith("2i") else frames)
+        all_grids[task] = next((grids[name] for name in nearest if name in grids), fallback)
+        rates = (frames_per_second.get(name) for name in (*nearest, *frames_per_second))
+        all_rates[task] = next((rate for rate in rates if rate), _DEFAULT_FRAMES_PER_SECOND)
     return Generator(
         model,
         vqgan,
         bpe,
-        image_grid=images[0],
-        clip_grid=clips[0] if clips else images[0]._replace(s=largest.s),
-        frames_per_second=frames_per_second or _DEFAULT_FRAMES_PER_SECOND,
+        image_grid=all_grids["t2i"],
+        clip_grid=all_grids["t2v"],
+        frames_per_second=all_rates["t2v"],
+        grids=all_grids,
+        rates=all_rates,
     )

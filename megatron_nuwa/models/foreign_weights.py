@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import why_unreadable
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -23,6 +24,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"the weights file {path} does not exist")
+    if (reason := why_unreadable(path)) is not None:
+        raise UserError(f"the weights file {path} cannot be read: {reason}")
     if path.suffix == ".safetensors":
         try:
             return load_file(path)

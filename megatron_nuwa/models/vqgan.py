@@ -10,14 +10,15 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import replaced_atomically
+from megatron_nuwa.files import why_unreadable
 from megatron_nuwa.models.autoencoder import Decoder, Encoder, Shape
 from megatron_nuwa.models.quantizer import GradientEstimator, VectorQuantizer
+from megatron_nuwa.models.weights_file import write_weights
 
 _FORMAT = "megatron_nuwa.vqgan/1"
 # Fields that came later: left out of a description at their defaults, so that the fingerprints of
@@ -205,11 +206,13 @@ class Vqgan(nn.Module):
 
 
 def save_vqgan(model: Vqgan, path: Path) -> None:
-    """Write weights and settings to one safetensors file, which appears whole or not at all."""
+    """Write weights and settings to one safetensors file, which appears whole or not at all.
+
+    Raises `OSError` where it cannot be written.
+    """
     tensors, metadata = file_content(model)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    with replaced_atomically(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_weights(Path(path), tensors, metadata)
 
 
 def file_content(model: Vqgan) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -230,6 +233,8 @@ def load_vqgan(path: str | Path) -> Vqgan:
         raise UserError(
             f"VQ-GAN {path} does not exist; train one with launch/train_vqgan.py or name another"
         )
+    if (reason := why_unreadable(path)) is not None:
+        raise UserError(f"VQ-GAN {path} cannot be read: {reason}")
     try:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata() or {}

@@ -86,7 +86,8 @@ def read_layout(path: Path) -> tuple[ParallelSettings, dict[str, Any]]:
     Raises `UserError` for a file that cannot be read or that repeats what the recipe says.
     """
     try:
-        layout = json.loads(path.read_text(encoding="utf-8"))
+        # Some editors begin a file with a byte-order mark.
+        layout = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"DeepSpeed config {path} cannot be read: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

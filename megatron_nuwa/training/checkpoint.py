@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,12 +107,15 @@ class Checkpoints:
         for old in self.folder.glob(f"{_RETIRED}*"):
             shutil.rmtree(old, ignore_errors=True)
 
-    def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest whole checkpoint, and a sentence for each newer one that is damaged."""
+    def newest(self, files: Collection[str] | None = None) -> tuple[Path | None, list[str]]:
+        """The newest whole checkpoint, and a sentence for each newer one that is damaged.
+
+        `files` are those that are looked at; all of them where it is left out.
+        """
         complaints = []
         for path in reversed(self.all()):
             try:
-                check(path)
+                check(path, files)
             except DamagedCheckpointError as error:
                 complaints.append(f"checkpoint {path} is damaged ({error}); using the one before")
             else:
@@ -130,12 +133,14 @@ class Checkpoints:
             os.replace(checkpoint, self.folder / name)
 
 
-def check(checkpoint: Path) -> None:
-    """Hold every file against the manifest.
+def check(checkpoint: Path, files: Collection[str] | None = None) -> None:
+    """Hold every file, or the given ones, against the manifest.
 
     Raises `DamagedCheckpointError` that names the first file that differs.
     """
     for name, expected in read_manifest(checkpoint).items():
+        if files is not None and name not in files:
+            continue
         path = checkpoint / name
         if not path.is_file():
             raise DamagedCheckpointError(f"{name} is missing")

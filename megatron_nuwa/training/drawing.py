@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_nuwa.data.batches import TaskName
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa
@@ -17,8 +18,8 @@ from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.monitor import Monitor
 from megatron_nuwa.training.processes import Processes
 
-# Shows pictures of the current model: (model, step, monitor, grids, frames a second).
-ShowSamples = Callable[[Nuwa, int, Monitor, Sequence[Grid], float | None], None]
+# Shows pictures of the current model: (model, step, monitor, grids, frames a second), both by task.
+ShowSamples = Callable[[Nuwa, int, Monitor, Mapping[str, Grid], Mapping[str, float | None]], None]
 
 
 def draw_samples(
@@ -27,9 +28,9 @@ def draw_samples(
     processes: Processes,
     monitor: Monitor,
     step: int,
-    corpora: Sequence[Corpus],
+    corpora: Mapping[TaskName, Corpus],
 ) -> None:
-    """Have the first process show the model as it is now, on the grids of the corpora.
+    """Have the first process show the model as it is now, on the grids of the tasks' corpora.
 
     Every process must call it, and waits for the first. What fails there is told in one line, and
     the drawing left out. Where the weights lie on several processes they are gathered before; a
@@ -43,10 +44,11 @@ def draw_samples(
 
     def draw() -> None:
         model = engine.model if engine.is_whole else _model_with(engine.model, weights)
-        rates = (corpus.manifest.frames_per_second for corpus in corpora)
-        grids = [corpus.grid for corpus in corpora]
-        rate = next((rate for rate in rates if rate), None)
-        show(model.to(processes.device), step, monitor, grids, rate)
+        grids: dict[str, Grid] = {task: corpus.grid for task, corpus in corpora.items()}
+        rates: dict[str, float | None] = {
+            task: corpus.manifest.frames_per_second for task, corpus in corpora.items()
+        }
+        show(model.to(processes.device), step, monitor, grids, rates)
 
     if not engine.is_whole:
         for name, weight in engine.gathered_weights():

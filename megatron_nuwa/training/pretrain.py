@@ -322,7 +322,7 @@ class Pretraining:
             self._evaluate()
         if draws:
             assert show_samples is not None
-            corpora = [corpora[0] for corpora in self.inputs.train.values()]
+            corpora = {task: corpora[0] for task, corpora in self.inputs.train.items()}
             draw_samples(
                 show_samples, self.engine, self.processes, self.monitor, self.step, corpora
             )

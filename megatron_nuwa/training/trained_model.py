@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import replaced_atomically, sha256_of
+from megatron_nuwa.files import sha256_of, why_unreadable
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, load_vqgan
+from megatron_nuwa.models.weights_file import write_weights
 from megatron_nuwa.training.checkpoint import (
     MODEL_FILE,
     STATE_FILE,
@@ -99,19 +100,29 @@ def open_trained(path: Path, field: str, full_precision: bool = True) -> Trained
 
     Raises `UserError` that names `field`, the argument or field that `path` comes from.
     """
-    return open_located(locate(path, field), field, full_precision)
+    # The optimizer's state is several times as large as all else, and holds nothing for these.
+    files = None if full_precision else (STATE_FILE, MODEL_FILE)
+    return open_located(locate(path, field, files), field, full_precision)
 
 
-def locate(path: Path, field: str) -> Path:
+def locate(path: Path, field: str, files: Collection[str] | None = None) -> Path:
     """The checkpoint, whose files are all read and found whole, or the exported file, at a path.
 
-    Raises `UserError` that names `field`.
+    `files` are those that are read of a checkpoint, where not all are needed. Raises `UserError`
+    that names `field`.
     """
+    try:
+        return _located(path, field, files)
+    except OSError as error:
+        raise UserError(f"{field}: {error.filename} cannot be read: {error.strerror}") from error
+
+
+def _located(path: Path, field: str, files: Collection[str] | None) -> Path:
     if path.is_file():
         return path
     if (path / STATE_FILE).is_file():
         try:
-            check(path)
+            check(path, files)
         except DamagedCheckpointError as error:
             raise UserError(f"{field}: checkpoint {path} is damaged ({error})") from error
         return path
@@ -119,7 +130,7 @@ def locate(path: Path, field: str) -> Path:
         raise UserError(
             f"{field}: {path} is no pretraining run, no checkpoint of one and no exported file"
         )
-    newest, complaints = Checkpoints(path / "checkpoints", keep=1).newest()
+    newest, complaints = Checkpoints(path / "checkpoints", keep=1).newest(files)
     if newest is None:
         reason = f" ({complaints[0]})" if complaints else ""
         raise UserError(
@@ -140,7 +151,7 @@ def export(trained: TrainedModel, output: Path, dtype: torch.dtype) -> None:
 
     Weights lie under `model.` in `dtype`, the VQ-GAN's under `vqgan.` as they are, and VQ-GAN-Seg's
     under `sketch_vqgan.` where there is one; the metadata hold `format`, `facts`, `vqgan` and
-    `sketch_vqgan` (their settings) and `bpe` as JSON.
+    `sketch_vqgan` (their settings) and `bpe` as JSON. Raises `OSError` where it cannot be written.
     """
     facts = trained.facts.model_dump(mode="json", exclude={"model"})
     metadata = {
@@ -156,8 +167,7 @@ def export(trained: TrainedModel, output: Path, dtype: torch.dtype) -> None:
                 tensors[f"{prefix}{name}"] = value.contiguous()
     for name in trained.names:
         tensors[f"{_MODEL}{name}"] = trained.weight(name).to(dtype).contiguous()
-    with replaced_atomically(output) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_weights(output, tensors, metadata)
 
 
 class _Checkpoint(TrainedModel):
@@ -205,6 +215,8 @@ class _Checkpoint(TrainedModel):
 class _ExportedModel(TrainedModel):
     def __init__(self, path: Path, field: str) -> None:
         self.origin = path
+        if (reason := why_unreadable(path)) is not None:
+            raise UserError(f"{field}: {path} cannot be read: {reason}")
         try:
             # Kept open: the BPE makes its header long, and there are many weights.
             self._file: Any = safe_open(path, framework="pt")

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import imageio_ffmpeg
 import numpy as np
@@ -48,7 +52,8 @@ def generator() -> Generator:
         for parameter in model.parameters():
             parameter.mul_(4)
     vqgan = Vqgan(VqganConfig(**common))
-    made = make_generator(model.eval(), vqgan.eval(), bpe, [Grid(4, 4, 1), Grid(4, 4, 3)], 8.0)
+    grids, rates = {"t2i": Grid(4, 4, 1), "t2v": Grid(4, 4, 3)}, {"t2i": None, "t2v": 8.0}
+    made = make_generator(model.eval(), vqgan.eval(), bpe, grids, rates)
     return replace(made, sketch_vqgan=Vqgan(VqganConfig(**common, classes=5)).eval())
 
 
@@ -103,3 +108,41 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frames = [Image.fromarray(255 * frame) for frame in moving]
     frames[0].save(folder / "moving-mask.gif", save_all=True, append_images=frames[1:])
     return folder
+
+
+@pytest.fixture(scope="module")
+def command() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", "launch/generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def generate(command: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs the command in this process; gives the lines of samples.json."""
+
+    def call(*arguments: object) -> list[dict]:
+        words = [str(argument) for argument in arguments]
+        source = [] if "--run" in words else ["--run", str(run)]
+        output = tmp_path / "out"
+        monkeypatch.setattr(sys, "argv", ["generate", *words, *source, "--output", str(output)])
+        command.main()
+        return json.loads((output / "samples.json").read_text())
+
+    return call
+
+
+@pytest.fixture
+def call(command: ModuleType, run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Runs the command in this process, on a run of the caller's."""
+
+    def call(*arguments: object, run: Path = run) -> None:
+        words = [str(argument) for argument in arguments]
+        monkeypatch.setattr(sys, "argv", ["generate", *words, "--run", str(run)])
+        command.main()
+
+    return call

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -25,32 +23,6 @@ from megatron_nuwa.generation.trained import open_generator
 from megatron_nuwa.training.checkpoint import Checkpoints, read_manifest
 
 PROMPT, OTHER = "a red square moves left", "a blue circle stays <b>&amp;</b>"
-
-
-@pytest.fixture(scope="module")
-def command() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate", "launch/generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def generate(command: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Runs the command in this process; gives the lines of samples.json."""
-
-    def call(*arguments: object) -> list[dict]:
-        words = [str(argument) for argument in arguments]
-        source = [] if "--run" in words else ["--run", str(run)]
-        output = tmp_path / "out"
-        monkeypatch.setattr(sys, "argv", ["generate", *words, *source, "--output", str(output)])
-        command.main()
-        return json.loads((output / "samples.json").read_text())
-
-    return call
 
 
 def text_of(path: Path) -> dict:
@@ -228,6 +200,12 @@ def test_batches_of_prompts_and_pictures_are_all_combined(
     assert sheet.shape == (1, 32, 32, 3)
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(generate, tmp_path: Path) -> None:
+    listed = tmp_path / "prompts.txt"
+    listed.write_bytes(f"\ufeff{PROMPT}\r\n{OTHER}\r\n".encode())
+    assert [entry["prompt"] for entry in generate("t2i", "--prompts", listed)] == [PROMPT, OTHER]
+
+
 def test_a_longer_clip_has_as_many_frames_as_asked_for(
     generate, media: Path, tmp_path: Path
 ) -> None:
@@ -283,36 +261,6 @@ def test_the_gallery_shows_what_was_given_beside_what_came_of_it(
     for words in (PROMPT, OTHER, "photo.png", "Image manipulation by text", "2.5", "seed 1"):
         assert words in page.words
     assert "<b>&amp;amp;" not in text.replace("&lt;b&gt;", "")
-
-
-def test_a_folder_holds_the_samples_of_one_call(
-    generate, command: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generate("t2i", "--prompt", PROMPT, "--samples", 2)
-    (tmp_path / "out" / "notes.txt").write_text("mine")
-    generate("t2i", "--prompt", OTHER)
-    pictures = {path.name for path in (tmp_path / "out").iterdir()}
-    assert pictures == {"0000.png", "index.html", "notes.txt", "samples.json", "sheet.png"}
-    # Where no folder is named, nothing is replaced.
-    own = tmp_path / "run"
-    shutil.copytree(run, own)
-    for _ in range(3):
-        monkeypatch.setattr(sys, "argv", ["generate", "t2i", "--prompt", PROMPT, "--run", str(own)])
-        command.main()
-    assert {path.name for path in (own / "generated").iterdir()} == {"t2i", "t2i-2", "t2i-3"}
-
-
-def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_sampled(
-    command: ModuleType, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path / "a.png"
-    place.write_text("a picture")
-    monkeypatch.setattr(command, "open_generator", None)
-    for output in (place, place / "deeper"):
-        words = ["generate", "t2i", "--prompt", PROMPT, "--run", str(run), "--output", str(output)]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(UserError, match=r"a\.png is a file; name another folder"):
-            command.main()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import TASKS, Request, generate, grid_of, prepare, task_named
-from megatron_nuwa.generation.trained import Generator
+from megatron_nuwa.generation.trained import Generator, make_generator
 from megatron_nuwa.grid import Grid
 
 CLASSES, SIDE, FRAMES = 5, 16, 3
@@ -213,3 +213,31 @@ def test_an_unknown_task_is_named_beside_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"task 'ti2v' is unknown; did you mean t.*s2v, v2v, tv2v"):
         task_named("ti2v")
     assert task_named("T2V") is TASKS["t2v"]
+
+
+def test_every_task_has_the_grid_and_the_rate_that_it_was_trained_on(generator: Generator) -> None:
+    def made(**trained: tuple[Grid, float | None]) -> Generator:
+        grids = {task: grid for task, (grid, _) in trained.items()}
+        rates = {task: rate for task, (_, rate) in trained.items()}
+        return make_generator(generator.model, generator.vqgan, generator.bpe, grids, rates)
+
+    short, clip, image, large = Grid(4, 4, 2), Grid(4, 4, 3), Grid(4, 4, 1), Grid(3, 2, 1)
+    of_all = made(v2v=(short, 2.0), s2i=(large, None), t2i=(image, None), t2v=(clip, 8.0))
+    for name, grid, rate in (
+        *(("t2v", clip, 8.0), ("v2v", short, 2.0), ("tv2v", clip, 8.0), ("s2v", clip, 8.0)),
+        *(("t2i", image, 8.0), ("s2i", large, 8.0), ("i2i", image, 8.0), ("ti2i", image, 8.0)),
+    ):
+        own = of_all.for_task(name)
+        assert grid_of(of_all, TASKS[name]) == grid_of(own, TASKS[name]) == grid
+        assert own.picture_size == (4 * grid.h, 4 * grid.w)
+        if TASKS[name].target == "clip":
+            assert (own.clip_grid, own.frames_per_second) == (grid, rate)
+            assert name == "s2v" or prepare(of_all, [request(name, 1)], 3).window == grid
+    # A task that was not trained is like the nearest one of its kind.
+    of_sketches = made(s2v=(short, 2.0))
+    assert {of_sketches.grids[name] for name in ("s2v", "t2v", "v2v", "tv2v")} == {short}
+    assert of_sketches.for_task("tv2v").frames_per_second == 2.0
+    assert {of_sketches.grids[name] for name in ("t2i", "i2i")} == {image}
+    of_images = made(t2i=(image, None))
+    assert of_images.grids["v2v"] == clip
+    assert of_images.frames_per_second == 2.5

@@ -196,3 +196,11 @@ def test_the_parallel_key_is_taken_out_before_deepspeed_sees_the_file(tmp_path: 
 def test_a_stage_must_be_named(zero: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"stage must be 1, 2 or 3, not 0; on one process, too"):
         check_layout(ParallelSettings(), zero, NuwaConfig(), 1)
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_file_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "layout.json"
+    path.write_text(json.dumps({"parallel": {"pipeline": 2}, **ZERO1}), encoding="utf-8-sig")
+    settings, deepspeed = read_layout(path)
+    assert settings.pipeline == 2
+    assert deepspeed == ZERO1

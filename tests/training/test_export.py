@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, SmallWorld, lone_process
-from safetensors import safe_open
+from helpers import ROOT, SmallWorld, lone_process, without_privileges
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import sha256_of
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.trained import open_generator
+from megatron_nuwa.models import weights_file
 from megatron_nuwa.models.vqgan import fingerprint, load_vqgan
-from megatron_nuwa.training import trained_model
+from megatron_nuwa.training import checkpoint
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.recipe import load_recipe
 from megatron_nuwa.training.trained_model import open_trained
@@ -131,13 +134,66 @@ def test_nothing_is_replaced_unasked_and_nothing_half_written_stays(
 
     def fail(_tensors: object, path: Path, metadata: object) -> None:
         path.write_text("half")
-        raise OSError("disk full")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(trained_model, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(weights_file, "save_file", fail)
+    full = (
+        r"^--output .*a\.safetensors cannot be written: No space left on device \(the file takes "
+    )
+    with pytest.raises(UserError, match=full + r"0\.\d MB\)$"):
         command("model", run, "--output", file, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     assert file.read_text() == "mine"
+
+
+def test_a_place_that_cannot_be_written_to_is_named_before_the_model_is_read(
+    open_folder: Path, command: Export
+) -> None:
+    (open_folder / "notes").write_text("mine")
+    places = {"a": "Permission", "new/a": "Permission", "notes/a": "Not a directory"}
+    for kind in ("model", "vqgan"):
+        for place, reason in places.items():
+            output = open_folder / f"{place}.safetensors"
+            message = f"^--output must be where one can write, not {output}: {reason}"
+            with without_privileges(), pytest.raises(UserError, match=message):
+                command(kind, "nowhere", "--output", output)
+    assert [path.name for path in open_folder.iterdir()] == ["notes"]
+
+
+def test_generation_looks_at_the_files_that_it_reads_and_at_no_others(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    folder = own / "checkpoints/step_00000002"
+    read = []
+    monkeypatch.setattr(checkpoint, "sha256_of", lambda path: read.append(path) or sha256_of(path))
+    for source in (own, folder):
+        read.clear()
+        open_generator(source, "--run")
+        assert sorted(path.name for path in read) == ["model.safetensors", "state.json"]
+    optimizer = next(folder.glob("*optim_states.pt"))
+    optimizer.write_bytes(b"damaged")
+    open_generator(own, "--run")
+    # What reads the optimizer's state, such as a resume, refuses it as before.
+    with pytest.raises(UserError, match=f"{optimizer.name} was changed or cut short"):
+        open_trained(folder, "RUN")
+    assert checkpoint.Checkpoints(folder.parent, keep=1).newest()[0] is None
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"model\.safetensors was changed or cut short"):
+        open_generator(own, "--run")
+
+
+def test_a_checkpoint_that_may_not_be_read_says_so(run: Path, open_folder: Path) -> None:
+    own = open_folder / "run"
+    shutil.copytree(run, own)
+    weights = own / "checkpoints/step_00000002/model.safetensors"
+    weights.chmod(0)
+    with (
+        without_privileges(),
+        pytest.raises(UserError, match=f"^--run: {weights} cannot be read: Permission denied$"),
+    ):
+        open_generator(own, "--run")
 
 
 def test_what_is_no_export_is_named_and_never_unpickled(run: Path, tmp_path: Path) -> None:
