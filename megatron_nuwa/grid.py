@@ -32,7 +32,7 @@ class Grid(NamedTuple):
     @classmethod
     def of(cls, value: Iterable[int], name: str = "grid") -> Grid:
         """Check and convert any `(h, w, s)`; `ValueError` names the argument."""
-        sides = tuple(value)
+        sides = tuple(value) if isinstance(value, Iterable) else (value,)
         if len(sides) != 3 or any(isinstance(x, bool) or not isinstance(x, int) for x in sides):
             raise ValueError(f"{name} must be three integers (rows, columns, frames), not {sides}")
         if any(side < 1 for side in sides):
@@ -65,7 +65,7 @@ class Extent(NamedTuple):
     @classmethod
     def of(cls, value: Iterable[int | None], name: str = "extent") -> Extent:
         """Check and convert any `(e_h, e_w, e_s)`; `ValueError` names the argument."""
-        widths = tuple(value)
+        widths = tuple(value) if isinstance(value, Iterable) else (value,)
         if len(widths) != 3:
             raise ValueError(f"{name} must have three widths (rows, columns, frames), not {widths}")
         for axis, width in zip("hws", widths, strict=True):

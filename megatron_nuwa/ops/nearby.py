@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from megatron_nuwa.grid import Extent, Grid
 from megatron_nuwa.ops import cuda
@@ -53,7 +55,9 @@ def nearby_attention(
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
+        NotImplementedError: in forward-mode differentiation, which it has no formula for.
     """
+    _check_kinds(query, key, value, context_mask, scale)
     query, key, value = _autocast(query, key, value)
     geometry = _check(query, key, value, grid, context_grid, extent, causal, context_mask, backend)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -78,12 +82,37 @@ def nearby_attention(
     return output
 
 
+def _check_kinds(
+    query: Tensor, key: Tensor, value: Tensor, context_mask: Tensor | None, scale: float | None
+) -> None:
+    """Raise on the first argument that is nothing of the sort that is wanted."""
+    tensors = {"query": query, "key": key, "value": value, "context_mask": context_mask}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) and (name, tensor) != ("context_mask", None):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if scale is not None and not isinstance(scale, Real | torch.SymFloat):
+        raise TypeError(f"scale must be a number, not {scale!r}")
+    if torch.compiler.is_compiling():
+        return
+    for name in ("query", "key", "value"):
+        # PyTorch would take the operator for a constant.
+        if forward_ad.unpack_dual(tensors[name]).tangent is not None:
+            raise NotImplementedError(
+                f"nearby_attention has no forward-mode derivative, and {name} asks for one; "
+                "differentiate backward"
+            )
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In autocast's dtype, but for float64, which PyTorch's own attention keeps as well."""
     device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return tensors
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(t.to(dtype) if t.is_floating_point() else t for t in tensors)
+    narrower = (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(dtype) if t.dtype in narrower else t for t in tensors)
 
 
 def _check(
@@ -131,6 +160,8 @@ def _check_tensor(name: str, tensor: Tensor, query: Tensor, cells: int) -> None:
         raise ValueError(
             f"{name} must be on the query's device {query.device}, not {tensor.device}"
         )
+    if tensor.shape[3] == 0:
+        raise ValueError(f"{name} must have a head_dim of at least 1, not 0")
     expected = (query.shape[0], cells, query.shape[2], query.shape[3])
     if tuple(tensor.shape) != expected:
         raise ValueError(

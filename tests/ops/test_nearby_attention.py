@@ -241,6 +241,31 @@ def test_autocast_computes_in_its_dtype() -> None:
     assert output.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("extent", [(1, 3, 1), (None, None, None)])
+def test_autocast_leaves_float64_as_pytorch_does(extent: tuple[int | None, ...]) -> None:
+    query = torch.randn(1, 8, 2, 8, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = nearby_attention(query, query, query, grid=(2, 2, 2), extent=extent)
+    assert output.dtype == torch.float64
+
+
+@pytest.mark.parametrize("extent", [(1, 3, 1), (None, None, None)])
+def test_forward_mode_is_refused_instead_of_having_no_slope(extent: tuple[int | None, ...]) -> None:
+    query = torch.randn(1, 8, 2, 8)
+
+    def attend(key: torch.Tensor) -> torch.Tensor:
+        return nearby_attention(query, key, query, grid=(2, 2, 2), extent=extent)
+
+    with pytest.raises(NotImplementedError, match="forward-mode derivative, and key asks"):
+        torch.func.jvp(attend, (query,), (query,))
+
+
+def test_tensors_without_storage_have_a_shape() -> None:
+    query = torch.empty(1, 8, 2, 8, device="meta")
+    output = nearby_attention(query, query, query, grid=(2, 2, 2), extent=(1, 3, 1))
+    assert output.shape == query.shape
+
+
 def test_query_without_keys_gives_zeros_and_no_gradient() -> None:
     for extent in ((1, 1, 1), (None, None, None)):
         query = torch.randn(2, 4, 1, 8, requires_grad=True)
@@ -271,6 +296,12 @@ def test_query_without_keys_gives_zeros_and_no_gradient() -> None:
         ({"context_mask": torch.ones(1, 3, dtype=torch.bool)}, "context_mask"),
         ({"context_mask": torch.ones(1, 4)}, "context_mask"),
         ({"backend": "gpu"}, "backend"),
+        ({"grid": 2}, "grid"),
+        ({"extent": None}, "extent"),
+        ({"scale": "small"}, "scale"),
+        ({"query": [[0.0]]}, "query"),
+        ({"context_mask": [True]}, "context_mask"),
+        (dict.fromkeys(("query", "key", "value"), torch.zeros(1, 4, 1, 0)), "query"),
     ],
 )
 def test_errors_name_the_argument(change: dict[str, object], name: str) -> None:
