@@ -248,4 +248,7 @@ def _cleaned(captions: Iterable[str]) -> Iterator[str]:
 
 
 def _first_words(text: str) -> str:
-    return text if len(text) <= 40 else text[:40].rpartition(" ")[0] + " …"
+    if len(text) <= 40:
+        return text
+    # One long word is cut.
+    return f"{text[:40].rpartition(' ')[0] or text[:40]} …"

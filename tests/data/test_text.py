@@ -61,6 +61,8 @@ def test_up_to_75_tokens_fit_between_start_and_end(words: int) -> None:
 def test_longer_captions_are_refused_or_cut() -> None:
     with pytest.raises(UserError, match=r"'q q q .* …' needs 78 tokens, and at most 77 are"):
         BPE.encode("q " * 76)
+    with pytest.raises(UserError, match=r"the caption 'q{40} …' needs"):
+        BPE.encode("q" * 900)
     cut = BPE.encode("q " * 76, truncate=True)
     np.testing.assert_array_equal(cut, BPE.encode("q " * 75))
 
