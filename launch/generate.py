@@ -31,7 +31,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_nuwa.command_line import CommandParser, example_in, whole_number
 from megatron_nuwa.data.text import NO_CAPTION
+from megatron_nuwa.decoders import DecodeSettings, MediaKind, decode_sketch
 from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.generation.given import Given, read_given, read_mask
 from megatron_nuwa.generation.outputs import check_free, origin_of, sample_writer
 from megatron_nuwa.generation.ranking import ClipRanker, best_samples
 from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
@@ -48,8 +50,6 @@ from megatron_nuwa.generation.tasks import (
     task_named,
 )
 from megatron_nuwa.generation.trained import Generator, open_generator
-from preprocessing.decoders import DecodeSettings, MediaKind, decode_sketch
-from preprocessing.given import Given, read_given, read_mask
 
 
 @dataclass(frozen=True)

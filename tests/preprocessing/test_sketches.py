@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing.decoders import DecodeError, DecodeSettings, decode_image, decode_sketch
+from megatron_nuwa.decoders import DecodeError, DecodeSettings, decode_image, decode_sketch
 
 SIDE = DecodeSettings(image_size=12)
 CLIP = DecodeSettings(image_size=12, frames=4, frames_per_second=5, short_clips="pad")

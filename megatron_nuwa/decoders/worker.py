@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.decoders import pyav_reader
-from preprocessing.decoders.images import decode_image, image_size
-from preprocessing.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
-from preprocessing.decoders.sketches import read_sketch
+from megatron_nuwa.decoders import pyav_reader
+from megatron_nuwa.decoders.images import decode_image, image_size
+from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
+from megatron_nuwa.decoders.sketches import read_sketch
 
 # A worker that keeps more than this after a request is replaced.
 KEPT_BYTES = 1 << 26

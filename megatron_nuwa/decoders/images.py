@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from preprocessing.decoders.kinds import read_head
-from preprocessing.decoders.settings import DecodeError, DecodeSettings
+from megatron_nuwa.decoders.kinds import read_head
+from megatron_nuwa.decoders.settings import DecodeError, DecodeSettings
 
 # Pillow knows many more, some of which run other programs (EPS starts Ghostscript).
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -23,9 +23,13 @@ def decode_image(path: Path, settings: DecodeSettings) -> np.ndarray:
     Alpha is laid over white; of an animation the first frame is taken. Raises `DecodeError`.
     """
     with opened_image(path) as opened:
-        upright = ImageOps.exif_transpose(opened)
-        size = target_size(upright.width, upright.height, settings)
-        fitted = ImageOps.fit(_opaque(upright), size, Image.Resampling.BICUBIC)
+        return fitted_image(ImageOps.exif_transpose(opened), settings)
+
+
+def fitted_image(upright: Image.Image, settings: DecodeSettings) -> np.ndarray:
+    """As `decode_image`, of an image that is open already."""
+    size = target_size(upright.width, upright.height, settings)
+    fitted = ImageOps.fit(_opaque(upright), size, Image.Resampling.BICUBIC)
     return np.asarray(fitted, dtype=np.uint8)[None]
 
 

@@ -10,9 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import ImageOps, ImageSequence
 
-from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.regions import check_fits, touched
-from preprocessing.decoders import (
+from megatron_nuwa.decoders import (
     DecodeError,
     DecodeSettings,
     MediaKind,
@@ -21,10 +19,16 @@ from preprocessing.decoders import (
     media_facts,
     media_kind,
 )
-from preprocessing.decoders.images import opened_image
+from megatron_nuwa.decoders.facts import clip_facts
+from megatron_nuwa.decoders.images import opened_image
+from megatron_nuwa.decoders.kinds import read_head
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.regions import check_fits, touched
 
 _AN = {"image": "an image", "clip": "a video"}
 _NPY = b"\x93NUMPY"
+# The one kind that may be either.
+_GIF = b"GIF8"
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,9 @@ def read_given(
     where `fit` is exact and the size another.
     """
     found = media_kind(path)
-    if found != kind:
+    if found != kind and not (kind == "clip" and read_head(path).startswith(_GIF)):
         raise UserError(f"{path} is {_AN[found]}, and {_AN[kind]} is needed here")
-    facts = media_facts(path)
+    facts = clip_facts(path) if kind == "clip" else media_facts(path)
     shape = (facts.height, facts.width)
     check_fits(shape, size, fit, str(path))
     settings = DecodeSettings(

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import GifImagePlugin, ImageSequence
 
-from preprocessing.decoders.guard import guarded
-from preprocessing.decoders.images import opened_image, target_size
-from preprocessing.decoders.kinds import read_head
-from preprocessing.decoders.settings import (
+from megatron_nuwa.decoders.guard import guarded
+from megatron_nuwa.decoders.images import opened_image, target_size
+from megatron_nuwa.decoders.kinds import read_head
+from megatron_nuwa.decoders.settings import (
     DEFAULT_LIMITS,
     DecodeError,
     DecodeLimits,
