@@ -70,14 +70,23 @@ def target_size(width: int, height: int, settings: DecodeSettings) -> tuple[int,
     return tuple(max(side, length // multiple * multiple) for length in longer)  # type: ignore[return-value]
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB, alpha laid over white."""
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """An image whose 16-bit grey is scaled, white to white; others as they are.
+
+    Raises `ValueError` for floating-point pixels.
+    """
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit grey at 255 instead of scaling it.
         grey = np.asarray(image).clip(0, 65535).astype(np.uint16)
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("it has floating-point pixels, of which nobody knows what is white")
+    return image
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as RGB, alpha laid over white."""
+    image = in_8_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         coloured = image.convert("RGBA")
         paper = Image.new("RGBA", coloured.size, "white")

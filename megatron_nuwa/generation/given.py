@@ -20,7 +20,7 @@ from megatron_nuwa.decoders import (
     media_kind,
 )
 from megatron_nuwa.decoders.facts import clip_facts
-from megatron_nuwa.decoders.images import opened_image
+from megatron_nuwa.decoders.images import in_8_bits, opened_image
 from megatron_nuwa.decoders.kinds import read_head
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.regions import check_fits, touched
@@ -112,7 +112,7 @@ def _read_array(path: Path) -> np.ndarray:
 def _read_picture(path: Path) -> np.ndarray:
     with opened_image(path) as opened:
         frames: Sequence[np.ndarray] = [
-            np.asarray(ImageOps.exif_transpose(frame).convert("LA"))
+            np.asarray(in_8_bits(ImageOps.exif_transpose(frame)).convert("LA"))
             for frame in ImageSequence.Iterator(opened)
         ]
     if len({frame.shape for frame in frames}) > 1:
