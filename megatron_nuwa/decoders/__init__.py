@@ -16,7 +16,7 @@ from megatron_nuwa.decoders.settings import (
     DecodeLimits,
     DecodeSettings,
 )
-from megatron_nuwa.decoders.sketches import decode_sketch
+from megatron_nuwa.decoders.sketches import decode_sketch, sketch_size
 
 __all__ = [
     "CLIP_SUFFIXES",
@@ -35,4 +35,5 @@ __all__ = [
     "fitted_image",
     "media_facts",
     "media_kind",
+    "sketch_size",
 ]

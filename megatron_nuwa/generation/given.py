@@ -1,4 +1,4 @@
-"""What generation starts from, read from files and fitted to the model: pictures, clips, masks."""
+"""What generation starts from, read from files and fitted to the model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from megatron_nuwa.decoders import (
     MediaKind,
     decode_clip,
     decode_image,
+    decode_sketch,
     media_facts,
     media_kind,
+    sketch_size,
 )
 from megatron_nuwa.decoders.facts import clip_facts
 from megatron_nuwa.decoders.images import in_8_bits, opened_image
 from megatron_nuwa.decoders.kinds import read_head
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.regions import check_fits, touched
+from megatron_nuwa.generation.regions import check_fits, frame_range, rectangle, touched
 
 _AN = {"image": "an image", "clip": "a video"}
 _NPY = b"\x93NUMPY"
@@ -68,6 +70,62 @@ def read_given(
     )
     pixels = decode_image(path, settings) if kind == "image" else decode_clip(path, settings)[0]
     return Given(path, pixels, shape)
+
+
+def read_given_sketch(
+    path: Path,
+    side: int,
+    classes: int,
+    frames: int,
+    fit: Literal["crop", "exact"] = "crop",
+    unlabelled: int | None = None,
+    frames_per_second: float = 2.5,
+) -> np.ndarray:
+    """A sketch's class numbers, uint8 (frames, side, side); a single map holds for all frames.
+
+    Fitted like an image (`read_given`), to the nearest pixel. Pixels of the value `unlabelled`
+    become the last class. Raises `UserError` naming the file, also where it has some maps and yet
+    too few.
+    """
+    width, height = sketch_size(path)
+    check_fits((height, width), (side, side), fit, str(path))
+    settings = DecodeSettings(
+        image_size=side, frames=frames, frames_per_second=frames_per_second, short_clips="pad"
+    )
+    maps, real = decode_sketch(path, settings, classes, unlabelled=unlabelled)
+    if 1 < real < frames:
+        raise UserError(
+            f"{path} has {real} maps, and {frames} frames are drawn: give one map for all frames, "
+            "or one for each"
+        )
+    return maps
+
+
+def read_region(
+    given: Given,
+    size: tuple[int, int],
+    region: str | None,
+    mask: Path | None,
+    region_frames: str | None,
+) -> np.ndarray:
+    """The pixels that are made new: bool (frames or 1, rows, columns) at the model's `size`.
+
+    What --region, --mask and --region-frames of the command say; without the first two, all pixels
+    of the chosen frames. Raises `UserError` naming the argument or the file.
+    """
+    if mask is not None:
+        found = read_mask(mask, given, size)
+    elif region is not None:
+        rows, columns = given.shape
+        found = touched(rectangle(region, columns, rows, "--region"), *size)[None]
+    else:
+        found = np.ones((1, *size), bool)
+    if region_frames is None:
+        return found
+    frames = len(given.frames)
+    chosen = np.zeros((frames, 1, 1), bool)
+    chosen[frame_range(region_frames, frames, "--region-frames")] = True
+    return found & chosen
 
 
 def read_mask(path: Path, given: Given, size: tuple[int, int]) -> np.ndarray:
