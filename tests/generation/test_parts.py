@@ -1,4 +1,4 @@
-"""Many frames through a VQ-GAN: bounded memory, and the bits of all at once."""
+"""Many frames through a VQ-GAN: in bounded memory, with the bits of all at once, each once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_nuwa.generation import parts
+from megatron_nuwa.generation import parts, token_memory
+from megatron_nuwa.generation.tasks import Request, prepare, task_named
 from megatron_nuwa.generation.trained import Generator
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
@@ -37,6 +38,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def fresh(generator: Generator) -> Generator:
+    """The same, that has encoded nothing yet."""
+    return replace(generator, encoded=token_memory.TokenMemory())
 
 
 def sizes_seen(vqgan: Vqgan) -> list[int]:
@@ -67,12 +73,12 @@ def test_frames_go_in_parts_and_come_out_bit_for_bit(
         frames = random.integers(0, 256, (FRAMES, SIDE, SIDE, 3), dtype=np.uint8)
 
         def work() -> np.ndarray:
-            return larger.encode_frames(frames).numpy()
+            return fresh(larger).encode_frames(frames).numpy()
     else:
-        maps = random.integers(0, CLASSES, (3, FRAMES // 3, SIDE, SIDE)).astype(np.uint8)
+        maps = random.integers(0, CLASSES, (1, FRAMES, SIDE, SIDE)).astype(np.uint8)
 
         def work() -> np.ndarray:
-            return larger.sketch_context(maps).tokens.numpy()
+            return fresh(larger).sketch_context(maps).tokens.numpy()
 
     sizes = sizes_seen(larger.sketch_vqgan if what == "sketches" else larger.vqgan)
     with one_thread():
@@ -98,3 +104,58 @@ def test_no_more_than_16_frames_of_the_papers_size_go_at_once() -> None:
     assert max(sizes) == 16
     parts.in_parts(work, frames[:3], 4096 * 4096)
     assert sizes[-3:] == [1, 1, 1]
+
+
+def test_many_samples_of_a_clip_encode_it_once(generator: Generator) -> None:
+    """Over several batches, as the command makes them."""
+    generator = fresh(generator)
+    random = np.random.default_rng(3)
+    clips = random.integers(0, 256, (2, 3, 16, 16, 3), dtype=np.uint8)
+    region = np.zeros((1, 16, 16), bool)
+    region[:, 8:] = True
+    sizes = sizes_seen(generator.vqgan)
+    known = []
+    for clip in clips:
+        for first in range(0, 64, 8):
+            requests = [
+                Request(task_named("tv2v"), seed, "a red square", clip.copy(), region)
+                for seed in range(first, first + 8)
+            ]
+            prepared = prepare(generator, requests)
+            assert prepared.known is not None
+            known.append(prepared.known)
+    assert sizes == [3, 3]
+    expected = [fresh(generator).encode_frames(clip) for clip in clips]
+    assert all(torch.equal(each, expected[0].expand(8, -1)) for each in known[:8])
+    assert all(torch.equal(each, expected[1].expand(8, -1)) for each in known[8:])
+
+
+def test_many_samples_of_a_sketch_encode_it_once(generator: Generator) -> None:
+    generator = fresh(generator)
+    assert generator.sketch_vqgan is not None
+    maps = np.random.default_rng(4).integers(0, CLASSES, (2, 3, 16, 16)).astype(np.uint8)
+    sizes = sizes_seen(generator.sketch_vqgan)
+    requests = [Request(task_named("s2v"), seed, sketch=maps[seed % 2]) for seed in range(8)]
+    contexts = [prepare(generator, requests).contexts[0].tokens for _ in range(2)]
+    assert sizes == [3, 3]
+    expected = fresh(generator).sketch_context(maps).tokens
+    assert torch.equal(contexts[0], expected.repeat(4, 1))
+    assert torch.equal(contexts[0], contexts[1])
+
+
+def test_another_vqgan_encodes_anew(generator: Generator, larger: Generator) -> None:
+    frames = np.random.default_rng(5).integers(0, 256, (2, SIDE, SIDE, 3), dtype=np.uint8)
+    generator.encode_frames(frames)
+    other = replace(generator, vqgan=larger.vqgan)
+    assert torch.equal(other.encode_frames(frames), fresh(larger).encode_frames(frames))
+
+
+def test_what_is_kept_of_media_is_bounded(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_memory, "_MOST", 3)
+    memory = token_memory.TokenMemory()
+    for number in range(10):
+        medium = np.full((2, 2), number)
+        assert memory.tokens(generator.vqgan, medium, torch.from_numpy)[0, 0] == number
+        assert len(memory._kept) <= 3
