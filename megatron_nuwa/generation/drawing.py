@@ -76,10 +76,13 @@ def draw(logits: Tensor, settings: SamplingSettings, uniforms: Tensor) -> Tensor
 
 
 def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Logits with -inf outside the top k, and outside the smallest set of mass top p."""
+    """Logits with -inf outside the top k, and outside the smallest set of mass top p.
+
+    Of equal logits as many stay as there is room for.
+    """
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
-        threshold = logits.topk(settings.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        values, places = logits.topk(settings.top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, places, values)
     if settings.top_p is not None and settings.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(-1)

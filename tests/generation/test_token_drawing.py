@@ -1,4 +1,4 @@
-"""Drawing tokens where numbers are extreme: cold, strongly guided, or broken."""
+"""Drawing tokens where numbers are extreme or few: cold, strongly guided, broken, bf16."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_decoding import make_model, text
+from test_decoding import make_model, rows_of, text
 from test_tasks import request
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.drawing import MOST_GUIDANCE, SamplingSettings, draw, guided
+from megatron_nuwa.generation.decoding import CachedDecoder
+from megatron_nuwa.generation.drawing import (
+    MOST_GUIDANCE,
+    SamplingSettings,
+    draw,
+    filtered,
+    guided,
+)
+from megatron_nuwa.generation.row_linear import LogitHead, padded_rows
 from megatron_nuwa.generation.sampling import NonFiniteLogitsError, generate_tokens
 from megatron_nuwa.generation.tasks import generate, prepare
 from megatron_nuwa.generation.trained import CheckpointFacts, Generator
@@ -97,3 +105,63 @@ def test_the_checkpoint_of_a_broken_model_is_named(generator: Generator) -> None
         "run/checkpoints/step_7 cannot be sampled from: the model's logits are NaN or infinite in "
         "frame 0: its weights are damaged or its training has diverged; name an earlier one"
     )
+
+
+@pytest.mark.parametrize("levels", [1, 3, 40])
+def test_top_k_keeps_k_of_equal_logits(levels: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randint(0, levels, (9, 500), generator=generator).float()
+    for count in (1, 2, 77, 499):
+        kept = filtered(logits, SamplingSettings(top_k=count))
+        assert bool((kept.isfinite().sum(-1) == count).all())
+        assert torch.equal(kept.topk(count).values, logits.topk(count).values)
+        # Each row for itself.
+        assert torch.equal(filtered(logits[4:5], SamplingSettings(top_k=count)), kept[4:5])
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["host", "static"])
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_logits_of_a_bf16_model_have_the_bits_of_fp32(static: bool, tied: bool) -> None:
+    model = make_model(codebook_size=500, tie_head=tied).bfloat16()
+    decoder = CachedDecoder(model, [text(3)], Grid(4, 4, 3), static=static)
+    logits = decoder.logits()
+    assert logits.dtype == torch.float32
+    rounded = logits.bfloat16().float()
+    assert float((logits != rounded).float().mean()) > 0.9
+    assert all(row.unique().numel() > 495 for row in logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("inputs", [48, 256, 1280])
+@torch.no_grad()
+def test_a_row_of_logits_is_that_of_the_exact_product_among_any_others(
+    dtype: torch.dtype, inputs: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, inputs, generator=generator).to(dtype)
+    x = torch.randn(48, inputs, generator=generator).to(dtype)
+    head = LogitHead(weight)
+    whole = head(x)
+    expected = x.double() @ weight.double().T
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-4)
+    for count in range(1, 18):
+        rows = torch.randperm(48, generator=generator)[:count]
+        padded = torch.zeros(padded_rows(count, x.device), inputs, dtype=dtype)
+        padded[:count] = x[rows]
+        assert torch.equal(head(padded)[:count], whole[rows]), count
+
+
+def test_samples_of_a_bf16_model_are_the_same_in_every_batch() -> None:
+    model, most = make_model(width=256, heads=4).bfloat16(), 6
+    contexts = text(most), text(most, seed=9)
+    settings = SamplingSettings(top_k=20, top_p=0.95, guidance=2.0)
+
+    def sample(rows: list[int]) -> torch.Tensor:
+        context, without = (rows_of(each, rows) for each in contexts)
+        seeds = [1000 + 7 * row for row in rows]
+        return generate_tokens(model, context, without, Grid(4, 4, 2), seeds, settings)
+
+    together = sample(list(range(most)))
+    for rows in ([0], [5, 2], [3, 1, 4]):
+        assert torch.equal(sample(rows), together[rows])
