@@ -24,8 +24,8 @@ from benchmarks.harness.report import write_json
 from launch.demo.catalogue import load_catalogue
 from launch.workflow.media import find_package_file
 from megatron_nuwa.config import parse_settings
+from megatron_nuwa.decoders import DecodeSettings, decode, guard
 from megatron_nuwa.errors import run_command
-from preprocessing.decoders import DecodeSettings, decode, guard
 
 # The aim: no more than this times the CPU time of bare ffmpeg.
 AIM = 1.10

@@ -31,10 +31,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_nuwa.command_line import CommandParser, example_in, whole_number
 from megatron_nuwa.data.text import NO_CAPTION
+from megatron_nuwa.decoders import MediaKind
 from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.generation.given import read_given, read_given_sketch, read_region
 from megatron_nuwa.generation.outputs import check_free, origin_of, sample_writer
 from megatron_nuwa.generation.ranking import ClipRanker, best_samples
-from megatron_nuwa.generation.regions import composite, frame_range, rectangle, touched
+from megatron_nuwa.generation.regions import composite
 from megatron_nuwa.generation.reserved import ReservedFolder, reserve, reserve_new
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import (
@@ -48,8 +50,6 @@ from megatron_nuwa.generation.tasks import (
     task_named,
 )
 from megatron_nuwa.generation.trained import Generator, open_generator
-from preprocessing.decoders import DecodeSettings, MediaKind, decode_sketch
-from preprocessing.given import Given, read_given, read_mask
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,17 @@ def parse_arguments() -> argparse.Namespace:
     given.add_argument("--clip", **files, help="to continue or change")
     given.add_argument("--sketch", **files, help="PNG, GIF or .npy of class numbers")
     given.add_argument(
+        "--sketch-unlabelled",
+        type=whole_number(0),
+        metavar="N",
+        help="a sketch's pixels of this value become the last class, as in the corpus",
+    )
+    given.add_argument(
         "--fit",
         choices=("crop", "exact"),
         default="crop",
-        help="a larger image is scaled and centre-cropped (crop, default) or refused (exact)",
+        help="a larger image or sketch is scaled and centre-cropped (crop, default) or refused "
+        "(exact)",
     )
 
     new = parser.add_argument_group("what is made new")
@@ -252,6 +259,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[str]:
 
 def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence[str]) -> None:
     """`UserError` for arguments that do not belong to the task, and for those that are missing."""
+    unlabelled = arguments.sketch_unlabelled
     media = {"image": bool(arguments.image), "clip": bool(arguments.clip)}
     # A picture is as good a first frame as a clip.
     wants = {task.media, "image" if task.given == "frames" else None} - {None}
@@ -260,6 +268,7 @@ def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence
     for name, is_there, belongs, is_needed in (
         ("prompt", bool(prompts), task.reads == "text", True),
         ("sketch", bool(arguments.sketch), task.reads == "sketch", True),
+        ("sketch-unlabelled", unlabelled is not None, task.reads == "sketch", False),
         ("image", media["image"], "image" in wants, wants == {"image"}),
         ("clip", media["clip"], "clip" in wants, not media["image"]),
         ("region", bool(arguments.region), task.given == "region", False),
@@ -296,7 +305,7 @@ def read_starts(arguments: argparse.Namespace, task: Task, generator: Generator)
     """What each row of samples starts from; one that starts from nothing where nothing is given."""
     length = arguments.frames or grid_of(generator, task).s
     if task.reads == "sketch":
-        return [_read_sketch(path, generator, length) for path in arguments.sketch]
+        return [_read_sketch(path, generator, length, arguments) for path in arguments.sketch]
     if task.given == "nothing":
         return [Start({})]
     keep = arguments.keep_frames or 1
@@ -321,42 +330,32 @@ def read_starts(arguments: argparse.Namespace, task: Task, generator: Generator)
             if getattr(arguments, name):
                 value = getattr(arguments, name)
                 origin[name] = str(value) if isinstance(value, Path) else value
-        starts.append(Start(origin, given.frames, _read_region(arguments, given, size)))
+        shape = arguments.region, arguments.mask, arguments.region_frames
+        starts.append(Start(origin, given.frames, read_region(given, size, *shape)))
     return starts
 
 
-def _read_region(arguments: argparse.Namespace, given: Given, size: tuple[int, int]) -> np.ndarray:
-    """The pixels that are made new: bool (frames or 1, rows, columns) of the model's size."""
-    if arguments.mask is not None:
-        region = read_mask(arguments.mask, given, size)
-    elif arguments.region is not None:
-        rows, columns = given.shape
-        region = touched(rectangle(arguments.region, columns, rows, "--region"), *size)[None]
-    else:
-        region = np.ones((1, *size), bool)
-    if arguments.region_frames is None:
-        return region
-    frames = len(given.frames)
-    chosen = np.zeros((frames, 1, 1), bool)
-    chosen[frame_range(arguments.region_frames, frames, "--region-frames")] = True
-    return region & chosen
-
-
-def _read_sketch(path: Path, generator: Generator, frames: int) -> Start:
+def _read_sketch(
+    path: Path, generator: Generator, frames: int, arguments: argparse.Namespace
+) -> Start:
     if generator.sketch_vqgan is None:
         raise UserError(
             f"--sketch {path}: the model was not trained on sketches, so it cannot read one"
         )
-    config = generator.sketch_vqgan.config
-    settings = DecodeSettings(
-        image_size=config.image_size,
-        frames=frames,
-        frames_per_second=generator.frames_per_second,
-        # A still sketch holds for the whole clip.
-        short_clips="pad",
+    config, unlabelled = generator.sketch_vqgan.config, arguments.sketch_unlabelled
+    maps = read_given_sketch(
+        path,
+        config.image_size,
+        config.classes or 0,
+        frames,
+        arguments.fit,
+        unlabelled,
+        generator.frames_per_second,
     )
-    maps, _ = decode_sketch(path, settings, config.classes or 0)
-    return Start({"sketch": str(path)}, sketch=maps)
+    origin: dict[str, object] = {"sketch": str(path)}
+    if unlabelled is not None:
+        origin["sketch_unlabelled"] = unlabelled
+    return Start(origin, sketch=maps)
 
 
 def sample(

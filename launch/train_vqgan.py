@@ -31,16 +31,16 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from megatron_nuwa.command_line import CommandParser, add_local_rank, add_recipe, example_in
-from megatron_nuwa.errors import UserError
-from megatron_nuwa.training.ending import run_process
-from megatron_nuwa.training.stopping import StopSignals
-from preprocessing.decoders import (
+from megatron_nuwa.decoders import (
     DecodeSettings,
     decode_clip,
     decode_image,
     decode_sketch,
     media_kind,
 )
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.ending import run_process
+from megatron_nuwa.training.stopping import StopSignals
 from preprocessing.sources import SourceItem, local_copy, read_manifest
 from preprocessing.sources.items import Media, Texts
 from preprocessing.sources.locations import locate, suffix

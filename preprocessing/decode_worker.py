@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer
+from megatron_nuwa.decoders import DecodeError
 from megatron_nuwa.errors import UserError
 from preprocessing.attempts import Attempts, Journal, Journals
-from preprocessing.decoders import DecodeError
 from preprocessing.filters import FilteredError, perceptual_hashes
 from preprocessing.isolation import Demands, Frames, decode_alone, decode_item
 from preprocessing.plan import PlannedItem

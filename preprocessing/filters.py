@@ -14,9 +14,9 @@ from PIL import Image
 from pydantic import Field
 
 from megatron_nuwa.config import Settings
+from megatron_nuwa.decoders import DecodeLimits, MediaFacts, media_facts
+from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import DecodeLimits, MediaFacts, media_facts
-from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.sources import SourceItem, local_copy, named_as_source
 
 # Where in a clip its hashes are taken: the first, the middle and the last frame.

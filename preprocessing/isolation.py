@@ -20,8 +20,8 @@ import numpy as np
 from pydantic import Field
 
 from megatron_nuwa.config import Settings
+from megatron_nuwa.decoders import Decoded, DecodeError, DecodeLimits, DecodeSettings
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import Decoded, DecodeError, DecodeLimits, DecodeSettings
 from preprocessing.filters import Candidate, FilteredError, FilterSettings, apply_filters
 from preprocessing.item_json import item_of_tree, tree_of_item
 from preprocessing.sources import SourceItem, decode_copy, decode_item_sketch

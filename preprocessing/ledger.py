@@ -28,9 +28,9 @@ from megatron_nuwa.data.shards import (
     shard_name,
     write_settings,
 )
+from megatron_nuwa.decoders import DecodeSettings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sync, written_atomically
-from preprocessing.decoders import DecodeSettings
 from preprocessing.encoder import EncoderSettings
 from preprocessing.filters import NEAR_DUPLICATES, FilterSettings
 from preprocessing.isolation import SketchSettings

@@ -12,10 +12,10 @@ from megatron_nuwa.config import Settings, load_settings
 from megatron_nuwa.data.shard_list import MOST_SHARDS
 from megatron_nuwa.data.shards import Fingerprints
 from megatron_nuwa.data.text import LARGEST_VOCABULARY, TextTokenizer
+from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings, media_kind
+from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
-from preprocessing.decoders import DecodeError, DecodeLimits, DecodeSettings, media_kind
-from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.encoder import DeviceChoice, EncoderSettings, Precision
 from preprocessing.filters import FilterSettings
 from preprocessing.health import MOST_FAILURES

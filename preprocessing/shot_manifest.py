@@ -18,11 +18,11 @@ import torch
 from pydantic import Field
 
 from megatron_nuwa.config import Settings
+from megatron_nuwa.decoders import DecodeError, DecodeLimits, media_kind
+from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import written_atomically
 from preprocessing.communicator import Communicator, on_every_rank, on_first_rank
-from preprocessing.decoders import DecodeError, DecodeLimits, media_kind
-from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.shots import Network, find_shots, load_network
 from preprocessing.sources import (
     Source,

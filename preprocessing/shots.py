@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_nuwa.decoders import DecodeError, DecodeLimits
+from megatron_nuwa.decoders.ffmpeg_backend import read_scaled
+from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import DecodeError, DecodeLimits
-from preprocessing.decoders.ffmpeg_backend import read_scaled
-from preprocessing.decoders.settings import DEFAULT_LIMITS
 
 # The network sees 100 small frames at once, and is sure only of those in the middle.
 WINDOW, MARGIN = 100, 25

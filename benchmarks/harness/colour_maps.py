@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from PIL import ImageColor
 
-from megatron_nuwa.files import write_text_atomically
-from preprocessing.decoders import (
+from megatron_nuwa.decoders import (
     DecodeError,
     DecodeSettings,
     decode_clip,
     decode_image,
     media_kind,
 )
+from megatron_nuwa.files import write_text_atomically
 from preprocessing.sources import SourceItem, read_manifest
 
 COLOURS = (

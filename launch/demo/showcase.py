@@ -14,6 +14,7 @@ from launch.demo.media import STILL_SUFFIX
 from launch.demo.sketches import CLASSES
 from launch.demo.stages import CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
 from launch.workflow.results import read_json, read_json_lines
+from megatron_nuwa.decoders import DecodeSettings, decode, decode_sketch
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.gallery import shown_given
 from megatron_nuwa.generation.media import address, animation, still
@@ -21,7 +22,6 @@ from megatron_nuwa.generation.palette import coloured
 from megatron_nuwa.generation.regions import composite, rectangle
 from megatron_nuwa.generation.tasks import TASKS, Request
 from megatron_nuwa.models.vqgan import Vqgan, load_vqgan
-from preprocessing.decoders import DecodeSettings, decode, decode_sketch
 
 RECONSTRUCTIONS = 12
 # The grey of what was not given.

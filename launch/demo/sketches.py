@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from launch.demo.stages import CLIP_FRAMES, CLIP_FRAMES_PER_SECOND
+from megatron_nuwa.decoders import DecodeSettings, decode
 from megatron_nuwa.generation.palette import colours
-from preprocessing.decoders import DecodeSettings, decode
 
 CLASSES = 12
 SIDE = 96

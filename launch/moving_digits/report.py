@@ -33,6 +33,7 @@ from launch.workflow.charts import loss_chart
 from launch.workflow.display import duration
 from launch.workflow.results import read_json, read_log, stage_records
 from megatron_nuwa.command_line import CommandParser
+from megatron_nuwa.decoders import decode_sketch
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.generation.media import animation, still
@@ -41,7 +42,6 @@ from megatron_nuwa.generation.tasks import task_named
 from megatron_nuwa.models.segmentation import palette
 from megatron_nuwa.models.vqgan import load_vqgan
 from megatron_nuwa.pages import render_page
-from preprocessing.decoders import decode_sketch
 
 # Clips and images that the page shows of each set.
 _SHOWN, _SHOWN_IMAGES, _RECONSTRUCTED = 64, 20, 8

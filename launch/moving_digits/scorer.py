@@ -32,10 +32,10 @@ from launch.moving_digits.world import World
 from launch.workflow.results import read_json, read_json_lines
 from megatron_nuwa.command_line import CommandParser, example_in, output_file
 from megatron_nuwa.config import Settings, parse_settings
+from megatron_nuwa.decoders import DecodeSettings, decode
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.vqgan import Vqgan, load_vqgan
-from preprocessing.decoders import DecodeSettings, decode
 
 # The quantile of the normal distribution for intervals of 95 %.
 _QUANTILE = 1.96

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_nuwa.generation.decoding_layer import CachedLayer, EncodedContext, parts_of
-from megatron_nuwa.generation.row_linear import RowLinear, padded_rows
+from megatron_nuwa.generation.row_linear import LogitHead, padded_rows
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.attention import Nearby
 from megatron_nuwa.models.layers import DecoderLayer
@@ -73,7 +73,7 @@ class CachedDecoder:
         self._vectors = torch.cat([codes, model.begin.vector.to(codes.dtype).unsqueeze(0)])
         self._inputs = torch.full((self.batch, grid.cells + 1), len(codes), device=self.device)
         self._positions = model.target_positions(grid)
-        self._head = RowLinear(codes if model.head is None else model.head.weight, None)
+        self._head = LogitHead(codes if model.head is None else model.head.weight)
         self._place = torch.zeros(1, dtype=torch.int64, device=self.device) if static else None
         self.position = 0
 
@@ -107,7 +107,7 @@ class CachedDecoder:
         """Logits fp32 (branches · batch, codebook size) of the next cell; `append` comes after."""
         place = Span(self._position, 1) if self._place is None else self._place
         x = self._model.decoder_norm(self._run(place))
-        return self._head(x)[: self._rows].float()
+        return self._head(x)[: self._rows]
 
     def append(self, tokens: Tensor) -> None:
         """Set the tokens (batch,) of the next cell, and go on to the one after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 # A Philox block holds four numbers.
 _BLOCK = 4
+# What fp32 can divide by; a colder draw is the same one.
+_COLDEST = 1e-30
+# Beyond it, the mixture of finite logits might not be finite.
+MOST_GUIDANCE = 1e6
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,10 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         for name, fits, wanted in (
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "a finite number, 0 or more"),
             ("top_k", self.top_k is None or self.top_k >= 1, "1 or more"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("guidance", self.guidance >= 0, "0 or more"),
+            ("guidance", 0 <= self.guidance <= MOST_GUIDANCE, f"0 to {MOST_GUIDANCE:,.0f}"),
         ):
             if not fits:
                 raise ValueError(f"{name} must be {wanted}, not {getattr(self, name)}")
@@ -61,17 +66,23 @@ def draw(logits: Tensor, settings: SamplingSettings, uniforms: Tensor) -> Tensor
     """
     if settings.temperature == 0:
         return logits.argmax(-1)
-    probabilities = filtered(logits / settings.temperature, settings).softmax(-1)
+    # The likeliest is at 0, which no temperature makes infinite.
+    below = logits - logits.amax(-1, keepdim=True)
+    cooled = below / max(settings.temperature, _COLDEST)
+    probabilities = filtered(cooled, settings).softmax(-1)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     places = uniforms.to(cumulative.dtype).unsqueeze(-1) * cumulative[..., -1:]
     return torch.searchsorted(cumulative, places, right=True).squeeze(-1)
 
 
 def filtered(logits: Tensor, settings: SamplingSettings) -> Tensor:
-    """Logits with -inf outside the top k, and outside the smallest set of mass top p."""
+    """Logits with -inf outside the top k, and outside the smallest set of mass top p.
+
+    Of equal logits as many stay as there is room for.
+    """
     if settings.top_k is not None and settings.top_k < logits.shape[-1]:
-        threshold = logits.topk(settings.top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < threshold, -torch.inf)
+        values, places = logits.topk(settings.top_k, dim=-1)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, places, values)
     if settings.top_p is not None and settings.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(-1)

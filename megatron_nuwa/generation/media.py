@@ -83,36 +83,6 @@ def write_mp4(
         raise UserError(f"ffmpeg could not write {path}: {_complaint(done)}")
 
 
-def read_clip(
-    path: Path, frames: int, frames_per_second: float, size: tuple[int, int]
-) -> np.ndarray:
-    """The frames shown at `k / frames_per_second` seconds: uint8 (frames, rows, columns, 3).
-
-    Scaled to `size` (rows, columns) and centre-cropped. Raises `UserError` naming the file where it
-    cannot be decoded or has too few frames.
-    """
-    rows, columns = size
-    # The name is given as a file, so that none can be taken for another protocol.
-    stream = ffmpeg.input(f"file:{path}", protocol_whitelist="file,pipe").video
-    stream = stream.filter("fps", fps=frames_per_second, round="up", start_time=0)
-    stream = stream.filter(
-        "scale", columns, rows, force_original_aspect_ratio="increase", flags="bicubic"
-    ).filter("crop", columns, rows)
-    stream = stream.output(
-        "pipe:", format="rawvideo", pix_fmt="rgb24", frames=frames, fps_mode="passthrough"
-    )
-    done = _run_ffmpeg(stream, b"")
-    if done.returncode:
-        raise UserError(f"{path.name} cannot be decoded as a video: {_complaint(done)}")
-    found = np.frombuffer(done.stdout, np.uint8).reshape(-1, rows, columns, 3)
-    if len(found) < frames:
-        raise UserError(
-            f"{path.name} has {len(found)} frames at {frames_per_second:g} a second, and {frames} "
-            "are needed"
-        )
-    return found
-
-
 def contact_sheet(clips: np.ndarray) -> np.ndarray:
     """uint8 (clips, frames, rows, columns, 3) → one picture: a row a clip, a column a frame.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.decoding import CachedDecoder
 from megatron_nuwa.generation.drawing import SamplingSettings, draw, guided, uniform_numbers
 from megatron_nuwa.generation.graph import StepGraph
@@ -16,6 +17,10 @@ from megatron_nuwa.models.nuwa import Context, Nuwa
 
 OnToken = Callable[[], object]
 OnFrame = Callable[[int, Tensor], object]
+
+
+class NonFiniteLogitsError(UserError):
+    """A model whose logits are NaN or infinite, from which nothing can be drawn."""
 
 
 @torch.no_grad()
@@ -41,6 +46,8 @@ def generate_tokens(
     a CPU with the compiled kernels, on the same machine, with the same dtype and number of
     threads. On a GPU it is meant to hold for batches of up to 16 rows (8 with guidance) without
     given cells; beyond that the matrix library may choose kernels by the number of rows.
+
+    Raises `NonFiniteLogitsError` at the end of a frame whose logits were NaN or infinite.
 
     Args:
         context, without_text: the encoder's input with the text, and with "None" in its place;
@@ -69,6 +76,8 @@ def generate_tokens(
     last = grid.cells if frames is None else min(frames, grid.s) * frame
     for first, stop in sampler.run(last):
         for cell in range(first, stop):
+            if (cell + 1) % frame == 0:
+                sampler.check(cell // frame)
             if on_token is not None:
                 on_token()
             if on_frame is not None and (cell + 1) % frame == 0:
@@ -92,6 +101,8 @@ class Sampler:
         """`uniforms` (batch, cells) in [0, 1); `given` is (tokens, whether known), alike."""
         self.decoder, self._settings = decoder, settings
         self._uniforms = uniforms.to(decoder.device)
+        # The largest logit so far, in every row; NaN or infinite once one was.
+        self._largest = torch.zeros(len(uniforms), device=decoder.device)
         self._given = given
         weak = weakref.WeakMethod(self.step)
 
@@ -128,12 +139,21 @@ class Sampler:
         """Draw the next cell in every row that does not know it."""
         decoder = self.decoder
         logits = guided(decoder.logits(), self._settings.guidance)
+        torch.maximum(self._largest, logits.amax(-1).abs(), out=self._largest)
         tokens = draw(logits, self._settings, decoder.here(self._uniforms))
         if self._mixed:
             assert self._given is not None
             known, is_known = (decoder.here(cells) for cells in self._given)
             tokens = torch.where(is_known, known, tokens)
         decoder.append(tokens)
+
+    def check(self, frame: int) -> None:
+        """`NonFiniteLogitsError` where logits were NaN or infinite; this waits for the device."""
+        if not bool(self._largest.isfinite().all()):
+            raise NonFiniteLogitsError(
+                f"the model's logits are NaN or infinite in frame {frame}: its weights are damaged "
+                "or its training has diverged"
+            )
 
 
 def _checked(

@@ -24,7 +24,7 @@ from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.longer import generate_long, window_starts
 from megatron_nuwa.generation.regions import touched
-from megatron_nuwa.generation.sampling import SamplingSettings
+from megatron_nuwa.generation.sampling import NonFiniteLogitsError, SamplingSettings
 from megatron_nuwa.generation.trained import Generator
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context
@@ -166,21 +166,31 @@ def generate(
     on_token: Callable[[], object] | None = None,
     on_frame: Callable[[int, Tensor], object] | None = None,
 ) -> Tensor:
-    """Tokens int64 (batch, cells) of prepared requests; see `generate_long`."""
-    return generate_long(
-        generator.model,
-        prepared.contexts,
-        prepared.without_text,
-        prepared.window,
-        prepared.seeds,
-        settings,
-        frames=prepared.grid.s,
-        overlap=prepared.overlap,
-        known=prepared.known,
-        is_known=prepared.is_known,
-        on_token=on_token,
-        on_frame=on_frame,
-    )
+    """Tokens int64 (batch, cells) of prepared requests; see `generate_long`.
+
+    Raises `UserError` that names the checkpoint where its logits are NaN or infinite.
+    """
+    try:
+        return generate_long(
+            generator.model,
+            prepared.contexts,
+            prepared.without_text,
+            prepared.window,
+            prepared.seeds,
+            settings,
+            frames=prepared.grid.s,
+            overlap=prepared.overlap,
+            known=prepared.known,
+            is_known=prepared.is_known,
+            on_token=on_token,
+            on_frame=on_frame,
+        )
+    except NonFiniteLogitsError as error:
+        if generator.checkpoint is None:
+            raise
+        raise UserError(
+            f"{generator.checkpoint.path} cannot be sampled from: {error}; name an earlier one"
+        ) from error
 
 
 def cells_made_new(region: np.ndarray, grid: Grid) -> np.ndarray:

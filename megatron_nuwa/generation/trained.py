@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,14 @@ from torch import Tensor
 from megatron_nuwa.data.batches import TEXT_GRID
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer, text_mask
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.parts import in_parts
 from megatron_nuwa.generation.sampling import (
     OnFrame,
     OnToken,
     SamplingSettings,
     generate_tokens,
 )
+from megatron_nuwa.generation.token_memory import TokenMemory
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa
 from megatron_nuwa.models.segmentation import one_hot
@@ -69,6 +71,7 @@ class Generator:
     sketch_vqgan: Vqgan | None = None
     # None for a model in training.
     checkpoint: CheckpointFacts | None = None
+    encoded: TokenMemory = field(default_factory=TokenMemory, compare=False)
 
     def for_task(self, task: str) -> Generator:
         """The same with the grid, the picture size and the frames a second of one of the tasks."""
@@ -117,11 +120,10 @@ class Generator:
                 f"the sketch has class {int(maps.max())}, and the model knows the classes 0 to "
                 f"{config.classes - 1}"
             )
-        flat = torch.from_numpy(maps.reshape(-1, side, side).astype(np.int64)).to(self.device)
-        with torch.no_grad():
-            tokens = self.sketch_vqgan.encode(one_hot(flat, config.classes))
+        vqgan = self.sketch_vqgan
+        tokens = [self.encoded.tokens(vqgan, each, self._encode_maps) for each in maps]
         grid = Grid(config.grid_side, config.grid_side, maps.shape[1])
-        return Context("sketch", tokens.view(len(maps), grid.cells), grid)
+        return Context("sketch", torch.stack(tokens), grid)
 
     def generate(
         self,
@@ -150,18 +152,43 @@ class Generator:
         )
 
     def encode_frames(self, frames: np.ndarray) -> Tensor:
-        """uint8 (frames, rows, columns, 3) → tokens int64 (frames · h · w) in generation order."""
-        pixels = torch.tensor(frames, device=self.device).float() / 127.5 - 1
+        """uint8 (frames, rows, columns, 3) → tokens int64 (frames · h · w) in generation order.
+
+        Equal frames are encoded once, and give the same tensor again.
+        """
+        return self.encoded.tokens(self.vqgan, frames, self._encode_pixels)
+
+    def _encode_pixels(self, frames: np.ndarray) -> Tensor:
+        def tokens(part: Tensor) -> Tensor:
+            pixels = part.to(self.device).float() / 127.5 - 1
+            return self.vqgan.encode(pixels.permute(0, 3, 1, 2))
+
         with torch.no_grad():
-            return self.vqgan.encode(pixels.permute(0, 3, 1, 2)).flatten()
+            return in_parts(tokens, torch.tensor(frames), frames[0, ..., 0].size).flatten()
 
     def pixels(self, tokens: Tensor, grid: Grid) -> np.ndarray:
         """Tokens (batch, grid cells) → uint8 (batch, frames, rows, columns, 3)."""
-        frames = tokens.view(-1, grid.h, grid.w)
+
+        def levels(part: Tensor) -> Tensor:
+            images = self.vqgan.decode(part)
+            return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+        pixels = grid.h * grid.w * self.vqgan.config.downsampling**2
         with torch.no_grad():
-            images = self.vqgan.decode(frames)
-        bytes_ = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return bytes_.permute(0, 2, 3, 1).unflatten(0, (-1, grid.s)).cpu().numpy()
+            images = in_parts(levels, tokens.reshape(-1, grid.h, grid.w), pixels)
+        return images.permute(0, 2, 3, 1).unflatten(0, (-1, grid.s)).numpy()
+
+    def _encode_maps(self, maps: np.ndarray) -> Tensor:
+        """Class numbers (frames, rows, columns) → tokens int64 (frames · h · w)."""
+        assert self.sketch_vqgan is not None
+        vqgan, classes = self.sketch_vqgan, self.sketch_vqgan.config.classes
+        assert classes is not None
+
+        def tokens(part: Tensor) -> Tensor:
+            return vqgan.encode(one_hot(part.to(self.device).long(), classes))
+
+        with torch.no_grad():
+            return in_parts(tokens, torch.tensor(maps), maps[0].size).flatten()
 
 
 def open_generator(path: Path, field: str, device: torch.device | None = None) -> Generator:

@@ -138,10 +138,10 @@ class SampleSettings(Settings):
     every: int = Field(5000, ge=1)
     prompts: list[str] = Field(min_length=1)
     seed: int = 0
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
-    guidance: float = Field(1.0, ge=0)
+    guidance: float = Field(1.0, ge=0, le=1e6)
 
 
 class Recipe(Settings):

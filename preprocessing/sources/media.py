@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_nuwa.errors import UserError
-from preprocessing.decoders import (
+from megatron_nuwa.decoders import (
     Decoded,
     DecodeError,
     DecodeLimits,
@@ -18,7 +17,8 @@ from preprocessing.decoders import (
     decode_media,
     decode_sketch,
 )
-from preprocessing.decoders.settings import DEFAULT_LIMITS
+from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
+from megatron_nuwa.errors import UserError
 from preprocessing.sources.items import Media, SourceItem, TarMember
 from preprocessing.sources.locations import open_binary, readable, reader_of
 

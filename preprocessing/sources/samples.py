@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from megatron_nuwa.decoders import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import CLIP_SUFFIXES, IMAGE_SUFFIXES
 from preprocessing.sources.items import Media, SourceItem
 from preprocessing.sources.rows import item_of_row
 

@@ -1,4 +1,4 @@
-"""A trained run, and media that generation starts from."""
+"""A trained run, the command that generates from it, and media that it starts from."""
 
 from __future__ import annotations
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_tasks import CLIP, PICTURE, request, sample
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.app import drawing, pictures, stream
 from megatron_nuwa.generation.app.pictures import Arriving
 from megatron_nuwa.generation.app.stream import Progress
+from megatron_nuwa.generation.given import read_given
 from megatron_nuwa.generation.palette import classes_of, colour_names, coloured, colours
 from megatron_nuwa.generation.sampling import SamplingSettings
 from megatron_nuwa.generation.tasks import Request, task_named
@@ -169,6 +173,53 @@ def test_a_clip_is_read_at_the_models_rate(generator: Generator, media: Path) ->
     assert CLIP.shape[0] == 3
 
 
+def write_clip(path: Path, *output: str, size: str = "64x96") -> Path:
+    source = f"testsrc2=size={size}:rate=8:duration=1"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source]
+    subprocess.run([*command, *output, path], check=True)
+    return path
+
+
+def test_page_and_command_make_the_same_pixels_of_a_picture(
+    generator: Generator, tmp_path: Path
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 30, 4), dtype=np.uint8)
+    pixels[:8, :, 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "logo.png")
+    whole = np.ones((24, 30), bool)
+    made = read(generator, "i2i", picture=drawing_of(pixels, whole)).pixels
+    given = read_given(tmp_path / "logo.png", "image", (16, 16), 1, 8.0)
+    assert np.array_equal(made, given.frames)  # type: ignore[arg-type]
+    assert (given.frames[0, 0] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("wide-pixels.mp4", ("-vf", "setsar=2/1")),
+        ("late.mkv", ("-vf", "setpts=PTS+1/TB", "-c:v", "ffv1")),
+        ("drawn.gif", ()),
+    ],
+)
+def test_page_and_command_make_the_same_pixels_of_a_clip(
+    generator: Generator, tmp_path: Path, name: str, output: tuple[str, ...]
+) -> None:
+    path = write_clip(tmp_path / name, *output)
+    made = read(generator, "v2v", clip=path, keep_frames=2).pixels
+    given = read_given(path, "clip", (16, 16), 2, 8.0)
+    assert np.array_equal(made, given.frames)  # type: ignore[arg-type]
+    width = 128 if "wide" in name else 64
+    assert given.shape == (96, width)
+
+
+def test_the_page_refuses_the_clips_that_the_command_refuses(
+    generator: Generator, tmp_path: Path
+) -> None:
+    path = write_clip(tmp_path / "wide.mp4", size="160x32")
+    with pytest.raises(UserError, match=r"^wide.mp4 is 160 × 32 pixels: .* cut away"):
+        read(generator, "v2v", clip=path, keep_frames=2)
+
+
 def test_a_drawn_sketch_becomes_the_classes_of_its_colours(generator: Generator) -> None:
     maps = np.random.default_rng(1).integers(0, 5, (16, 16)).astype(np.uint8)
     canvas = drawing.enlarged(coloured(maps, 5))
@@ -195,7 +246,7 @@ def test_colours_tell_classes_apart() -> None:
         ("i2i", {"picture": drawing_of(PICTURE[0], None)}, "paint over what is to be made new"),
         ("i2i", {"picture": drawing_of(PICTURE[0, :9], None)}, "16 × 9 pixels, and the model"),
         ("v2v", {}, "upload a video first"),
-        ("v2v", {"clip": Path("gone.mp4")}, "gone.mp4 cannot be decoded as a video"),
+        ("v2v", {"clip": Path("gone.mp4")}, "^gone.mp4 does not exist"),
         ("s2i", {}, "draw a sketch first"),
     ],
 )
@@ -208,5 +259,5 @@ def test_what_is_missing_is_asked_for(
 
 def test_a_clip_that_is_too_short_is_named(generator: Generator, media: Path) -> None:
     faster = replace(generator, frames_per_second=2.0)
-    with pytest.raises(UserError, match=r"clip.mp4 has 2 frames at 2 a second, and 3 are needed"):
+    with pytest.raises(UserError, match=r"^clip.mp4 has 2 frames at 2 frames a second, and 3"):
         read(faster, "v2v", clip=media / "clip.mp4", keep_frames=3)

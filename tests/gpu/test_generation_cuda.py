@@ -9,6 +9,7 @@ import torch
 
 from megatron_nuwa.generation.decoding import CachedDecoder
 from megatron_nuwa.generation.drawing import SamplingSettings, uniform_numbers
+from megatron_nuwa.generation.row_linear import LogitHead
 from megatron_nuwa.generation.sampling import Sampler, generate_tokens
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
@@ -111,6 +112,21 @@ def test_a_sample_is_the_same_in_batches_of_up_to_eight_with_guidance(dtype: tor
     together = sample(list(range(8)))
     for rows in ([0], [5], [7, 2], [1, 3, 6, 4, 0]):
         assert torch.equal(sample(rows), together[rows])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_bf16_logits_leave_their_product_in_fp32(tied: bool) -> None:
+    model = make_model(torch.bfloat16, tie_head=tied)
+    decoder = CachedDecoder(model, [text(3)], GRID)
+    logits = decoder.logits()
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+    # One of 16 rows, as every batch of up to 16 is padded.
+    x, weight = torch.randn(16, 128, device="cuda"), torch.randn(CODES, 128, device="cuda")
+    x, weight = x.bfloat16(), weight.bfloat16()
+    expected = x.double() @ weight.double().T
+    torch.testing.assert_close(LogitHead(weight)(x).double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()

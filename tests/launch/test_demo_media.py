@@ -17,9 +17,9 @@ from launch.demo import media
 from launch.demo.catalogue import clip_cuts, load_catalogue
 from launch.demo.sketches import CLASSES, colour_maps, write_maps
 from launch.demo.stages import CONTINUED_CLIPS
+from megatron_nuwa.decoders import DecodeError, DecodeSettings, decode, decode_sketch
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.palette import colour_names
-from preprocessing.decoders import DecodeError, DecodeSettings, decode, decode_sketch
 from preprocessing.sources import read_manifest
 
 MANIFESTS = ("train-clips", "train-images", "heldout-clips", "heldout-images")

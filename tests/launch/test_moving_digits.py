@@ -27,8 +27,8 @@ from launch.moving_digits.motions import (
     scenes,
 )
 from launch.moving_digits.world import World, draw, path
+from megatron_nuwa.decoders import DecodeSettings, decode, decode_sketch
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import DecodeSettings, decode, decode_sketch
 
 COUNTS = {
     **{"train-clips": 130, "train-images": 12, "train-frames": 30},

@@ -176,8 +176,8 @@ def test_item_is_tried_as_often_as_is_asked_for(
     attempts: int,
     good: int,
 ) -> None:
+    from megatron_nuwa.decoders import DecodeError
     from preprocessing import decode_worker
-    from preprocessing.decoders import DecodeError
 
     real, tries = decode_worker.decode_item, []
 

@@ -14,8 +14,7 @@ from PIL import Image
 from launch.demo.catalogue import load_catalogue
 from launch.workflow.media import find_package_file
 from megatron_nuwa.config import parse_settings
-from megatron_nuwa.errors import UserError
-from preprocessing.decoders import (
+from megatron_nuwa.decoders import (
     DecodeError,
     DecodeSettings,
     decode_clip,
@@ -23,6 +22,7 @@ from preprocessing.decoders import (
     decode_media,
     guard,
 )
+from megatron_nuwa.errors import UserError
 
 LEVELS = [20 + 10 * k for k in range(20)]
 VIDEOS = [(video.package, video.path) for video in load_catalogue().videos]

@@ -12,7 +12,7 @@ import pytest
 from farm_media import WriteClip
 from PIL import Image
 
-from preprocessing.decoders import (
+from megatron_nuwa.decoders import (
     DecodeError,
     DecodeLimits,
     DecodeSettings,

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from megatron_nuwa.data.shards import Fingerprints
+from megatron_nuwa.decoders import DecodeSettings
 from preprocessing import encode_loop
 from preprocessing.communicator import LoneClaims
 from preprocessing.decode_worker import Decoded, Task
-from preprocessing.decoders import DecodeSettings
 from preprocessing.encode_loop import QUEUE_BYTES, EncodeLoop, Work, queue_capacity
 from preprocessing.isolation import SketchSettings
 from preprocessing.ledger import CorpusSettings

@@ -17,9 +17,9 @@ from farm_media import CAPTIONS, tokenize_command, write_manifest
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import read_sidecar
 from megatron_nuwa.data.text import TextTokenizer
+from megatron_nuwa.decoders import DecodeSettings, decode
 from megatron_nuwa.models.vqgan import load_vqgan
 from preprocessing.__main__ import main
-from preprocessing.decoders import DecodeSettings, decode
 
 CLIPS = ["--frames", "4", "--fps", "5"]
 MPIRUN = Path(sys.executable).with_name("mpirun")

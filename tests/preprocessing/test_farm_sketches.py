@@ -18,12 +18,12 @@ from farm_runs import contents, run_farm
 from PIL import Image
 
 from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.decoders import DecodeSettings, decode_sketch
+from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.segmentation import one_hot
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, load_vqgan, save_vqgan
 from preprocessing.__main__ import main
-from preprocessing.decoders import DecodeSettings, decode_sketch
-from preprocessing.decoders.settings import DEFAULT_LIMITS
 from preprocessing.filters import FilterSettings
 from preprocessing.isolation import Demands, SketchSettings, decode_alone, decode_item
 from preprocessing.sources import SourceItem

@@ -13,9 +13,9 @@ from farm_media import WriteClip
 from PIL import Image, ImageFilter
 
 from megatron_nuwa.config import parse_settings
+from megatron_nuwa.decoders import DecodeLimits, DecodeSettings, decode_image
 from megatron_nuwa.errors import UserError
 from preprocessing import look_alikes
-from preprocessing.decoders import DecodeLimits, DecodeSettings, decode_image
 from preprocessing.filters import (
     Candidate,
     FilteredError,

@@ -17,8 +17,8 @@ from hostile_media import FRAMES, RATE, SIDE, Hostile
 from PIL import Image
 
 from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings, decode
 from preprocessing.__main__ import main
-from preprocessing.decoders import DecodeError, DecodeLimits, DecodeSettings, decode
 
 IMAGES = DecodeSettings(image_size=SIDE)
 CLIPS = DecodeSettings(image_size=SIDE, frames=FRAMES, frames_per_second=RATE)

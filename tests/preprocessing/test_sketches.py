@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from preprocessing.decoders import DecodeError, DecodeSettings, decode_image, decode_sketch
+from megatron_nuwa.decoders import DecodeError, DecodeSettings, decode_image, decode_sketch
 
 SIDE = DecodeSettings(image_size=12)
 CLIP = DecodeSettings(image_size=12, frames=4, frames_per_second=5, short_clips="pad")
@@ -130,7 +130,8 @@ def test_unlabelled_pixels_become_the_last_class_where_they_are_named(tmp_path: 
         decode_sketch(tmp_path / "map.png", SIDE, 10)
     assert str(caught.value) == (
         f"{tmp_path / 'map.png'} has class 255 (usually the mark of unlabelled pixels) at row 3, "
-        "column 5 of map 0, but the classes are 0 … 9"
+        "column 5 of map 0, but the classes are 0 … 9; if it is such a mark, name it "
+        "(--sketch-unlabelled 255, or data.unlabelled where a VQ-GAN is trained)"
     )
     found, _ = decode_sketch(tmp_path / "map.png", SIDE, 10, unlabelled=255)
     maps[3, 5] = 9

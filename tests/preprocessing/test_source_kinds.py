@@ -16,8 +16,8 @@ import pytest
 from farm_media import WriteClip
 from PIL import Image
 
+from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders import DecodeError, DecodeLimits, DecodeSettings
 from preprocessing.sources import (
     TarMember,
     decode_item,

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from megatron_nuwa.decoders import DecodeSettings, fitted_image
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.media import read_clip
+from megatron_nuwa.generation.given import read_given
 from megatron_nuwa.generation.palette import classes_of, coloured
 from megatron_nuwa.generation.regions import check_fits, touched
 from megatron_nuwa.generation.tasks import Request, Task
@@ -35,8 +36,7 @@ def blank_sketch(side: int) -> np.ndarray:
 
 def first_frame(generator: Generator, clip: Path) -> np.ndarray:
     """The first frame of a clip, to draw a region on: uint8 (rows, columns, 3)."""
-    frames = read_clip(clip, 1, generator.frames_per_second, generator.picture_size)
-    return enlarged(frames[0])
+    return enlarged(_read_clip(generator, clip, 1)[0])
 
 
 def read_request(
@@ -65,7 +65,7 @@ def read_request(
         if clip is None:
             raise UserError("upload a video first")
         count = keep_frames if task.given == "frames" else frames
-        pixels = read_clip(clip, count, generator.frames_per_second, size)
+        pixels = _read_clip(generator, clip, count)
     if task.given == "region":
         region = touched(_painted(picture), *size)[None]
     return Request(task, seed, **prompt, pixels=pixels, region=region, sketch=drawn)  # type: ignore[arg-type]
@@ -75,10 +75,18 @@ def _read_picture(picture: Drawing | None, size: tuple[int, int]) -> np.ndarray:
     background = None if picture is None else picture["background"]
     if background is None:
         raise UserError("upload a picture first")
-    pixels = np.asarray(background)[..., :3]
+    pixels = np.asarray(background)
     check_fits(pixels.shape[:2], size, "crop", "the picture")
-    fitted = ImageOps.fit(Image.fromarray(pixels), size[::-1], Image.Resampling.BICUBIC)
-    return np.asarray(fitted)[None]
+    return fitted_image(Image.fromarray(pixels), DecodeSettings(image_size=size[0]))
+
+
+def _read_clip(generator: Generator, clip: Path, frames: int) -> np.ndarray:
+    size, rate = generator.picture_size, generator.frames_per_second
+    try:
+        return read_given(clip, "clip", size, frames, rate).frames
+    except UserError as error:
+        # The folder is gradio's, and tells a visitor nothing.
+        raise UserError(str(error).replace(str(clip), clip.name)) from error
 
 
 def _painted(picture: Drawing | None) -> np.ndarray:

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.decoders import pyav_reader
-from preprocessing.decoders.images import decode_image, image_size
-from preprocessing.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
-from preprocessing.decoders.sketches import read_sketch
+from megatron_nuwa.decoders import pyav_reader
+from megatron_nuwa.decoders.images import decode_image, image_size
+from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
+from megatron_nuwa.decoders.sketches import map_size, read_sketch
 
 # A worker that keeps more than this after a request is replaced.
 KEPT_BYTES = 1 << 26
-_WITHOUT_AV = ("image", "image-size", "sketch")
+_WITHOUT_AV = ("image", "image-size", "sketch", "sketch-size")
 
 
 def main() -> None:
@@ -58,6 +58,8 @@ def _do(request: dict[str, Any], path: Path) -> Any:
         return decode_image(path, settings)
     if request["task"] == "image-size":
         return image_size(path)
+    if request["task"] == "sketch-size":
+        return map_size(path)
     if request["task"] == "sketch":
         return read_sketch(path, settings, arguments["classes"], arguments["unlabelled"])
     if request["task"] == "frames":

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
+from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
 
 START_SECONDS = 60.0
 _CHUNK = 1 << 20
@@ -33,7 +33,7 @@ class _Worker:
         root = Path(__file__).resolve().parents[2]
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "preprocessing.decoders.worker"],
+            [sys.executable, "-m", "megatron_nuwa.decoders.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ import ffmpeg
 import imageio_ffmpeg
 import numpy as np
 
-from preprocessing.decoders.backends import (
+from megatron_nuwa.decoders.backends import (
     CONTAINERS,
     PROTOCOLS,
     ClipBackend,
@@ -26,7 +26,7 @@ from preprocessing.decoders.backends import (
     shape_filters,
     window_filters,
 )
-from preprocessing.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
+from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
 
 
 class BrokenVideoError(DecodeError):

@@ -1,4 +1,4 @@
-"""What generation starts from, read from files and fitted to the model: pictures, clips, masks."""
+"""What generation starts from, read from files and fitted to the model."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ from typing import Literal
 import numpy as np
 from PIL import ImageOps, ImageSequence
 
-from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.regions import check_fits, touched
-from preprocessing.decoders import (
+from megatron_nuwa.decoders import (
     DecodeError,
     DecodeSettings,
     MediaKind,
     decode_clip,
     decode_image,
+    decode_sketch,
     media_facts,
     media_kind,
+    sketch_size,
 )
-from preprocessing.decoders.images import opened_image
+from megatron_nuwa.decoders.facts import clip_facts
+from megatron_nuwa.decoders.images import in_8_bits, opened_image
+from megatron_nuwa.decoders.kinds import read_head
+from megatron_nuwa.errors import UserError
+from megatron_nuwa.generation.regions import check_fits, frame_range, rectangle, touched
 
 _AN = {"image": "an image", "clip": "a video"}
 _NPY = b"\x93NUMPY"
+# The one kind that may be either.
+_GIF = b"GIF8"
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,9 @@ def read_given(
     where `fit` is exact and the size another.
     """
     found = media_kind(path)
-    if found != kind:
+    if found != kind and not (kind == "clip" and read_head(path).startswith(_GIF)):
         raise UserError(f"{path} is {_AN[found]}, and {_AN[kind]} is needed here")
-    facts = media_facts(path)
+    facts = clip_facts(path) if kind == "clip" else media_facts(path)
     shape = (facts.height, facts.width)
     check_fits(shape, size, fit, str(path))
     settings = DecodeSettings(
@@ -64,6 +70,62 @@ def read_given(
     )
     pixels = decode_image(path, settings) if kind == "image" else decode_clip(path, settings)[0]
     return Given(path, pixels, shape)
+
+
+def read_given_sketch(
+    path: Path,
+    side: int,
+    classes: int,
+    frames: int,
+    fit: Literal["crop", "exact"] = "crop",
+    unlabelled: int | None = None,
+    frames_per_second: float = 2.5,
+) -> np.ndarray:
+    """A sketch's class numbers, uint8 (frames, side, side); a single map holds for all frames.
+
+    Fitted like an image (`read_given`), to the nearest pixel. Pixels of the value `unlabelled`
+    become the last class. Raises `UserError` naming the file, also where it has some maps and yet
+    too few.
+    """
+    width, height = sketch_size(path)
+    check_fits((height, width), (side, side), fit, str(path))
+    settings = DecodeSettings(
+        image_size=side, frames=frames, frames_per_second=frames_per_second, short_clips="pad"
+    )
+    maps, real = decode_sketch(path, settings, classes, unlabelled=unlabelled)
+    if 1 < real < frames:
+        raise UserError(
+            f"{path} has {real} maps, and {frames} frames are drawn: give one map for all frames, "
+            "or one for each"
+        )
+    return maps
+
+
+def read_region(
+    given: Given,
+    size: tuple[int, int],
+    region: str | None,
+    mask: Path | None,
+    region_frames: str | None,
+) -> np.ndarray:
+    """The pixels that are made new: bool (frames or 1, rows, columns) at the model's `size`.
+
+    What --region, --mask and --region-frames of the command say; without the first two, all pixels
+    of the chosen frames. Raises `UserError` naming the argument or the file.
+    """
+    if mask is not None:
+        found = read_mask(mask, given, size)
+    elif region is not None:
+        rows, columns = given.shape
+        found = touched(rectangle(region, columns, rows, "--region"), *size)[None]
+    else:
+        found = np.ones((1, *size), bool)
+    if region_frames is None:
+        return found
+    frames = len(given.frames)
+    chosen = np.zeros((frames, 1, 1), bool)
+    chosen[frame_range(region_frames, frames, "--region-frames")] = True
+    return found & chosen
 
 
 def read_mask(path: Path, given: Given, size: tuple[int, int]) -> np.ndarray:
@@ -108,7 +170,7 @@ def _read_array(path: Path) -> np.ndarray:
 def _read_picture(path: Path) -> np.ndarray:
     with opened_image(path) as opened:
         frames: Sequence[np.ndarray] = [
-            np.asarray(ImageOps.exif_transpose(frame).convert("LA"))
+            np.asarray(in_8_bits(ImageOps.exif_transpose(frame)).convert("LA"))
             for frame in ImageSequence.Iterator(opened)
         ]
     if len({frame.shape for frame in frames}) > 1:

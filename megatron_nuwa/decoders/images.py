@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from preprocessing.decoders.kinds import read_head
-from preprocessing.decoders.settings import DecodeError, DecodeSettings
+from megatron_nuwa.decoders.kinds import read_head
+from megatron_nuwa.decoders.settings import DecodeError, DecodeSettings
 
 # Pillow knows many more, some of which run other programs (EPS starts Ghostscript).
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -23,9 +23,13 @@ def decode_image(path: Path, settings: DecodeSettings) -> np.ndarray:
     Alpha is laid over white; of an animation the first frame is taken. Raises `DecodeError`.
     """
     with opened_image(path) as opened:
-        upright = ImageOps.exif_transpose(opened)
-        size = target_size(upright.width, upright.height, settings)
-        fitted = ImageOps.fit(_opaque(upright), size, Image.Resampling.BICUBIC)
+        return fitted_image(ImageOps.exif_transpose(opened), settings)
+
+
+def fitted_image(upright: Image.Image, settings: DecodeSettings) -> np.ndarray:
+    """As `decode_image`, of an image that is open already."""
+    size = target_size(upright.width, upright.height, settings)
+    fitted = ImageOps.fit(_opaque(upright), size, Image.Resampling.BICUBIC)
     return np.asarray(fitted, dtype=np.uint8)[None]
 
 
@@ -66,14 +70,23 @@ def target_size(width: int, height: int, settings: DecodeSettings) -> tuple[int,
     return tuple(max(side, length // multiple * multiple) for length in longer)  # type: ignore[return-value]
 
 
-def _opaque(image: Image.Image) -> Image.Image:
-    """Any Pillow mode as RGB, alpha laid over white."""
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """An image whose 16-bit grey is scaled, white to white; others as they are.
+
+    Raises `ValueError` for floating-point pixels.
+    """
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit grey at 255 instead of scaling it.
         grey = np.asarray(image).clip(0, 65535).astype(np.uint16)
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((grey >> 8).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("it has floating-point pixels, of which nobody knows what is white")
+    return image
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """Any Pillow mode as RGB, alpha laid over white."""
+    image = in_8_bits(image)
     if "A" in image.getbands() or "transparency" in image.info:
         coloured = image.convert("RGBA")
         paper = Image.new("RGBA", coloured.size, "white")

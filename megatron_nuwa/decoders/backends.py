@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.decoders.settings import DecodeLimits, DecodeSettings
+from megatron_nuwa.decoders.settings import DecodeLimits, DecodeSettings
 
 # A clip inside a long video is entered this much early, because containers without an exact index
 # and codecs with leading pictures (MPEG-TS, HEVC) give their first frames up to a key frame late.

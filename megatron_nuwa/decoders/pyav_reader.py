@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocessing.decoders.backends import (
+from megatron_nuwa.decoders.backends import (
     CONTAINERS,
     PROTOCOLS,
     Filter,
@@ -21,7 +21,7 @@ from preprocessing.decoders.backends import (
     shape_filters,
     window_filters,
 )
-from preprocessing.decoders.settings import DecodeError, DecodeSettings
+from megatron_nuwa.decoders.settings import DecodeError, DecodeSettings
 
 
 def frames(

@@ -1,22 +1,22 @@
 """Media files to RGB frames: images by Pillow, clips by ffmpeg or PyAV; sketches."""
 
-from preprocessing.decoders.clips import decode_clip
-from preprocessing.decoders.facts import MediaFacts, media_facts
-from preprocessing.decoders.images import decode_image
-from preprocessing.decoders.kinds import (
+from megatron_nuwa.decoders.clips import decode_clip
+from megatron_nuwa.decoders.facts import MediaFacts, media_facts
+from megatron_nuwa.decoders.images import decode_image, fitted_image
+from megatron_nuwa.decoders.kinds import (
     CLIP_SUFFIXES,
     IMAGE_SUFFIXES,
     MediaKind,
     media_kind,
 )
-from preprocessing.decoders.media import decode, decode_media
-from preprocessing.decoders.settings import (
+from megatron_nuwa.decoders.media import decode, decode_media
+from megatron_nuwa.decoders.settings import (
     Decoded,
     DecodeError,
     DecodeLimits,
     DecodeSettings,
 )
-from preprocessing.decoders.sketches import decode_sketch
+from megatron_nuwa.decoders.sketches import decode_sketch, sketch_size
 
 __all__ = [
     "CLIP_SUFFIXES",
@@ -32,6 +32,8 @@ __all__ = [
     "decode_image",
     "decode_media",
     "decode_sketch",
+    "fitted_image",
     "media_facts",
     "media_kind",
+    "sketch_size",
 ]

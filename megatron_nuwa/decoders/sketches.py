@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import GifImagePlugin, ImageSequence
 
-from preprocessing.decoders.guard import guarded
-from preprocessing.decoders.images import opened_image, target_size
-from preprocessing.decoders.kinds import read_head
-from preprocessing.decoders.settings import (
+from megatron_nuwa.decoders.guard import guarded
+from megatron_nuwa.decoders.images import opened_image, target_size
+from megatron_nuwa.decoders.kinds import read_head
+from megatron_nuwa.decoders.settings import (
     DEFAULT_LIMITS,
     DecodeError,
     DecodeLimits,
@@ -54,6 +54,21 @@ def decode_sketch(
     if settings.short_clips != "pad":
         raise DecodeError(f"{path} has {real} maps, and {settings.frames} are needed")
     return np.concatenate([maps, np.repeat(maps[-1:], settings.frames - real, axis=0)]), real
+
+
+def sketch_size(path: Path, limits: DecodeLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """Width and height of the maps of a sketch; raises `DecodeError` that names the file."""
+    width, height = guarded("sketch-size", path, limits, DecodeSettings(image_size=1))
+    return width, height
+
+
+def map_size(path: Path) -> tuple[int, int]:
+    """As `sketch_size`, for files that are trusted."""
+    if read_head(path).startswith(_NPY):
+        _, height, width = _read_npy(path).shape
+        return width, height
+    with opened_image(path, _FORMATS) as opened:
+        return opened.size
 
 
 def read_sketch(
@@ -142,10 +157,16 @@ def _checked(
     if wrong.any():
         row, column = (int(place) for place in np.argwhere(wrong)[0])
         value = int(numbers[row, column])
-        hint = " (usually the mark of unlabelled pixels)" if value == _UNLABELLED_HINT else ""
+        hint = advice = ""
+        if value == _UNLABELLED_HINT:
+            hint = " (usually the mark of unlabelled pixels)"
+            advice = (
+                f"; if it is such a mark, name it (--sketch-unlabelled {value}, or data.unlabelled "
+                "where a VQ-GAN is trained)"
+            )
         raise DecodeError(
             f"{path} has class {value}{hint} at row {row}, column {column} of map {frame}, but the "
-            f"classes are 0 … {classes - 1}"
+            f"classes are 0 … {classes - 1}{advice}"
         )
     return numbers.astype(np.uint8)
 

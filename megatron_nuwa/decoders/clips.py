@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.decoders.backends import ClipBackend
-from preprocessing.decoders.ffmpeg_backend import FfmpegBackend
-from preprocessing.decoders.kinds import read_head
-from preprocessing.decoders.pyav_backend import PyavBackend
-from preprocessing.decoders.settings import (
+from megatron_nuwa.decoders.backends import ClipBackend
+from megatron_nuwa.decoders.ffmpeg_backend import FfmpegBackend
+from megatron_nuwa.decoders.kinds import read_head
+from megatron_nuwa.decoders.pyav_backend import PyavBackend
+from megatron_nuwa.decoders.settings import (
     DEFAULT_LIMITS,
     Decoded,
     DecodeError,

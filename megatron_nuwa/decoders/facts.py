@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from preprocessing.decoders.ffmpeg_backend import open_video, parse_framecrc, run_ffmpeg
-from preprocessing.decoders.guard import guarded
-from preprocessing.decoders.kinds import MediaKind, media_kind
-from preprocessing.decoders.settings import (
+from megatron_nuwa.decoders.ffmpeg_backend import open_video, parse_framecrc, run_ffmpeg
+from megatron_nuwa.decoders.guard import guarded
+from megatron_nuwa.decoders.kinds import MediaKind, media_kind
+from megatron_nuwa.decoders.settings import (
     DEFAULT_LIMITS,
     DecodeError,
     DecodeLimits,
@@ -29,10 +29,14 @@ class MediaFacts:
 
 def media_facts(path: Path, limits: DecodeLimits = DEFAULT_LIMITS) -> MediaFacts:
     """The facts of an image or a clip; `DecodeError` naming the file where it has none."""
-    kind = media_kind(path)
-    if kind == "image":
-        width, height = guarded("image-size", path, limits, DecodeSettings(image_size=1))
-        return MediaFacts(kind, width, height, None)
+    if media_kind(path) == "clip":
+        return clip_facts(path, limits)
+    width, height = guarded("image-size", path, limits, DecodeSettings(image_size=1))
+    return MediaFacts("image", width, height, None)
+
+
+def clip_facts(path: Path, limits: DecodeLimits = DEFAULT_LIMITS) -> MediaFacts:
+    """The facts of a file that is read as a clip, such as a moving GIF."""
     first = run_ffmpeg(path, open_video(path), limits, format="framecrc", frames=1)
     header, shown = parse_framecrc(first)
     if not shown:
@@ -46,4 +50,4 @@ def media_facts(path: Path, limits: DecodeLimits = DEFAULT_LIMITS) -> MediaFacts
     numerator, denominator = (int(part) for part in header.get("sar", "1/1").split("/"))
     if numerator and denominator:
         width = round(width * Fraction(numerator, denominator))
-    return MediaFacts(kind, width, height, float(max(ends)) if ends else 0.0)
+    return MediaFacts("clip", width, height, float(max(ends)) if ends else 0.0)

@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 from typing import Literal
 
-from preprocessing.decoders.settings import DecodeError
+from megatron_nuwa.decoders.settings import DecodeError
 
 MediaKind = Literal["image", "clip"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_nuwa.decoders.backends import ClipBackend, Shown
+from megatron_nuwa.decoders.guard import guarded
+from megatron_nuwa.decoders.settings import DecodeLimits, DecodeSettings
 from megatron_nuwa.errors import UserError
-from preprocessing.decoders.backends import ClipBackend, Shown
-from preprocessing.decoders.guard import guarded
-from preprocessing.decoders.settings import DecodeLimits, DecodeSettings
 
 
 class PyavBackend(ClipBackend):

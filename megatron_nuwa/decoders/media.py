@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from preprocessing.decoders.clips import sample_clip
-from preprocessing.decoders.guard import guarded
-from preprocessing.decoders.kinds import media_kind
-from preprocessing.decoders.settings import (
+from megatron_nuwa.decoders.clips import sample_clip
+from megatron_nuwa.decoders.guard import guarded
+from megatron_nuwa.decoders.kinds import media_kind
+from megatron_nuwa.decoders.settings import (
     DEFAULT_LIMITS,
     Decoded,
     DecodeError,
