@@ -313,6 +313,8 @@ def read_starts(arguments: argparse.Namespace, task: Task, generator: Generator)
         raise UserError(
             f"--keep-frames {keep} leaves nothing to generate in a clip of {length} frames"
         )
+    if keep > 1 and arguments.image:
+        raise UserError(f"--image is one frame, and --keep-frames {keep} wants more: give a --clip")
     frames = keep if task.given == "frames" else length
     starts = []
     media: list[tuple[Path, MediaKind, int]] = [

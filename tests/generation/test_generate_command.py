@@ -291,6 +291,7 @@ def test_the_gallery_shows_what_was_given_beside_what_came_of_it(
         ),
         (("v2v", "--clip", "gone.mp4"), "gone.mp4 does not exist"),
         (("v2v", "--clip", "clip.mp4", "--keep-frames", "3"), "--keep-frames 3 leaves nothing"),
+        (("v2v", "--image", "photo.png", "--keep-frames", "2"), "--image is one frame, and"),
         (("i2i", "--image", "photo.png", "--region", "1,2,3"), "must be four numbers"),
         (
             ("i2i", "--image", "photo.png", "--region", "0,0,1,1", "--fit", "exact"),

@@ -134,6 +134,7 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
         def choose(name: str) -> tuple[Any, ...]:
             chosen = task_named(name)
             is_region = chosen.given == "region"
+            longest = generator.for_task(name).clip_grid.s
             return (
                 _HINTS[name],
                 gr.update(visible=chosen.reads == "text"),
@@ -142,9 +143,11 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                 gr.update(visible=is_region and chosen.media == "clip", value=None),
                 gr.update(visible=chosen.reads == "sketch"),
                 gr.update(visible=chosen.reads == "sketch"),
-                gr.update(visible=chosen.given == "frames"),
+                gr.update(visible=chosen.given == "frames", maximum=max(2, longest - 1)),
                 gr.update(visible=is_region),
-                gr.update(visible=chosen.target == "clip"),
+                gr.update(
+                    visible=chosen.target == "clip", maximum=_LONGEST * longest, value=longest
+                ),
                 gr.update(visible=chosen.reads != "none"),
             )
 
@@ -152,7 +155,7 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
             if path is None or task_named(name).given != "region":
                 return gr.update(), _status("")
             try:
-                shown = drawing.first_frame(generator, Path(path))
+                shown = drawing.first_frame(generator.for_task(name), Path(path))
             except UserError as error:
                 return gr.update(value=None), _status(_sentence(error), wrong=True)
             return {"background": shown, "layers": [], "composite": shown}, _status("")
@@ -172,10 +175,11 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
             *drawing_settings: float,
         ) -> Iterator[tuple[str, Any, Any]]:
             yield _status("Reading …"), _EMPTY, gr.update(visible=False, value=None)
+            own = generator.for_task(name)
             try:
                 settings = _settings(*drawing_settings)
                 request = drawing.read_request(
-                    generator,
+                    own,
                     task_named(name),
                     int(first_seed or 0),
                     prompt=text,
@@ -189,15 +193,15 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                 if request.task.reads == "none":
                     settings = replace(settings, guidance=1.0)
                 asked = int(length) if request.task.target == "clip" else None
-                arriving = Arriving(requests, generator.frames_per_second)
-                for progress in stream(generator, requests, settings, asked):
+                arriving = Arriving(requests, own.frames_per_second)
+                for progress in stream(own, requests, settings, asked):
                     shown = arriving.show(progress)
                     yield _counted(progress), shown or gr.update(), gr.update()
                 clips = progress.frames
                 if pixels_kept and request.region is not None and request.pixels is not None:
                     clips = composite(clips, request.pixels, request.region)
-                written = _write(generator, requests, clips, settings, folder)
-                finished = finished_pictures(requests, clips, generator.frames_per_second)
+                written = _write(own, requests, clips, settings, folder)
+                finished = finished_pictures(requests, clips, own.frames_per_second)
                 yield _status("Done."), finished, gr.update(visible=True, value=written)
             except UserError as error:
                 yield _status(_sentence(error), wrong=True), _EMPTY, gr.update()
