@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import pytest
 from filelock import FileLock
+from power import Disk
 
 from megatron_nuwa.data.cache import BYTES_VARIABLE, FOLDER_VARIABLE, ShardCache
 from megatron_nuwa.errors import UserError
@@ -53,6 +54,14 @@ def test_second_reading_fetches_nothing(tmp_path: Path) -> None:
     for _ in range(3):
         assert far.read(cache, content(1)) == content(1)
     assert far.fetched == 1
+
+
+def test_a_shard_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    Far().read(ShardCache(tmp_path, 10_000), content(1))
+    assert disk.of(tmp_path / name(content(1))).lost == []
 
 
 def test_least_recently_opened_leaves_first_and_the_bound_holds(tmp_path: Path) -> None:

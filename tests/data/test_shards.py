@@ -298,6 +298,24 @@ def test_wrong_arrays_are_refused_by_name(tmp_path: Path, field: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": (), "text": np.zeros((0, 77), np.uint16)}, "with at least one caption"),
+        ({"provenance": ("original",) * 9}, "provenance of item .* must have one entry a caption"),
+        ({"visual": np.zeros(4, np.int64)}, r"visual of item .* must be uint16 \(4,\), not int64"),
+        ({"text": np.zeros((9, 77), np.int64), "captions": ("a",) * 9}, "text .* not int64"),
+    ],
+)
+def test_an_item_has_captions_their_authors_and_tokens_of_16_bits(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    good = random_items(0, 2, Grid(2, 2, 1))
+    with pytest.raises(ValueError, match=message):
+        write_shard(tmp_path, 0, [good[0], replace(good[1], **changes)])
+    assert list(tmp_path.iterdir()) == []
+
+
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 

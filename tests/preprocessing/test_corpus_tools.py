@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from farm_media import CAPTIONS, tokenize_command, write_manifest
+from power import Disk
 
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import (
@@ -207,6 +208,27 @@ def test_merge_copies_where_links_do_not_reach(
     merge([one, two], tmp_path / "both")
     assert find_damage(tmp_path / "both", full=True) == []
     assert len(Corpus(tmp_path / "both")) == 60
+
+
+@pytest.mark.parametrize("tool", ["merge", "split"])
+def test_a_corpus_made_of_others_outlasts_a_power_loss(
+    tool: str, tmp_path: Path, bpe: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (write_corpus(tmp_path / name, bpe, name) for name in "ab")
+
+    def refuses(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuses)
+    disk = Disk(monkeypatch)
+    made = tmp_path / "made"
+    if tool == "merge":
+        merge([one, two], made)
+    else:
+        split(one, 0.5, made, tmp_path / "other")
+    assert disk.of(made).lost == []
+    assert "made" in disk.names(tmp_path)
+    assert made.stat().st_mode & 0o777 == 0o755
 
 
 def test_merge_refuses_what_differs_and_leaves_nothing(tmp_path: Path, bpe: TextTokenizer) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from farm_media import CAPTIONS, write_manifest
 from farm_runs import contents
+from power import Disk
 
 from megatron_nuwa.errors import UserError
 from preprocessing.__main__ import main
@@ -30,6 +31,19 @@ def command(media: Path, tools: Path, tmp_path: Path) -> list[str]:
         *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
         *("--items-per-shard", "2"),
     ]
+
+
+def test_a_corpus_outlasts_a_power_loss_as_soon_as_it_has_its_commit(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, corpus = Disk(monkeypatch), tmp_path / "corpus"
+    assert main(command) == 0
+    committed = disk.of(corpus / "corpus.json")
+    others = {path.name for path in corpus.iterdir()} - {"corpus.json"}
+    assert len(others) == 2 * (ROWS // 2) + 2
+    # The commit must not be there without a file that it lists.
+    assert others <= committed.neighbours
+    assert disk.lost(corpus) == []
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from power import Disk
 from safetensors.torch import load_file
 
 from megatron_nuwa.training.checkpoint import (
@@ -150,6 +151,15 @@ def test_a_damaged_later_checkpoint_costs_no_whole_one_and_is_replaced(tmp_path:
     save(checkpoints, 3)
     assert checkpoints.newest() == (tmp_path / tag_of(3), [])
     assert names(checkpoints) == ["latest", tag_of(3)]
+
+
+def test_a_checkpoint_outlasts_a_power_loss_as_soon_as_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    path = save(Checkpoints(tmp_path, keep=1), 1)
+    assert disk.of(path).lost == []
+    assert path.name in disk.names(tmp_path)
 
 
 class Killed(BaseException):
