@@ -16,6 +16,7 @@ from megatron_nuwa.data.shards import (
     Counts,
     Fingerprints,
     ShardItem,
+    is_intact,
     read_sidecar,
     write_settings,
     write_shard,
@@ -110,3 +111,10 @@ def test_captions_that_lie_elsewhere_are_named(folder: Path, item: int, first: i
     corpus = Corpus(folder)
     with pytest.raises(UserError, match=r"items\.jsonl at byte \d+ does not match the sidecar"):
         corpus.texts(item)
+
+
+def test_every_byte_of_the_layout_of_corpus_json_counts(folder: Path) -> None:
+    content = (folder / "corpus.json").read_bytes()
+    assert is_intact(content)
+    for place in (content.index(b'"grid"'), content.index(b'"counts"'), len(content)):
+        assert not is_intact(content[:place] + b" " + content[place:])
