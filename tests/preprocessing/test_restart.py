@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from farm_media import CAPTIONS, write_manifest
 from farm_runs import contents
 from power import Disk
 
+from megatron_nuwa.data.shards import write_shard
 from megatron_nuwa.errors import UserError
 from preprocessing.__main__ import main
 from preprocessing.plan import Plan, PlanKey
@@ -44,6 +46,26 @@ def test_a_corpus_outlasts_a_power_loss_as_soon_as_it_has_its_commit(
     # The commit must not be there without a file that it lists.
     assert others <= committed.neighbours
     assert disk.lost(corpus) == []
+
+
+def test_a_corpus_that_is_mended_is_none_meanwhile(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus"
+    assert main(command) == 0
+    before = contents(corpus)
+    (corpus / "shard-000001.tar").unlink()
+    (corpus / ".shard-000001.tar.left").write_bytes(b"of a killed farm")
+    seen: list[list[str]] = []
+
+    def noted(folder: Path, *arguments: Any, **options: Any) -> Any:
+        seen.append([path.name for path in corpus.iterdir() if path.name.startswith((".", "c"))])
+        return write_shard(folder, *arguments, **options)
+
+    monkeypatch.setattr("preprocessing.assembly.write_shard", noted)
+    assert main(command) == 0
+    assert seen == [[]]
+    assert contents(corpus) == before
 
 
 @pytest.fixture
