@@ -68,6 +68,21 @@ def test_a_corpus_that_is_mended_is_none_meanwhile(
     assert contents(corpus) == before
 
 
+def test_a_corpus_that_was_begun_by_other_rules_is_not_gone_on_with(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    path = tmp_path / "corpus" / "settings.json"
+    settings = json.loads(path.read_text())
+    # The first farms wrote no such field.
+    del settings["encode_rules"]
+    path.write_text(json.dumps(settings))
+    before = contents(tmp_path / "corpus")
+    assert main(command) != 0
+    assert "was begun with encode_rules = 1, and now it is 2" in capsys.readouterr().err
+    assert contents(tmp_path / "corpus") == before
+
+
 @pytest.fixture
 def rows_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Rows of manifests that are parsed and checked, as errors call them."""
