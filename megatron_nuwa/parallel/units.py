@@ -32,7 +32,8 @@ _KEPT_PREFIXES = (
     "megatron_nuwa::nearby_attention",
 )
 _KINDS: tuple[ContextKind, ...] = get_args(ContextKind)
-_MULTIPLIER = 0x9E3779B97F4A7C15
+# What keeps the dropout of units and streams apart; the seeds of micro-batches are consecutive.
+_UNIT, _STREAM = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 # Compiled forms of a layer that are kept, one a shape.
 _SHAPES = 64
 
@@ -168,7 +169,8 @@ class Units:
 
     def _seed(self, unit: int, flow: Flow) -> None:
         if self.model.training and self.model.config.dropout:
-            torch.manual_seed((flow.seed + (unit + 1) * _MULTIPLIER + self._stream) % (1 << 63))
+            apart = (unit + 1) * _UNIT + self._stream * _STREAM
+            torch.manual_seed((flow.seed + apart) % (1 << 63))
 
     def _call(self, unit: int, flow: Flow, layer: nn.Module, *arguments: object) -> Tensor:
         if self._compiled is not None and torch.is_grad_enabled():

@@ -163,6 +163,7 @@ def test_the_first_of_those_that_look_alike_stays(
     assert corpus.manifest.counts.left_out == {"near_duplicates": 30 - len(ORIGINALS)}
     lines = undisturbed["failures.jsonl"].decode().splitlines()
     for failure in map(json.loads, lines):
+        assert failure.keys() == {"id", "reason", "filter"}
         original = SHOWN.index(SHOWN[int(failure["id"])])
         assert failure["reason"].endswith(f"looks like item '{original}'")
     # The others have the tokens and captions that they have where nobody looks for likeness.
