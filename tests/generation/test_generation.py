@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_nuwa.generation.decoding import CachedDecoder
-from megatron_nuwa.generation.drawing import SamplingSettings, draw, filtered
+from megatron_nuwa.generation.drawing import SamplingSettings, draw, filtered, uniform_numbers
 from megatron_nuwa.generation.sampling import generate_tokens
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
@@ -118,6 +118,39 @@ def test_guidance_mixes_the_two_branches() -> None:
     plain = generate_tokens(model, text(1, words=2), text(1), grid, [3], SamplingSettings())
     assert torch.equal(first, second)
     assert torch.equal(first, plain)
+
+
+def test_the_least_and_the_largest_number_draw_tokens_that_there_are() -> None:
+    ends = torch.tensor([0, (2**32 - 1) / 2**32], dtype=torch.float64)
+    for codes in (3, 12_288):
+        assert draw(torch.zeros(2, codes), SamplingSettings(), ends).tolist() == [0, codes - 1]
+    # What is filtered out is never drawn, also at the ends.
+    logits = torch.tensor([[0.0, 5.0, 4.0, 0.0]]).expand(2, -1)
+    assert draw(logits, SamplingSettings(top_k=2), ends).tolist() == [1, 2]
+    assert draw(logits, SamplingSettings(top_p=0.9), ends).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_come_as_often_as_the_logits_say(temperature: float) -> None:
+    logits = torch.tensor([1.0, 0.0, 2.0, -1.0])
+    uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    settings = SamplingSettings(temperature=temperature)
+    counts = draw(logits.expand(10_000, -1), settings, uniforms).bincount(minlength=4)
+    expected = (logits / temperature).softmax(-1)
+    assert (counts / 10_000 - expected).abs().max() < 3e-4
+
+
+def test_numbers_belong_to_seed_and_cell_alone() -> None:
+    whole = uniform_numbers([7, 8, -1], 0, 23)
+    for first in range(10):
+        assert uniform_numbers([7, 8, -1], first, 9).equal(whole[:, first : first + 9])
+    assert len(set(whole.flatten().tolist())) == 69
+    assert whole.min() >= 0
+    assert whole.max() < 1
+    # All of the interval is used.
+    many = uniform_numbers([0], 0, 4000)
+    assert many.max() > 0.99
+    assert abs(many.mean() - 0.5) < 0.02
 
 
 def test_filters() -> None:

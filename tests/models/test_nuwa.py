@@ -202,3 +202,20 @@ def test_errors_name_the_field() -> None:
         small(video_extent=(2, 3, 3))
     with pytest.raises(ValueError, match="larger than the model's positions"):
         Nuwa(small())(text_context(), torch.zeros(2, 48, dtype=torch.long), Grid(6, 4, 2))
+
+
+def test_images_clips_and_texts_have_windows_of_their_own() -> None:
+    config = NuwaConfig(
+        image_extent=(5, 7, 1),
+        video_extent=(3, 1, 5),
+        text_extent=(1, 1, 9),
+        position_grid=(8, 8, 4),
+    )
+    image, clip = Grid(8, 8, 1), Grid(8, 8, 4)
+    assert config.visual_extent(image) == Extent(5, 7, 1)
+    assert config.visual_extent(clip) == Extent(3, 1, 5)
+    assert config.context_extent("text", config.text_grid) == Extent(1, 1, 9)
+    # Sketches and pictures that are read have that of what is written.
+    for kind in ("sketch", "visual"):
+        assert config.context_extent(kind, image) == Extent(5, 7, 1)
+        assert config.context_extent(kind, clip) == Extent(3, 1, 5)
