@@ -8,8 +8,11 @@ from pydantic import ValidationError
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nuwa.grid import Extent, Grid, nearby_indices
+from megatron_nuwa.models.attention import Nearby
 from megatron_nuwa.models.flops import forward_flops
+from megatron_nuwa.models.layers import CrossAttention, DecoderLayer, EncoderLayer, NormPosition
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
+from megatron_nuwa.ops.tables import Geometry
 
 SMALL = {
     "width": 32,
@@ -219,3 +222,26 @@ def test_images_clips_and_texts_have_windows_of_their_own() -> None:
     for kind in ("sketch", "visual"):
         assert config.context_extent(kind, image) == Extent(5, 7, 1)
         assert config.context_extent(kind, clip) == Extent(3, 1, 5)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("cross", ["parallel", "sequential"])
+def test_dropout_takes_every_branch_and_never_the_residual(
+    norm: NormPosition, cross: CrossAttention
+) -> None:
+    grid = Grid(2, 2, 1)
+    geometry = Geometry(grid, grid, Extent(3, 3, 1), False)
+    x, context = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    encoder = EncoderLayer(8, 2, 16, 1.0, norm, Nearby())
+    decoder = DecoderLayer(8, 2, 16, 1.0, norm, cross, Nearby())
+    found = encoder(x, geometry, None), decoder(x, context, geometry, geometry, None)
+    for layer, y in zip((encoder, decoder), found, strict=True):
+        norms = [layer.attention_norm, getattr(layer, "cross_norm", None), layer.feed_forward_norm]
+        expected = x
+        for each in norms if norm == "post" else ():
+            expected = expected if each is None else each(expected)
+        torch.testing.assert_close(y, expected)
+    for layer in (encoder, decoder):
+        layer.eval()
+    assert not encoder(x, geometry, None).allclose(found[0])
+    assert not decoder(x, context, geometry, geometry, None).allclose(found[1])
