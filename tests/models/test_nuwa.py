@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_nuwa.grid import Extent, Grid, nearby_indices
 from megatron_nuwa.models.attention import Nearby
 from megatron_nuwa.models.flops import forward_flops
+from megatron_nuwa.models.initialisation import Shard
 from megatron_nuwa.models.layers import CrossAttention, DecoderLayer, EncoderLayer, NormPosition
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
 from megatron_nuwa.ops.tables import Geometry
@@ -245,3 +246,15 @@ def test_dropout_takes_every_branch_and_never_the_residual(
         layer.eval()
     assert not encoder(x, geometry, None).allclose(found[0])
     assert not decoder(x, context, geometry, geometry, None).allclose(found[1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_a_weight_are_equally_long_and_hold_it_and_zeros(count: int, dim: int) -> None:
+    whole = torch.arange(1.0, 31).view(5, 6)
+    shards = [Shard(dim, index, count, whole.shape[dim]) for index in range(count)]
+    parts = [shard.of(whole) for shard in shards]
+    assert {part.shape[dim] for part in parts} == {shards[0].length}
+    joined = torch.cat(parts, dim)
+    assert joined.narrow(dim, 0, whole.shape[dim]).equal(whole)
+    assert joined.sum() == whole.sum()
