@@ -97,6 +97,9 @@ def test_given_cells_anywhere_in_the_video_are_kept() -> None:
     assert not torch.equal(tokens, known)
     with pytest.raises(ValueError, match="known must be"):
         long(6, 1, known=known, is_known=is_known)
+    for half in ({"known": known}, {"is_known": is_known}):
+        with pytest.raises(ValueError, match="known and is_known must be given together"):
+            long(7, 1, **half)
 
 
 def test_progress_counts_new_cells_and_frames_once() -> None:
