@@ -166,6 +166,9 @@ def test_the_least_and_the_largest_number_draw_tokens_that_there_are() -> None:
     ends = torch.tensor([0, (2**32 - 1) / 2**32], dtype=torch.float64)
     for codes in (3, 12_288):
         assert draw(torch.zeros(2, codes), SamplingSettings(), ends).tolist() == [0, codes - 1]
+    # Probabilities in fp32 add up to a little less than 1, or more.
+    logits = torch.randn(64, 3000, generator=torch.Generator().manual_seed(0))
+    assert (draw(logits, SamplingSettings(), ends[1:].expand(64)) < 3000).all()
     # What is filtered out is never drawn, also at the ends.
     logits = torch.tensor([[0.0, 5.0, 4.0, 0.0]]).expand(2, -1)
     assert draw(logits, SamplingSettings(top_k=2), ends).tolist() == [1, 2]

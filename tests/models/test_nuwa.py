@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nuwa.grid import Extent, Grid, nearby_indices
@@ -258,3 +259,36 @@ def test_parts_of_a_weight_are_equally_long_and_hold_it_and_zeros(count: int, di
     joined = torch.cat(parts, dim)
     assert joined.narrow(dim, 0, whole.shape[dim]).equal(whole)
     assert joined.sum() == whole.sum()
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("cross", ["parallel", "sequential"])
+def test_layers_are_the_formulas_that_they_say(norm: NormPosition, cross: CrossAttention) -> None:
+    grid = Grid(2, 2, 1)
+    own = Geometry(grid, grid, Extent(3, 3, 1), True)
+    across = own._replace(causal=False)
+    x, context = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    layer = DecoderLayer(8, 2, 16, 0.0, norm, cross, Nearby())
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+
+    def both(h: Tensor) -> Tensor:
+        return back(h) + there(h)
+
+    def back(h: Tensor) -> Tensor:
+        return layer.self_attention(h, h, own)
+
+    def there(h: Tensor) -> Tensor:
+        return layer.cross_attention(h, context, across)
+
+    branches = [(both, layer.attention_norm)]
+    if cross == "sequential":
+        assert layer.cross_norm is not None
+        branches = [(back, layer.attention_norm), (there, layer.cross_norm)]
+    expected = x
+    for branch, its_norm in (*branches, (layer.feed_forward, layer.feed_forward_norm)):
+        if norm == "pre":
+            expected = expected + branch(its_norm(expected))
+        else:
+            expected = its_norm(expected + branch(expected))
+    torch.testing.assert_close(layer(x, context, own, across, None), expected)
