@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from helpers import SmallWorld
+from helpers import SmallWorld, lone_process
 from torch import Tensor
 
 from megatron_nuwa.data.batches import TEXT_GRID, TaskName, TokenBatch
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context
 from megatron_nuwa.training.engine import StageEngine, WholeEngine
-from megatron_nuwa.training.pretrain import Pretraining
+from megatron_nuwa.training.pretrain import Pretraining, pretrain
 from megatron_nuwa.training.recipe import load_recipe
 
 WEIGHTS: dict[TaskName, float] = {"t2i": 1.0, "v2v": 0.25}
@@ -99,3 +103,27 @@ def test_a_stage_packs_the_same_seeds_and_scales() -> None:
     packed = engine._packed(BATCHES, scales, 100)
     assert [int(inputs[-1][7]) for inputs, _ in packed] == [100, 101, 102]
     assert [float(scale) for _, (_, scale) in packed] == pytest.approx(scales)
+
+
+def test_what_draws_from_a_process_goes_on_after_a_resume(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[float, ...]] = []
+    step = WholeEngine.train_step
+
+    def drawing(engine: WholeEngine, batches: Sequence[TokenBatch], seed: int) -> None:
+        drawn.append((random.random(), float(np.random.rand()), torch.rand(()).item()))
+        step(engine, batches, seed)
+
+    def train(run: str, stop: int) -> None:
+        settings = [f"run={tmp_path / run}", "evaluation=null", f"training.stop_at_step={stop}"]
+        recipe = load_recipe(small_world.recipe, settings)
+        pretrain(recipe, recipe.training.deepspeed_config, lone_process())
+
+    monkeypatch.setattr(WholeEngine, "train_step", drawing)
+    train("whole", 4)
+    whole, drawn = drawn, []
+    train("stopped", 2)
+    train("stopped", 4)
+    assert drawn == whole
+    assert len({number for numbers in whole for number in numbers}) == 12
