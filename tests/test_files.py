@@ -1,63 +1,71 @@
-"""Files that are whole or absent: their modes, and what is said of those that may not be read."""
+"""Files are whole or absent, also after a power loss."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-from helpers import without_privileges
-from safetensors.torch import save_file
+from power import Disk
 
-from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import replaced_atomically, write_text_atomically
-from megatron_nuwa.generation.ranking import ClipRanker
-from megatron_nuwa.models.foreign_weights import read_tensors
-from megatron_nuwa.models.vqgan import load_vqgan
-from megatron_nuwa.training.trained_model import open_trained
-
-
-@pytest.fixture(params=[0o022, 0o002, 0o077], ids=oct)
-def umask(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = os.umask(request.param)
-    yield request.param
-    os.umask(before)
-
-
-def write_weights(path: Path) -> None:
-    with replaced_atomically(path) as temporary:
-        save_file({"x": torch.zeros(1)}, temporary)
-
-
-def write_text(path: Path) -> None:
-    write_text_atomically(path, "text")
-
-
-@pytest.mark.parametrize("write", [write_weights, write_text])
-def test_a_file_has_the_mode_that_the_umask_gives(
-    umask: int, write: Callable[[Path], None], tmp_path: Path
-) -> None:
-    for _ in range(2):
-        write(tmp_path / "file")
-        assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize(
-    "read",
-    [load_vqgan, read_tensors, ClipRanker.load, lambda path: open_trained(path, "--model")],
-    ids=["vqgan", "foreign", "clip", "model"],
+from megatron_nuwa.files import (
+    replaced_atomically,
+    try_to_write,
+    write_text_atomically,
+    written_atomically,
 )
-def test_a_file_that_may_not_be_read_says_so(
-    open_folder: Path, read: Callable[[Path], object]
+
+
+def through_stream(path: Path, text: str) -> None:
+    with written_atomically(path) as stream:
+        stream.write(text.encode())
+
+
+def through_name(path: Path, text: str) -> None:
+    with replaced_atomically(path) as temporary:
+        temporary.write_text(text)
+
+
+WAYS = [through_stream, through_name, write_text_atomically]
+
+
+@pytest.mark.parametrize("write", WAYS)
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    write: Callable[[Path, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = open_folder / "weights.safetensors"
-    write_weights(file)
-    file.chmod(0)
-    with (
-        without_privileges(),
-        pytest.raises(UserError, match=r"weights\.safetensors cannot be read: Permission denied"),
-    ):
-        read(file)
+    disk, path = Disk(monkeypatch), tmp_path / "file"
+    for text in ("first", "second"):
+        write(path, text)
+        assert path.read_text() == text
+        assert disk.of(path).lost == []
+
+
+@pytest.mark.parametrize("way", [written_atomically, replaced_atomically])
+def test_a_failed_block_leaves_the_old_file_and_no_other(
+    way: Callable[[Path], AbstractContextManager[Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail_amid() -> None:
+        with way(path) as place:
+            (place.write_bytes if isinstance(place, Path) else place.write)(b"half")
+            raise RuntimeError("amid")
+
+    with pytest.raises(RuntimeError, match="amid"):
+        fail_amid()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), PermissionError(13)])
+def test_what_a_run_can_do_without_is_told_and_not_raised(
+    error: OSError, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails() -> None:
+        raise error
+
+    try_to_write(fails)
+    assert capsys.readouterr().out.startswith("warning: not written: ")

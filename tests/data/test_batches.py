@@ -51,12 +51,13 @@ def joined(batches: list[TokenBatch]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
-@pytest.mark.parametrize("tokens", [1, 16, 50, 100, 10_000])
+@pytest.mark.parametrize("tokens", [1, 16, 50, 80, 100, 10_000])
 def test_every_cut_and_every_replica_count_gives_the_same_global_batch(
     small_world: SmallWorld, tokens: int, weights: list[float] | None
 ) -> None:
-    whole = batches_of(small_world, "t2i", 12, weights=weights)
-    cut = batches_of(small_world, "t2i", 12, tokens=tokens, weights=weights)
+    # Of 24 samples, 80 tokens make parts of 5 and one of 4.
+    whole = batches_of(small_world, "t2i", 24, weights=weights)
+    cut = batches_of(small_world, "t2i", 24, tokens=tokens, weights=weights)
     expected = joined(whole.micro_batches(7, 0, 1))
     for ranks in (1, 2, 3, 4, 6, 12):
         parts = [cut.micro_batches(7, rank, ranks) for rank in range(ranks)]
@@ -69,6 +70,29 @@ def test_every_cut_and_every_replica_count_gives_the_same_global_batch(
             assert max(sizes) - min(sizes) <= 1
             assert max(sizes) == 1 or max(sizes) * 16 <= tokens
             assert [batch.share for batch in part] == [size / sum(sizes) for size in sizes]
+
+
+@pytest.mark.parametrize(("task", "dropout"), [("t2i", 0.3), ("t2v", 0.0), ("v2v", 0.3)])
+def test_texts_and_targets_are_those_of_the_same_items(
+    small_world: SmallWorld, task: TaskName, dropout: float
+) -> None:
+    batches = batches_of(small_world, task, 120, weights=[2.0, 1.0], dropout=dropout)
+    corpus = Corpus(small_world.images if task == "t2i" else small_world.clips)
+    none = TextTokenizer.load(small_world.bpe).encode("None").tolist()
+    [batch] = batches.micro_batches(2, 0, 1)
+    picks = batches.order.batch(2)
+    read: dict[int, set[int]] = {}
+    for pick, text, target in zip(picks, batch.context.tokens, batch.target, strict=True):
+        assert target.tolist() == corpus.visual(pick.item).tolist()
+        captions = corpus.texts(pick.item).tolist()
+        if task == "v2v" or pick.dropout_draw < dropout:
+            assert text.tolist() == none
+        else:
+            chosen = captions.index(text.tolist())
+            assert chosen == int(pick.caption_draw * len(captions))
+            read.setdefault(len(captions), set()).add(chosen)
+    if task != "v2v":
+        assert read == {1: {0}, 2: {0, 1}}
 
 
 def test_without_a_budget_a_share_is_cut_into_equal_parts(small_world: SmallWorld) -> None:

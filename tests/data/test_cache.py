@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import permutations
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 from filelock import FileLock
+from power import Disk
 
+from megatron_nuwa.data import cache_index
 from megatron_nuwa.data.cache import BYTES_VARIABLE, FOLDER_VARIABLE, ShardCache
 from megatron_nuwa.errors import UserError
 
@@ -55,19 +58,79 @@ def test_second_reading_fetches_nothing(tmp_path: Path) -> None:
     assert far.fetched == 1
 
 
-def test_least_recently_opened_leaves_first_and_the_bound_holds(tmp_path: Path) -> None:
+def test_a_shard_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    Far().read(ShardCache(tmp_path, 10_000), content(1))
+    assert disk.of(tmp_path / name(content(1))).lost == []
+
+
+@pytest.mark.parametrize("order", list(permutations((1, 2, 3))))
+def test_least_recently_opened_leaves_first_and_the_bound_holds(
+    tmp_path: Path, order: tuple[int, int, int]
+) -> None:
     far, cache = Far(), ShardCache(tmp_path, 3000)
-    for number in (1, 2, 3):
+    first, second, third = order
+    for number in order:
         far.read(cache, content(number))
         time.sleep(0.01)
-    far.read(cache, content(1))
+    far.read(cache, content(first))
     far.read(cache, content(4))
     assert stored(tmp_path) == 3000
     assert far.fetched == 4
-    far.read(cache, content(1))
-    assert far.fetched == 4
-    far.read(cache, content(2))
+    for number in (first, third):
+        far.read(cache, content(number))
+        assert far.fetched == 4
+    far.read(cache, content(second))
     assert far.fetched == 5
+
+
+def test_an_arrival_waits_for_the_room_of_another(tmp_path: Path) -> None:
+    may_end, cache, seen = threading.Event(), ShardCache(tmp_path, 1500), []
+
+    class Slow(io.BytesIO):
+        def read(self, *size: Any) -> bytes:
+            may_end.wait(30)
+            return super().read(*size)
+
+    def read(number: int) -> None:
+        data = content(number)
+        with cache.open(name(data), 1000, "far", lambda: Slow(data)) as stream:
+            seen.append(stream.read())
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in (1, 2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    assert taken(tmp_path) == 1000
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [content(1), content(2)]
+    assert stored(tmp_path) == 1000
+
+
+def test_what_a_killed_process_left_of_a_shard_does_not_keep_it_out(tmp_path: Path) -> None:
+    far, cache = Far(), ShardCache(tmp_path, 1500)
+    # Another process was killed amid this very shard, and there is no room for two.
+    (tmp_path / f"{name(content(1))}.1000.part").write_bytes(b"half")
+    reader = threading.Thread(target=far.read, args=(cache, content(1)), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert not reader.is_alive()
+    assert far.fetched == 1
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_was_read_from_afar_is_closed(tmp_path: Path) -> None:
+    streams = [io.BytesIO(content(1)), io.BytesIO(b"damaged")]
+    for number, stream in enumerate(streams, start=1):
+        with contextlib.suppress(UserError):
+            ShardCache(tmp_path, 5000).open(
+                name(content(number)), 1000, "far", lambda stream=stream: stream
+            ).close()
+    assert all(stream.closed for stream in streams)
 
 
 @pytest.mark.parametrize("damage", [b"", content(9), content(1)[:-1], content(1) + b"x"])
@@ -78,6 +141,24 @@ def test_what_arrives_damaged_is_refused_and_not_kept(tmp_path: Path, damage: by
             name(good), 1000, "far/shard.tar", lambda: io.BytesIO(damage)
         )
     assert [path.name for path in tmp_path.iterdir()] == ["locks"]
+
+
+def test_no_more_is_fetched_than_was_announced(tmp_path: Path) -> None:
+    class Endless(io.RawIOBase):
+        sent = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int:
+            self.sent += len(buffer)
+            return len(buffer) if self.sent < 1 << 28 else 0
+
+    far = Endless()
+    with pytest.raises(UserError, match="has other bytes than were written"):
+        ShardCache(tmp_path, 10_000).open(name(b""), 1000, "far/shard.tar", lambda: far)
+    assert far.sent < 1 << 22
+    assert stored(tmp_path) == 0
 
 
 def test_failing_reads_are_one_sentence_and_leave_nothing(tmp_path: Path) -> None:
@@ -209,8 +290,10 @@ def test_an_arrival_lists_no_folder_however_full_it_is(
     assert stored(tmp_path) == 2000
 
 
-@pytest.mark.parametrize("damage", ["removed", "torn", "foreign", "files", "moment"])
-def test_the_bound_holds_whatever_became_of_the_index(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["removed", "torn", "foreign", "files", "moment", "power"])
+def test_the_bound_holds_whatever_became_of_the_index(
+    tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     far, cache = Far(), ShardCache(tmp_path, 3000)
     index = tmp_path / "locks" / "index"
     for number in (1, 2, 3):
@@ -228,9 +311,15 @@ def test_the_bound_holds_whatever_became_of_the_index(tmp_path: Path, damage: st
         (tmp_path / f"{name(content(9))}.2500.part").touch()
     else:
         # As if a process had been killed in the moment after the folder was changed.
-        before = index.read_bytes()
+        before, times = index.read_bytes(), tmp_path.stat()
         far.read(cache, content(5))
+        (tmp_path / name(content(8))).write_bytes(content(8))
         index.write_bytes(before)
+        if damage == "power":
+            # As if an older index had come back with the machine, and the folder's old time.
+            os.utime(tmp_path, ns=(times.st_atime_ns, times.st_mtime_ns))
+            (tmp_path / "locks" / "boot").write_text("another")
+            monkeypatch.setattr(cache_index, "_BOOT", tmp_path / "locks" / "boot")
     for number in (4, 5, 6):
         assert far.read(cache, content(number)) == content(number)
         assert taken(tmp_path) <= 3000

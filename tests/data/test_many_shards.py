@@ -298,9 +298,19 @@ class Sidecars:
         pass
 
 
-def test_groups_of_uneven_sizes_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [[3, 1], [2, 5, 1], [1, 1, 4], [6]],
+        # Even but for one group.
+        [[2, 2, 1], [2, 2, 3], [4, 4], [6]],
+        [[2, 1, 2], [2, 2, 1], [4, 4], [5]],
+    ],
+)
+def test_groups_of_uneven_sizes_are_found(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[list[int]]
+) -> None:
     monkeypatch.setattr(group_index, "CHECKED_AT_OPENING", 1)
-    sizes = [[3, 1], [2, 5, 1], [1, 1, 4], [6]]
     sidecars = []
     for number, own in enumerate(sizes):
         groups, place = [], 0
@@ -333,7 +343,7 @@ def test_groups_of_uneven_sizes_are_found(monkeypatch: pytest.MonkeyPatch) -> No
         for group in each.groups
         for place in range(group.items)
     ]
-    for items in (np.array([22, 5, 11, 4, 9, 0]), np.arange(len(index))[::-1]):
+    for items in (np.array([len(index) - 2, 5, 11, 4, 9, 0]), np.arange(len(index))[::-1]):
         groups, inside = index.locate(items)
         columns = index.column(Column.SHARD)[groups], index.column(Column.VISUAL)[groups], inside
         found = list(zip(*(column.tolist() for column in columns), strict=True))

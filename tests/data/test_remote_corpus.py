@@ -116,3 +116,19 @@ def test_expected_shards_arrive_before_they_are_read(address: str, tmp_path: Pat
     corpus._arriving.shutdown()
     arrived = {path.name for path in (tmp_path / "cache").iterdir()} - {"locks"}
     assert arrived == {corpus.manifest.shards[number].sha256 for number in (0, 1, 2)}
+
+
+def test_a_step_brings_the_shards_of_a_later_one(address: str, tmp_path: Path) -> None:
+    corpus = Corpus(address, ShardCache(tmp_path / "cache", 1 << 20))
+    bpe = train_bpe(["a cat", "a dog"], 520)
+    batches = TaskBatches(
+        "t2v", [corpus], bpe, seed=1, batch_size=6, shuffle_window=1, read_ahead=4
+    )
+    batches.micro_batches(0, 0, 1)
+    assert corpus._arriving is not None
+    corpus._arriving.shutdown()
+    arrived = {path.name for path in (tmp_path / "cache").iterdir()} - {"locks"}
+    # Twelve items a shard are those of two steps.
+    shards = {pick.item // 12 for step in (0, 4) for pick in batches.order.batch(step)}
+    assert len(shards) == 2
+    assert arrived == {corpus.manifest.shards[number].sha256 for number in shards}

@@ -153,9 +153,20 @@ def test_permutations_over_arrays_are_the_scalar_ones(rows: list[tuple[int, floa
 
 
 def test_order_travels_to_worker_processes() -> None:
+    # Both before it is used and after, when it remembers some of the stream.
     order = SamplingOrder(1, "t2i", [9, 4], 6, None, 2, [[4, 5], [4]])
-    expected = order.batch(3)
-    assert pickle.loads(pickle.dumps(order)).batch(3) == expected
+    unused = pickle.loads(pickle.dumps(order))
+    expected = [order.batch(step) for step in (3, 1000)]
+    used = pickle.loads(pickle.dumps(order))
+    for copy in (unused, used):
+        assert [copy.batch(step) for step in (3, 1000)] == expected
+
+
+def test_a_long_run_remembers_little_of_the_stream() -> None:
+    order = SamplingOrder(1, "t2i", [10_000], 4096)
+    for step in range(12):
+        order.batch(step)
+    assert len(order._blocks) <= 4
 
 
 @pytest.mark.parametrize(
@@ -181,3 +192,17 @@ def test_windowed_epochs_differ_and_mix_the_items_of_a_window() -> None:
     assert len({item // 50 for item in first[:200]}) == 4
     # A stretch of a window holds items of all of its shards.
     assert len({item // 50 for item in first[:40]}) == 4
+
+
+def test_windows_and_steps_draw_what_runs_were_trained_with() -> None:
+    order = SamplingOrder(3, "s2i", [8, 4], 12, None, 2, [[3, 3, 2], [4]])
+    assert [(pick.corpus, pick.item) for pick in order.batch(1)] == [
+        *((1, 3), (0, 7), (1, 0), (0, 6), (1, 2), (1, 1)),
+        *((0, 1), (0, 2), (0, 0), (0, 5), (0, 4), (0, 3)),
+    ]
+    draws = [order.step_draw(step) for step in range(3)]
+    assert draws == [0.803574604290364, 0.6923831422894922, 0.16606549282327077]
+    # Not the draws of the samples at the same places.
+    assert not {order.step_draw(step) for step in range(24)} & {
+        draw for pick in order.picks(0, 24) for draw in (pick.caption_draw, pick.dropout_draw)
+    }

@@ -125,6 +125,16 @@ def test_whole_shares_add_up_and_stay_near_the_weights(weights: list[float]) -> 
         assert share >= exact - len(weights)
 
 
+def test_weights_whose_sum_is_no_number_are_shared_all_the_same() -> None:
+    assert whole_shares([1e308] * 4, 8) == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize("sizes", [[], [3, 0]])
+def test_empty_corpora_are_refused(sizes: list[int]) -> None:
+    with pytest.raises(ValueError, match="corpus_sizes must be at least 1 each"):
+        SamplingOrder(0, "t2i", sizes, 1)
+
+
 def test_weights_are_exact_over_a_period_wherever_it_starts() -> None:
     order = SamplingOrder(0, "t2i", [7, 100, 3], 1, weights=[1, 2, 5])
     # 65,536 is a multiple of 8, so that every eight positions hold exactly these shares.

@@ -259,6 +259,11 @@ def test_tokens_cannot_be_written_to(folder: Path) -> None:
             tokens[...] = 0
 
 
+def test_groups_without_items_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="group_items must be at least 1, not 0"):
+        write_shard(tmp_path, 0, random_items(0, 1, Grid(2, 2, 1)), group_items=0)
+
+
 def test_shard_without_items_is_a_sidecar_of_failures(tmp_path: Path) -> None:
     (tmp_path / "shard-000003.tar").write_bytes(b"from an earlier run")
     write_shard(tmp_path, 3, [], [Failure(id="a", reason="it is empty")])
@@ -298,6 +303,24 @@ def test_wrong_arrays_are_refused_by_name(tmp_path: Path, field: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"captions": (), "text": np.zeros((0, 77), np.uint16)}, "with at least one caption"),
+        ({"provenance": ("original",) * 9}, "provenance of item .* must have one entry a caption"),
+        ({"visual": np.zeros(4, np.int64)}, r"visual of item .* must be uint16 \(4,\), not int64"),
+        ({"text": np.zeros((9, 77), np.int64), "captions": ("a",) * 9}, "text .* not int64"),
+    ],
+)
+def test_an_item_has_captions_their_authors_and_tokens_of_16_bits(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    good = random_items(0, 2, Grid(2, 2, 1))
+    with pytest.raises(ValueError, match=message):
+        write_shard(tmp_path, 0, [good[0], replace(good[1], **changes)])
+    assert list(tmp_path.iterdir()) == []
+
+
 def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -317,6 +340,10 @@ def test_foreign_corpus_is_named(folder: Path) -> None:
     edit(folder / "corpus.json", format_version=1, gird=[1, 1, 1])
     with pytest.raises(UserError, match=r"unknown key 'gird'; did you mean 'grid'"):
         Corpus(folder)
+    for text in ("[" * 100_000, "{"):
+        (folder / "corpus.json").write_text(text)
+        with pytest.raises(UserError, match=r"corpus\.json is not valid JSON"):
+            Corpus(folder)
     (folder / "corpus.json").write_text("[]")
     with pytest.raises(UserError, match=r"corpus\.json must hold a JSON object"):
         Corpus(folder)
@@ -337,12 +364,22 @@ def test_damaged_shard_is_named(folder: Path) -> None:
         Corpus(folder)
 
 
-def test_offsets_outside_the_tar_are_refused(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("offset", 1 << 20), ("offset", 129), ("size", 22), ("shape", [1, 12]), ("dtype", ">u2")],
+)
+def test_members_that_cannot_be_are_refused(folder: Path, field: str, value: object) -> None:
     sidecar = folder / "shard-000000.json"
     tree = json.loads(sidecar.read_text())
-    tree["groups"][1]["members"][VISUAL]["offset"] += 1 << 20
+    tree["groups"][1]["members"][VISUAL][field] = value
     sidecar.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=r"shard-000000\.json: member 000001\.visual\.npy is wrong"):
+        Corpus(folder)
+
+
+def test_a_sidecar_of_another_tar_is_named(folder: Path) -> None:
+    edit(folder / "shard-000000.json", sha256="0" * 64)
+    with pytest.raises(UserError, match=r"shard-000000\.json does not match the entry"):
         Corpus(folder)
 
 

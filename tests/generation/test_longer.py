@@ -9,7 +9,7 @@ import torch
 from test_decoding import CODES, make_model, rows_of, text
 from torch import Tensor
 
-from megatron_nuwa.generation.drawing import SamplingSettings
+from megatron_nuwa.generation.drawing import SamplingSettings, uniform_numbers
 from megatron_nuwa.generation.longer import generate_long, window_starts
 from megatron_nuwa.generation.sampling import generate_tokens
 from megatron_nuwa.grid import Grid
@@ -78,6 +78,18 @@ def test_a_long_sample_does_not_depend_on_its_batch() -> None:
         assert torch.equal(alone[0], together[row])
 
 
+def test_random_numbers_go_on_from_window_to_window() -> None:
+    model = make_model()
+    assert model.head is not None
+    # All tokens are equally likely, so that a cell's token says its number.
+    torch.nn.init.zeros_(model.head.weight)
+    seeds, cells = [1, 2], 9 * FRAME
+    tokens = generate_long(
+        model, text(2), text(2), GRID, seeds, SamplingSettings(), frames=9, overlap=2
+    )
+    assert torch.equal(tokens, (uniform_numbers(seeds, 0, cells) * CODES).long())
+
+
 def test_the_text_may_change_from_window_to_window() -> None:
     first, second = text(2), text(2, seed=5)
     plain = long(6, 2)
@@ -97,6 +109,9 @@ def test_given_cells_anywhere_in_the_video_are_kept() -> None:
     assert not torch.equal(tokens, known)
     with pytest.raises(ValueError, match="known must be"):
         long(6, 1, known=known, is_known=is_known)
+    for half in ({"known": known}, {"is_known": is_known}):
+        with pytest.raises(ValueError, match="known and is_known must be given together"):
+            long(7, 1, **half)
 
 
 def test_progress_counts_new_cells_and_frames_once() -> None:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_nuwa.grid import Extent, Grid, nearby_indices
+from megatron_nuwa.models.attention import Nearby
 from megatron_nuwa.models.flops import forward_flops
+from megatron_nuwa.models.initialisation import Shard
+from megatron_nuwa.models.layers import CrossAttention, DecoderLayer, EncoderLayer, NormPosition
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
+from megatron_nuwa.ops.tables import Geometry
 
 SMALL = {
     "width": 32,
@@ -202,3 +207,88 @@ def test_errors_name_the_field() -> None:
         small(video_extent=(2, 3, 3))
     with pytest.raises(ValueError, match="larger than the model's positions"):
         Nuwa(small())(text_context(), torch.zeros(2, 48, dtype=torch.long), Grid(6, 4, 2))
+
+
+def test_images_clips_and_texts_have_windows_of_their_own() -> None:
+    config = NuwaConfig(
+        image_extent=(5, 7, 1),
+        video_extent=(3, 1, 5),
+        text_extent=(1, 1, 9),
+        position_grid=(8, 8, 4),
+    )
+    image, clip = Grid(8, 8, 1), Grid(8, 8, 4)
+    assert config.visual_extent(image) == Extent(5, 7, 1)
+    assert config.visual_extent(clip) == Extent(3, 1, 5)
+    assert config.context_extent("text", config.text_grid) == Extent(1, 1, 9)
+    # Sketches and pictures that are read have that of what is written.
+    for kind in ("sketch", "visual"):
+        assert config.context_extent(kind, image) == Extent(5, 7, 1)
+        assert config.context_extent(kind, clip) == Extent(3, 1, 5)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("cross", ["parallel", "sequential"])
+def test_dropout_takes_every_branch_and_never_the_residual(
+    norm: NormPosition, cross: CrossAttention
+) -> None:
+    grid = Grid(2, 2, 1)
+    geometry = Geometry(grid, grid, Extent(3, 3, 1), False)
+    x, context = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    encoder = EncoderLayer(8, 2, 16, 1.0, norm, Nearby())
+    decoder = DecoderLayer(8, 2, 16, 1.0, norm, cross, Nearby())
+    found = encoder(x, geometry, None), decoder(x, context, geometry, geometry, None)
+    for layer, y in zip((encoder, decoder), found, strict=True):
+        norms = [layer.attention_norm, getattr(layer, "cross_norm", None), layer.feed_forward_norm]
+        expected = x
+        for each in norms if norm == "post" else ():
+            expected = expected if each is None else each(expected)
+        torch.testing.assert_close(y, expected)
+    for layer in (encoder, decoder):
+        layer.eval()
+    assert not encoder(x, geometry, None).allclose(found[0])
+    assert not decoder(x, context, geometry, geometry, None).allclose(found[1])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_parts_of_a_weight_are_equally_long_and_hold_it_and_zeros(count: int, dim: int) -> None:
+    whole = torch.arange(1.0, 31).view(5, 6)
+    shards = [Shard(dim, index, count, whole.shape[dim]) for index in range(count)]
+    parts = [shard.of(whole) for shard in shards]
+    assert {part.shape[dim] for part in parts} == {shards[0].length}
+    joined = torch.cat(parts, dim)
+    assert joined.narrow(dim, 0, whole.shape[dim]).equal(whole)
+    assert joined.sum() == whole.sum()
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("cross", ["parallel", "sequential"])
+def test_layers_are_the_formulas_that_they_say(norm: NormPosition, cross: CrossAttention) -> None:
+    grid = Grid(2, 2, 1)
+    own = Geometry(grid, grid, Extent(3, 3, 1), True)
+    across = own._replace(causal=False)
+    x, context = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    layer = DecoderLayer(8, 2, 16, 0.0, norm, cross, Nearby())
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+
+    def both(h: Tensor) -> Tensor:
+        return back(h) + there(h)
+
+    def back(h: Tensor) -> Tensor:
+        return layer.self_attention(h, h, own)
+
+    def there(h: Tensor) -> Tensor:
+        return layer.cross_attention(h, context, across)
+
+    branches = [(both, layer.attention_norm)]
+    if cross == "sequential":
+        assert layer.cross_norm is not None
+        branches = [(back, layer.attention_norm), (there, layer.cross_norm)]
+    expected = x
+    for branch, its_norm in (*branches, (layer.feed_forward, layer.feed_forward_norm)):
+        if norm == "pre":
+            expected = expected + branch(its_norm(expected))
+        else:
+            expected = its_norm(expected + branch(expected))
+    torch.testing.assert_close(layer(x, context, own, across, None), expected)

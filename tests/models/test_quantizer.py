@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_nuwa.models import quantizer as quantizer_module
-from megatron_nuwa.models.quantizer import VectorQuantizer, kmeans, nearest_codes, rotate
+from megatron_nuwa.models.quantizer import (
+    GradientEstimator,
+    VectorQuantizer,
+    kmeans,
+    nearest_codes,
+    rotate,
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -152,3 +158,34 @@ def test_the_search_compiled_for_gpus_finds_the_same_codes(
     compiled = torch.compile(nearest_codes, backend="aot_eager", fullgraph=True, dynamic=False)
     for search in (nearest_codes, compiled):
         assert torch.equal(search(vectors, codes), expected)
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_codes_learn_from_their_loss_alone(gradient: GradientEstimator) -> None:
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(16, 4, gradient=gradient)
+    found = quantizer(torch.randn(2, 4, 3, 3, requires_grad=True))
+    (found.codes.square().sum() + found.commitment_loss).backward(retain_graph=True)
+    assert quantizer.table.grad is None or not quantizer.table.grad.any()
+    found.codebook_loss.backward()
+    assert quantizer.table.grad is not None
+    assert quantizer.table.grad.any()
+
+
+def test_half_precision_is_searched_in_full() -> None:
+    torch.manual_seed(0)
+    quantizer, encoded = VectorQuantizer(256, 4), torch.randn(1, 4, 8, 8).bfloat16()
+    torch.nn.init.normal_(quantizer.table)
+    for half, whole in (
+        (quantizer(encoded).tokens, quantizer(encoded.float()).tokens),
+        (quantizer.tokens_of(encoded), quantizer.tokens_of(encoded.float())),
+    ):
+        assert half.equal(whole)
+    assert quantizer(encoded).vectors.dtype == torch.float32
+
+
+def test_a_centre_that_no_vector_belongs_to_restarts_at_one() -> None:
+    # More centres than different vectors: some lose all of theirs.
+    vectors = torch.tensor([[5.0, 5.0], [9.0, 5.0]]).repeat(20, 1)
+    centres = kmeans(vectors, 6, generator=torch.Generator().manual_seed(0))
+    assert {tuple(centre) for centre in centres.tolist()} == {(5.0, 5.0), (9.0, 5.0)}

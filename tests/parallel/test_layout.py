@@ -46,6 +46,15 @@ def test_a_layout_says_itself_in_one_word() -> None:
     assert split.name == "pp1_tp2_sp_dp1_zero1_offload_fp32"
 
 
+def test_a_stage_may_be_a_single_layer() -> None:
+    assert check_layout(ParallelSettings(pipeline=38), ZERO1, PAPER, 38).pipeline == 38
+
+
+def test_offloading_to_no_device_is_none() -> None:
+    zero = {"stage": 1, "offload_optimizer": {"device": "none"}, "offload_param": {}}
+    assert not check_layout(ParallelSettings(), {"zero_optimization": zero}, PAPER, 1).offload
+
+
 @pytest.mark.parametrize(
     ("settings", "deepspeed", "ranks", "reason"),
     [
@@ -88,6 +97,9 @@ def test_two_precisions_at_once_are_refused_whatever_the_processes() -> None:
 def test_nearest_comes_first() -> None:
     settings = ParallelSettings(pipeline=4, tensor=8)
     assert nearest_layouts(settings, ZERO1, PAPER, 64) == [(4, 4, 4), (2, 4, 8), (4, 2, 8)]
+    # 4 is a factor of 1.33 from 3, and 2 one of 1.5.
+    settings = ParallelSettings(tensor=3)
+    assert nearest_layouts(settings, ZERO1, PAPER, 64) == [(1, 4, 16), (1, 2, 32), (2, 4, 8)]
 
 
 @given(

@@ -169,3 +169,17 @@ def test_dropout_follows_from_the_seed_and_the_unit_alone() -> None:
     assert not torch.equal(run(6), run(5, stream=1))
     model.eval()
     assert torch.equal(run(5), run(6))
+
+
+def test_dropout_is_another_in_every_unit_micro_batch_and_stream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, context, tokens = small(dropout=0.3), text(), target()
+    seeds: list[int] = []
+    monkeypatch.setattr(torch, "manual_seed", seeds.append)
+    # Micro-batches of a step have seeds in a row, and streams are numbered.
+    for stream in range(3):
+        for seed in range(100, 104):
+            Units(model, stream=stream).run(Flow.of(context, tokens, GRID, seed))
+    assert len(seeds) >= 12 * 5
+    assert len(set(seeds)) == len(seeds)

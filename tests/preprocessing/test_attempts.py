@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents, run_farm
+from power import Disk
 
 from megatron_nuwa.errors import UserError
 from preprocessing.__main__ import main
@@ -71,6 +72,23 @@ def test_journal_that_was_counted_but_not_removed_is_not_counted_again(tmp_path:
     collect(tmp_path)
     journal.write_bytes(kept)
     assert collect(tmp_path) == {7: Attempts(deaths=1)}
+
+
+def test_counts_are_on_the_disk_before_the_journals_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Journal(tmp_path) as journal:
+        journal.fail(7)
+    disk, unlink = Disk(monkeypatch), Path.unlink
+    known: list[bool] = []
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        known.append("attempts.json" in disk.names(tmp_path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    collect(tmp_path)
+    assert known == [True]
 
 
 def test_notes_reach_the_disk_soon_and_not_one_by_one(

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from farm_media import CAPTIONS, tokenize_command, write_manifest
+from power import Disk
 
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import (
@@ -46,7 +47,7 @@ def items_of(
                 visual=np.array([number % 8, 1, 1, 3], np.uint16),
                 text=np.stack([bpe.encode(caption) for caption in captions]),
                 captions=captions,
-                frames=1,
+                frames=1 + number % 2,
                 media=f"{prefix}/video{number // 3}.mp4",
                 start=float(number),
                 provenance=("original", "captioner-2b", None)[: len(captions)]
@@ -76,8 +77,8 @@ def write_corpus(
     (folder / "failures.jsonl").write_text(failure + "\n")
     manifest = CorpusManifest(
         format_version=1,
-        grid=(2, 2, 1),
-        frames_per_second=None,
+        grid=(2, 1, 2),
+        frames_per_second=2.5,
         codebook_size=8,
         sketch_codebook_size=4 if sketch else None,
         text_vocabulary_size=bpe.vocabulary_size,
@@ -162,6 +163,9 @@ def test_merged_corpus_holds_all_items_in_linked_shards(
     tmp_path: Path, bpe: TextTokenizer, capsys: pytest.CaptureFixture[str], sketch: str | None
 ) -> None:
     one, two = (write_corpus(tmp_path / name, bpe, name, sketch=sketch) for name in "ab")
+    # A corpus may lie elsewhere, with links to its tars.
+    (one / "shard-000001.tar").rename(tmp_path / "elsewhere.tar")
+    (one / "shard-000001.tar").symlink_to("../elsewhere.tar")
     output = tmp_path / "new" / "both"
     assert main(["merge", str(one), str(two), "--output", str(output)]) == 0
     assert "60 items" in capsys.readouterr().out
@@ -171,6 +175,7 @@ def test_merged_corpus_holds_all_items_in_linked_shards(
     assert [first.item(index)["id"] for index in (0, 29, 30, 59)] == ["a0", "a29", "b0", "b29"]
     assert first.manifest.counts.failed == 2
     tar = "shard-000000.tar"
+    assert not any(path.is_symlink() for path in output.iterdir())
     assert (output / "shard-000003.tar").stat().st_ino == (two / tar).stat().st_ino
     assert find_damage(one, full=True) == []
 
@@ -207,6 +212,27 @@ def test_merge_copies_where_links_do_not_reach(
     merge([one, two], tmp_path / "both")
     assert find_damage(tmp_path / "both", full=True) == []
     assert len(Corpus(tmp_path / "both")) == 60
+
+
+@pytest.mark.parametrize("tool", ["merge", "split"])
+def test_a_corpus_made_of_others_outlasts_a_power_loss(
+    tool: str, tmp_path: Path, bpe: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (write_corpus(tmp_path / name, bpe, name) for name in "ab")
+
+    def refuses(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuses)
+    disk = Disk(monkeypatch)
+    made = tmp_path / "made"
+    if tool == "merge":
+        merge([one, two], made)
+    else:
+        split(one, 0.5, made, tmp_path / "other")
+    assert disk.of(made).lost == []
+    assert "made" in disk.names(tmp_path)
+    assert made.stat().st_mode & 0o777 == 0o755
 
 
 def test_merge_refuses_what_differs_and_leaves_nothing(tmp_path: Path, bpe: TextTokenizer) -> None:
@@ -273,6 +299,15 @@ def test_split_keeps_every_video_on_one_side(
 def test_held_out_share_is_that_of_many_videos() -> None:
     share = np.mean([is_held_out(f"videos/{number}.mp4", 0.05) for number in range(20_000)])
     assert abs(share - 0.05) < 0.005
+
+
+def test_a_video_is_on_one_side_however_its_path_is_written() -> None:
+    for number in range(50):
+        sides = {is_held_out(f"{way}{number}.mp4", 0.5) for way in ("a/", "./a/", "a//", "b/../a/")}
+        assert len(sides) == 1
+    # As in the corpora that were split by earlier releases.
+    held = [number for number in range(20) if is_held_out(f"videos/{number}.mp4", 0.3)]
+    assert held == [0, 9, 13, 15]
 
 
 def test_split_refuses_what_cannot_be(tmp_path: Path, bpe: TextTokenizer) -> None:

@@ -163,6 +163,7 @@ def test_the_first_of_those_that_look_alike_stays(
     assert corpus.manifest.counts.left_out == {"near_duplicates": 30 - len(ORIGINALS)}
     lines = undisturbed["failures.jsonl"].decode().splitlines()
     for failure in map(json.loads, lines):
+        assert failure.keys() == {"id", "reason", "filter"}
         original = SHOWN.index(SHOWN[int(failure["id"])])
         assert failure["reason"].endswith(f"looks like item '{original}'")
     # The others have the tokens and captions that they have where nobody looks for likeness.
@@ -262,6 +263,39 @@ def test_an_item_that_is_good_at_last_is_compared_with_all_others(
     (copy / "0.png").write_bytes(good)
     assert main([*command, "--retry-failed"]) == 0
     assert contents(output) == undisturbed
+
+
+def test_a_copy_of_a_copy_comes_back_when_the_first_of_them_is_good_at_last(
+    tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first looks like the second, the second like the third, the first unlike the third."""
+
+    def hashes(frames: np.ndarray, _real: int | None = None) -> np.ndarray:
+        return np.array([(1 << round(float(frames.mean()) / 25)) - 1], np.uint64)
+
+    monkeypatch.setattr(decode_worker, "perceptual_hashes", hashes)
+    rows: list[dict[str, object]] = []
+    for row in range(3):
+        Image.new("RGB", (64, 64), (row * 100,) * 3).save(tmp_path / f"{row}.png")
+        rows.append({"id": str(row), "media": f"{row}.png", "captions": CAPTIONS[:1]})
+    manifest = write_manifest(tmp_path / "chain.jsonl", rows)
+    filters = write_filters(tmp_path / "chain.yaml", near_duplicates={"distance": 4})
+
+    def command(output: str) -> list[str]:
+        return arguments(manifest, tmp_path / output, tools, filters, "--items-per-shard", "1")
+
+    def ids(output: str) -> list[str]:
+        return [line["id"] for line in Corpus(tmp_path / output).lines()]
+
+    assert main(command("undisturbed")) == 0
+    assert ids("undisturbed") == ["0", "2"]
+    good = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(good[:50])
+    assert main(command("corpus")) == 0
+    assert ids("corpus") == ["1"]
+    (tmp_path / "0.png").write_bytes(good)
+    assert main([*command("corpus"), "--retry-failed"]) == 0
+    assert contents(tmp_path / "corpus") == contents(tmp_path / "undisturbed")
 
 
 def test_a_copy_whose_original_has_failed_since_comes_back(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from farm_media import CAPTIONS, write_manifest
 from farm_runs import contents
+from power import Disk
 
+from megatron_nuwa.data.shards import write_shard
 from megatron_nuwa.errors import UserError
 from preprocessing.__main__ import main
 from preprocessing.plan import Plan, PlanKey
@@ -30,6 +33,54 @@ def command(media: Path, tools: Path, tmp_path: Path) -> list[str]:
         *("--vqgan", str(tools / "vqgan.safetensors"), "--bpe", str(tools / "bpe.json")),
         *("--items-per-shard", "2"),
     ]
+
+
+def test_a_corpus_outlasts_a_power_loss_as_soon_as_it_has_its_commit(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk, corpus = Disk(monkeypatch), tmp_path / "corpus"
+    assert main(command) == 0
+    committed = disk.of(corpus / "corpus.json")
+    others = {path.name for path in corpus.iterdir()} - {"corpus.json"}
+    assert len(others) == 2 * (ROWS // 2) + 2
+    # The commit must not be there without a file that it lists.
+    assert others <= committed.neighbours
+    assert disk.lost(corpus) == []
+
+
+def test_a_corpus_that_is_mended_is_none_meanwhile(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = tmp_path / "corpus"
+    assert main(command) == 0
+    before = contents(corpus)
+    (corpus / "shard-000001.tar").unlink()
+    (corpus / ".shard-000001.tar.left").write_bytes(b"of a killed farm")
+    seen: list[list[str]] = []
+
+    def noted(folder: Path, *arguments: Any, **options: Any) -> Any:
+        seen.append([path.name for path in corpus.iterdir() if path.name.startswith((".", "c"))])
+        return write_shard(folder, *arguments, **options)
+
+    monkeypatch.setattr("preprocessing.assembly.write_shard", noted)
+    assert main(command) == 0
+    assert seen == [[]]
+    assert contents(corpus) == before
+
+
+def test_a_corpus_that_was_begun_by_other_rules_is_not_gone_on_with(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    path = tmp_path / "corpus" / "settings.json"
+    settings = json.loads(path.read_text())
+    # The first farms wrote no such field.
+    del settings["encode_rules"]
+    path.write_text(json.dumps(settings))
+    before = contents(tmp_path / "corpus")
+    assert main(command) != 0
+    assert "was begun with encode_rules = 1, and now it is 2" in capsys.readouterr().err
+    assert contents(tmp_path / "corpus") == before
 
 
 @pytest.fixture
@@ -55,20 +106,28 @@ def test_a_farm_that_goes_on_parses_no_manifest(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     corpus = tmp_path / "corpus"
+    lost = ["corpus.json", "shard-000001.json"]
+
+    def go_on(names: list[str]) -> int:
+        rows_read.clear()
+        for name in names:
+            (corpus / name).unlink()
+        assert main(command) == 0
+        assert contents(corpus) == whole
+        return len(rows_read)
+
     with monkeypatch.context() as patch:
         # The plan is there as long as a corpus is unfinished.
         patch.setattr(FarmFolder, "forget_plan", lambda _: None)
         assert main(command) == 0
-    # Once to check it, once to cut it, and its first row to see that it is an image.
-    assert len(rows_read) == 2 * ROWS + 1
-    whole = contents(corpus)
-    for lost in (["corpus.json"], ["corpus.json", "shard-000001.json"]):
-        rows_read.clear()
-        for name in lost:
-            (corpus / name).unlink()
-        assert main(command) == 0
-        assert len(rows_read) <= (ROWS + 1 if len(lost) > 1 else 1)
-        assert contents(corpus) == whole
+        # Once to check it, once to cut it, and its first row to see that it is an image.
+        assert len(rows_read) == 2 * ROWS + 1
+        whole = contents(corpus)
+        assert go_on(lost[:1]) <= 1
+        assert go_on(lost) <= 1
+    # A finished corpus has no plan any more, and reads rows only where one is needed.
+    assert go_on(lost[:1]) <= 1
+    assert go_on(lost) == ROWS + 1
     rows_read.clear()
     capsys.readouterr()
     assert main(command) == 0

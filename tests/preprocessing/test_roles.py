@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents, run_farm
 
 from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.shards import read_sidecar
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import load_vqgan
 from preprocessing.__main__ import main
@@ -22,6 +24,7 @@ from preprocessing.encode_loop import EncodeLoop, Work
 from preprocessing.encoder import Encoders, EncoderSettings, FrameEncoder
 from preprocessing.options import TokenizeOptions, load_tools, plan_key, settle
 from preprocessing.plan import Plan
+from preprocessing.shard_items import read_lines
 from preprocessing.sources import read_manifest
 
 
@@ -76,11 +79,15 @@ def test_every_item_has_the_tokens_that_it_has_alone(tools: Path) -> None:
     np.testing.assert_array_equal(in_parts, together)
 
 
+BAD = (2, 3, 9, 25, 28)
+
+
 class SlowFirstDecoder:
     """Answers the first task only when all others have been answered, the rest at once."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, bad: Collection[int] = ()) -> None:
         self.given: list[int] = []
+        self._bad = bad
         self._frames = np.zeros((1, 32, 32, 3), np.uint8)
         self._waiting: list[Decoded] = []
         self._first: Decoded | None = None
@@ -90,6 +97,8 @@ class SlowFirstDecoder:
         self.given.append(task.planned.row)
         text = np.zeros((1, 77), np.uint16)
         decoded = Decoded(task.ticket, self._frames, text, 1, None, 0.0)
+        if task.planned.row in self._bad:
+            decoded = Decoded(task.ticket, None, None, 0, "it is bad", 0.0)
         if task.planned.row == 0:
             self._first = decoded
         else:
@@ -131,7 +140,7 @@ def test_slow_item_blocks_nothing_but_its_batch(
     loop_parts: tuple[Work, FrameEncoder],
 ) -> None:
     work, encoder = loop_parts
-    decoder = SlowFirstDecoder(40)
+    decoder = SlowFirstDecoder(40, BAD)
     loop = EncodeLoop(work, Encoders(encoder), [decoder], LoneClaims(), lambda: None, 1)
     end = time.monotonic() + 30
     for _ in loop.run():
@@ -141,7 +150,13 @@ def test_slow_item_blocks_nothing_but_its_batch(
     assert sorted(decoder.given) == list(range(40))
     assert loop.figures.items == 40
     assert loop.figures.shards == 4
-    assert all((work.output / f"shard-00000{n}.json").exists() for n in range(4))
+    # In the order of the manifest, whatever the order in which they came.
+    for number in range(4):
+        sidecar = read_sidecar(work.output / f"shard-00000{number}.json")
+        rows = range(10 * number, 10 * number + 10)
+        found = [line["id"] for line in read_lines(work.output, sidecar)]
+        assert found == [str(row) for row in rows if row not in BAD]
+        assert [failure.id for failure in sidecar.failures] == [str(r) for r in rows if r in BAD]
 
 
 def test_bfloat16_on_cpu_gives_valid_tokens_and_is_part_of_the_settings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 from helpers import SmallWorld, lone_process
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.checkpoint import Checkpoints, tag_of
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.recipe import load_recipe
+from megatron_nuwa.training.snapshot import FileRecord, Part
 
 
 def train(world: SmallWorld, run: Path, *overrides: str) -> list[dict[str, float]]:
@@ -60,3 +63,25 @@ def test_several_bad_steps_in_a_row_end_the_run_with_one_sentence(
         train(small_world, tmp_path / "run", "training.guard.patience=2")
     lines = (tmp_path / "run" / BAD_BATCHES_FILE).read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [2, 4, 5]
+
+
+def test_a_save_under_way_is_made_whole_when_bad_steps_end_the_run(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_bad(monkeypatch, 5)
+    write = Part.write
+
+    def slowly(part: Part, folder: Path) -> FileRecord:
+        time.sleep(0.2)
+        return write(part, folder)
+
+    monkeypatch.setattr(Part, "write", slowly)
+    with pytest.raises(UserError, match=r"stopped at step 5, because the step was skipped"):
+        train(
+            small_world,
+            tmp_path / "run",
+            "training.guard.patience=1",
+            "training.checkpoint_every=4",
+        )
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=9)
+    assert checkpoints.newest() == (checkpoints.folder / tag_of(4), [])

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from power import Disk
 from safetensors.torch import load_file
 
+from megatron_nuwa.training import checkpoint, snapshot
 from megatron_nuwa.training.checkpoint import (
     MANIFEST_FILE,
     Checkpoints,
@@ -49,15 +51,23 @@ def names(checkpoints: Checkpoints) -> list[str]:
     return sorted(path.name for path in checkpoints.folder.iterdir())
 
 
-def test_a_saved_file_holds_what_it_was_given(tmp_path: Path) -> None:
+def test_a_saved_file_holds_what_it_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights = {
         "a": torch.randn(3, 4),
         "empty": torch.zeros(0, 2),
         "half": torch.randn(9).bfloat16(),
         "scalar": torch.tensor(2.5, dtype=torch.float16),
         "turned": torch.randn(4, 6).t(),
+        "trained": torch.nn.Parameter(torch.randn(2)),
     }
-    Part.capture("w.safetensors", Weights(weights, {"config": "§"})).write(tmp_path)
+    # In pieces, as tensors are that are larger than what is written at once.
+    monkeypatch.setattr(snapshot, "_CHUNK", 10)
+    for config in ("§", "§§", "§§§"):
+        Part.capture("w.safetensors", Weights(weights, {"config": config})).write(tmp_path)
+        header = int.from_bytes((tmp_path / "w.safetensors").read_bytes()[:8], "little")
+        assert header % 8 == 0
     read = load_file(tmp_path / "w.safetensors")
     assert read.keys() == weights.keys()
     assert all(read[name].equal(value) for name, value in weights.items())
@@ -77,6 +87,34 @@ def test_a_copy_does_not_follow_the_original() -> None:
     assert copied.content["weight"].equal(torch.ones(4))
     assert copied.content["again"] is copied.content["weight"]
     assert copied.content["settings"] == {"rate": [1.0]}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("content", ["text", {"tensor": torch.ones(3)}])
+def test_a_full_disk_is_an_error_when_the_file_is_closed(tmp_path: Path, content: object) -> None:
+    (tmp_path / "file").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        Part.capture("file", content).write(tmp_path)
+
+
+def test_a_checkpoint_is_whole_though_people_cannot_be_told_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+    write = checkpoint.write_text_atomically
+
+    def refuses(path: Path, text: str) -> None:
+        if path.name == "latest":
+            raise OSError(28, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_text_atomically", refuses)
+    assert save(checkpoints, 2) == tmp_path / tag_of(2)
+    assert "No space left on device" in capsys.readouterr().out
+    assert checkpoints.newest() == (tmp_path / tag_of(2), [])
+    # What the new one replaces goes all the same.
+    assert names(checkpoints) == ["latest", tag_of(2)]
 
 
 def damaged_copies(content: bytes) -> list[bytes]:
@@ -150,6 +188,15 @@ def test_a_damaged_later_checkpoint_costs_no_whole_one_and_is_replaced(tmp_path:
     save(checkpoints, 3)
     assert checkpoints.newest() == (tmp_path / tag_of(3), [])
     assert names(checkpoints) == ["latest", tag_of(3)]
+
+
+def test_a_checkpoint_outlasts_a_power_loss_as_soon_as_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch)
+    path = save(Checkpoints(tmp_path, keep=1), 1)
+    assert disk.of(path).lost == []
+    assert path.name in disk.names(tmp_path)
 
 
 class Killed(BaseException):

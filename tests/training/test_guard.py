@@ -144,3 +144,13 @@ def test_restored_guard_judges_and_stops_as_the_first_would(
         again.skipped(step, "jump", {"t2i": 9.0}, {})
     with pytest.raises(UserError):
         again.skipped(9, "jump", {"t2i": 9.0}, {})
+
+
+def test_a_list_that_cannot_be_written_ends_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guard = Guard(GuardSettings(patience=2), tmp_path / "absent" / "bad_batches.jsonl")
+    guard.skipped(1, "it is no number", {"t2i": float("nan")}, {})
+    assert capsys.readouterr().out.startswith("warning: not written: ")
+    with pytest.raises(UserError, match="2 steps in a row were skipped"):
+        guard.skipped(2, "it is no number", {"t2i": float("nan")}, {})

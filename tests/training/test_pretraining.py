@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.checkpoint import read_state
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.recipe import load_recipe
 
@@ -59,6 +60,13 @@ def test_stop_after_ten_steps_and_resume_equals_twenty_bit_for_bit(
     )
     assert weights.keys() == expected.keys()
     assert all(weights[name].equal(expected[name]) for name in weights)
+    # The guard's memory of losses, too.
+    guard, expected_guard = (
+        read_state(run / "checkpoints/step_00000020")["guard"]
+        for run in (tmp_path / "run", undisturbed)
+    )
+    assert guard == expected_guard
+    assert guard["taken"] == 20
 
 
 def test_two_processes_train_like_one(

@@ -68,6 +68,10 @@ def start(world: SmallWorld, run: Path, *overrides: str, layout: str = "zero1_fp
         (("data.tasks.t2v.weight=2",), "data.tasks.t2v.weight = 1.0, but now it is 2.0"),
         (("optimizer.betas=[0.5, 0.9]",), "optimizer.betas = [0.9, 0.999]"),
         (("seed=4",), "seed = 3, but now it is 4"),
+        # What decides which samples a step has, and what is read of them.
+        (("data.shuffle_window=1",), "data.shuffle_window = None, but now it is 1"),
+        (("data.caption_dropout=0.5",), "data.caption_dropout = 0."),
+        (("data.tasks.t2v.corpus_weights=[1]",), "corpus_weights = None, but now it is [1.0]"),
     ],
     ids=lambda value: str(value)[:40],
 )

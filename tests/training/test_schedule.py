@@ -16,6 +16,23 @@ def test_paper_schedule_warms_up_over_five_percent_of_fifty_million_steps() -> N
     assert learning_rate(49_999_999, 1e-3, schedule) == 1e-3
 
 
+@pytest.mark.parametrize(
+    ("decay", "quarters"),
+    [("constant", (1.0, 1.0)), ("linear", (0.775, 0.325)), ("cosine", (0.86819805, 0.23180195))],
+)
+def test_decays_begin_where_warm_up_ends(decay: str, quarters: tuple[float, float]) -> None:
+    schedule = ScheduleSettings(steps=1000, warmup_fraction=0.2, decay=decay, final_fraction=0.1)
+    assert learning_rate(199, 1.0, schedule) == learning_rate(200, 1.0, schedule) == 1.0
+    found = [learning_rate(step, 1.0, schedule) for step in (400, 800)]
+    assert found == pytest.approx(quarters)
+
+
+@pytest.mark.parametrize("decay", ["constant", "linear", "cosine"])
+def test_a_schedule_may_be_all_warm_up(decay: str) -> None:
+    schedule = ScheduleSettings(steps=10, warmup_fraction=1, decay=decay)
+    assert [learning_rate(step, 1.0, schedule) for step in (0, 9, 10)] == [0.1, 1.0, 1.0]
+
+
 @pytest.mark.parametrize(("decay", "halfway"), [("linear", 0.55), ("cosine", 0.55)])
 def test_decays_end_at_the_final_fraction(decay: str, halfway: float) -> None:
     schedule = ScheduleSettings(steps=1000, warmup_fraction=0, decay=decay, final_fraction=0.1)

@@ -1,0 +1,115 @@
+"""What processes write down of their end, and which of it is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_nuwa.errors import (
+    FailedProcessError,
+    ReportedElsewhereError,
+    UnreadableError,
+    UserError,
+)
+from megatron_nuwa.training import faults
+from megatron_nuwa.training.faults import (
+    cause,
+    clear_faults,
+    read_faults,
+    write_fault,
+    written_down,
+)
+
+
+def process(rank: int) -> Any:
+    return SimpleNamespace(rank=rank)
+
+
+def write(run: Path, monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
+    """One fault a process, each a second later than the one before."""
+    for rank, kind in enumerate(kinds):
+        monkeypatch.setattr(faults.time, "time", lambda rank=rank: 100.0 + rank)
+        write_fault(run, process(rank), 7, kind, f"sentence {rank}", "details")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first"),
+    [
+        (("lost", "hang", "error", "mistake"), 3),
+        (("lost", "lost", "hang", "error"), 3),
+        (("lost", "hang"), 1),
+        (("lost", "error", "error"), 1),
+    ],
+)
+def test_the_fault_that_counts_most_and_came_first_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kinds: tuple[str, ...], first: int
+) -> None:
+    write(tmp_path, monkeypatch, *kinds)
+    assert read_faults(tmp_path)[0].rank == first
+    assert f"process {first} on " in cause(read_faults(tmp_path))
+    assert f"after step 7: sentence {first}" in cause(read_faults(tmp_path))
+
+
+def test_the_first_of_equal_faults_is_told_whatever_its_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for time, rank in ((9.0, 0), (8.0, 1)):
+        monkeypatch.setattr(faults.time, "time", lambda time=time: time)
+        write_fault(tmp_path, process(rank), 1, "error", "sentence", "")
+    assert [fault.rank for fault in read_faults(tmp_path)] == [1, 0]
+
+
+def test_processes_that_lost_another_name_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cause(read_faults(tmp_path)).startswith("no process said why")
+    write(tmp_path, monkeypatch, "lost", "lost")
+    assert "the others (process 0, 1) lost it after step 7" in cause(read_faults(tmp_path))
+
+
+def test_torn_and_earlier_records_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, monkeypatch, "error", "error", "error")
+    for rank, text in ((0, '{"rank": 0'), (1, "[]"), (2, '{"rank": 2}')):
+        (tmp_path / "faults" / f"rank_{rank:05d}.json").write_text(text)
+    assert read_faults(tmp_path) == []
+    write(tmp_path, monkeypatch, "error")
+    assert len(read_faults(tmp_path)) == 1
+    clear_faults(tmp_path)
+    assert read_faults(tmp_path) == []
+    assert list((tmp_path / "faults").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "raised"),
+    [
+        (UserError("a field"), "mistake", UserError),
+        (UnreadableError("a shard"), "error", FailedProcessError),
+        (RuntimeError("a defect"), "error", FailedProcessError),
+        (RuntimeError("Connection closed by peer [127.0.0.1]"), "lost", FailedProcessError),
+        (dist.DistBackendError("NCCL"), "lost", FailedProcessError),
+        (dist.DistBackendError("without a word"), "lost", FailedProcessError),
+        # A file's name may hold anything.
+        (ValueError("gloo/no such file"), "error", FailedProcessError),
+    ],
+)
+def test_an_end_is_written_down_by_its_kind(
+    tmp_path: Path, error: Exception, kind: str, raised: type[Exception]
+) -> None:
+    with pytest.raises(raised), written_down(tmp_path, process(4), lambda: 12):
+        raise error
+    [fault] = read_faults(tmp_path)
+    assert (fault.rank, fault.step, fault.kind) == (4, 12, kind)
+    assert str(error) in fault.sentence
+
+
+def test_an_end_that_another_process_tells_is_not_told_twice(tmp_path: Path) -> None:
+    error = ReportedElsewhereError("elsewhere")
+    with pytest.raises(ReportedElsewhereError), written_down(tmp_path, process(0), lambda: 1):
+        raise error
+    assert read_faults(tmp_path) == []
