@@ -82,6 +82,11 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 _PAIRS = [(2, False), (2, True)]
 SCENARIOS = [
     *(Scenario(name, *way, changes) for name, changes in _VARIANTS.items() for way in _PAIRS),
+    *(
+        Scenario(f"{name}_exact", *way, changes, torch.float64)
+        for name, changes in _VARIANTS.items()
+        for way in _PAIRS
+    ),
     *(Scenario("bfloat16", *way, dtype=torch.bfloat16, checkpointed=True) for way in _PAIRS),
     Scenario("float16", 2, True, dtype=torch.float16),
     # Random numbers as the whole model draws them; with spread tokens they are others.

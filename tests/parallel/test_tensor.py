@@ -16,7 +16,10 @@ from megatron_nuwa.parallel.tensor import split_model, whole_weight
 
 # Of the loss, the loss after some steps, and the gradients: relative to the whole model.
 TOLERANCES = {
-    torch.float32: (1e-6, 1e-5, 1e-5),
+    # The loss itself is summed in fp32.
+    torch.float64: (1e-7, 1e-6, 1e-6),
+    # Full attention's keys have small gradients, whose rounding depends on the CPU.
+    torch.float32: (1e-6, 1e-5, 3e-5),
     torch.bfloat16: (2e-3, 2e-2, 5e-2),
     torch.float16: (5e-4, 1e-2, 1e-2),
 }
