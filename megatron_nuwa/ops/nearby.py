@@ -57,7 +57,7 @@ def nearby_attention(
         ValueError, TypeError: naming the argument that does not fit.
         NotImplementedError: in forward-mode differentiation, which it has no formula for.
     """
-    _check_kinds(query, key, value, context_mask, scale)
+    _check_kinds(query, key, value, context_mask, causal, scale)
     query, key, value = _autocast(query, key, value)
     geometry = _check(query, key, value, grid, context_grid, extent, causal, context_mask, backend)
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -83,13 +83,20 @@ def nearby_attention(
 
 
 def _check_kinds(
-    query: Tensor, key: Tensor, value: Tensor, context_mask: Tensor | None, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context_mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
 ) -> None:
     """Raise on the first argument that is nothing of the sort that is wanted."""
     tensors = {"query": query, "key": key, "value": value, "context_mask": context_mask}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) and (name, tensor) != ("context_mask", None):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, not {causal!r}")
     if scale is not None and not isinstance(scale, Real | torch.SymFloat):
         raise TypeError(f"scale must be a number, not {scale!r}")
     if torch.compiler.is_compiling():
@@ -129,7 +136,7 @@ def _check(
     """Raise on the first argument that does not fit; return the geometry of the call."""
     own = Grid.of(grid)
     context = own if context_grid is None else Grid.of(context_grid, "context_grid")
-    geometry = Geometry(own, context, Extent.of(extent), bool(causal))
+    geometry = Geometry(own, context, Extent.of(extent), causal)
     if causal and own != context:
         raise ValueError(
             f"causal needs context_grid equal to grid; they are {tuple(context)} and {tuple(own)}"

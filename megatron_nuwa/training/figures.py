@@ -36,7 +36,6 @@ class StepFigures:
         assert recipe.data is not None
         self._processes = processes
         self._weights = {task: s.weight for task, s in recipe.data.tasks.items()}
-        self._samples_a_step = sum(task.order.batch_size for task in tasks.values())
         self._tokens_a_step = sum(t.order.batch_size * t.grid.cells for t in tasks.values())
         self._tasks = list(tasks.values())
         self._model = recipe.model
@@ -88,10 +87,6 @@ class StepFigures:
     def restart_clock(self) -> None:
         """Begin timing the next step; saving and evaluating are not a step's time."""
         self._clock = time.perf_counter()
-
-    def samples(self, step: int) -> int:
-        """Samples seen by all processes after a step."""
-        return step * self._samples_a_step
 
     def take(
         self, step: int, grad_norm: float, rate: float, loss_scale: float | None = None

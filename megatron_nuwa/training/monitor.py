@@ -20,18 +20,18 @@ from megatron_nuwa.files import write_text_atomically
 class Monitor:
     """Writes a run's figures; does nothing on processes other than the first.
 
-    Every scalar is written twice to TensorBoard: over steps in `tensorboard/`, and over samples
-    seen in `tensorboard/by_samples/`, so that runs of different batch sizes can be compared.
+    Everything is written twice to TensorBoard: over steps in `tensorboard/`, and over samples seen
+    in `tensorboard/by_samples/`, so that runs of different batch sizes can be compared.
     `log.jsonl` holds one object a line: step, samples, seconds since the run began, and the tags.
 
-    A run that continues after `step` steps and `samples` samples forgets what it has told of later
-    ones, which come again.
+    A run that continues after `step` steps forgets what it has told of later ones, which come
+    again.
     """
 
-    def __init__(self, run: Path, *, enabled: bool, step: int = 0, samples: int = 0) -> None:
+    def __init__(self, run: Path, *, enabled: bool, samples_a_step: int, step: int = 0) -> None:
         self._enabled = enabled
         self._run = run
-        self._step, self._samples = step, samples
+        self._step, self._samples_a_step = step, samples_a_step
         self._start = time.monotonic()
         self._by_step: SummaryWriter | None = None
         self._by_samples: SummaryWriter | None = None
@@ -50,27 +50,31 @@ class Monitor:
     def __exit__(self, *reason: object) -> None:
         self.close()
 
-    def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Write figures under their tags, such as `train/loss`."""
         if not self._enabled:
             return
         seconds = round(self._seconds_before + time.monotonic() - self._start, 3)
-        line = {"step": step, "samples": samples, "seconds": seconds, **values}
+        line = {"step": step, "samples": self._samples(step), "seconds": seconds, **values}
 
         def write() -> None:
             self._log.write(json.dumps(line) + "\n")
             self._log.flush()
-            by_step, by_samples = self._open()
-            for tag, value in values.items():
-                by_step.add_scalar(tag, value, step)
-                by_samples.add_scalar(tag, value, samples)
+            for board, place in self._boards(step):
+                for tag, value in values.items():
+                    board.add_scalar(tag, value, place)
 
         self._attempt(write)
 
     def images(self, tag: str, step: int, images: np.ndarray) -> None:
         """Show pictures; `images` is uint8 (count, rows, columns, 3)."""
+
+        def write() -> None:
+            for board, place in self._boards(step):
+                board.add_images(tag, images, place, dataformats="NHWC")
+
         if self._enabled:
-            self._attempt(lambda: self._open()[0].add_images(tag, images, step, dataformats="NHWC"))
+            self._attempt(write)
 
     def video(self, tag: str, step: int, clips: np.ndarray, frames_per_second: float) -> None:
         """Show clips that move, side by side; `clips` is uint8 (count, frames, rows, columns, 3).
@@ -78,9 +82,14 @@ class Monitor:
         PyTorch's own `add_video` makes the same of them, an endless GIF, with an encoder that
         nothing else here needs.
         """
-        if self._enabled:
+
+        def write() -> None:
             summary = _animation(tag, np.concatenate(list(clips), axis=2), frames_per_second)
-            self._attempt(lambda: self._open()[0]._get_file_writer().add_summary(summary, step))
+            for board, place in self._boards(step):
+                board._get_file_writer().add_summary(summary, place)
+
+        if self._enabled:
+            self._attempt(write)
 
     def close(self) -> None:
         """Flush and close every file."""
@@ -88,12 +97,20 @@ class Monitor:
             self._attempt(self._log.close)
             self._attempt(self._close_boards)
 
+    def _samples(self, step: int) -> int:
+        return step * self._samples_a_step
+
+    def _boards(self, step: int) -> list[tuple[SummaryWriter, int]]:
+        """The boards, each with the place of a step on its axis."""
+        by_step, by_samples = self._open()
+        return [(by_step, step), (by_samples, self._samples(step))]
+
     def _open(self) -> tuple[SummaryWriter, SummaryWriter]:
         if self._by_step is None or self._by_samples is None:
             folder = self._run / "tensorboard"
             self._by_step = SummaryWriter(str(folder), purge_step=self._step + 1)
             self._by_samples = SummaryWriter(
-                str(folder / "by_samples"), purge_step=self._samples + 1
+                str(folder / "by_samples"), purge_step=self._samples(self._step) + 1
             )
         return self._by_step, self._by_samples
 

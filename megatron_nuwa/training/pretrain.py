@@ -98,9 +98,9 @@ def _pretrain(
                 print(line, flush=True)
             clear_faults(recipe.run)
             write_run_folder(recipe.run, recipe, prepared.inputs)
-        samples = start.step * sum(task.batch_size for task in recipe.data.tasks.values())
+        samples = sum(task.batch_size for task in recipe.data.tasks.values())
         with Monitor(
-            recipe.run, enabled=processes.is_first, step=start.step, samples=samples
+            recipe.run, enabled=processes.is_first, samples_a_step=samples, step=start.step
         ) as monitor:
             training = Pretraining(recipe, prepared, processes, monitor, stop, watchdog)
             with written_down(recipe.run, processes, reached):
@@ -303,7 +303,7 @@ class Pretraining:
         values = self.figures.take(
             self.step, engine.grad_norm(), float(rate), loss_scale=engine.loss_scale()
         )
-        self.monitor.scalars(self.step, self.figures.samples(self.step), values)
+        self.monitor.scalars(self.step, values)
         if self.processes.is_first:
             print(self.figures.line(self.step, last, values), flush=True)
             for straggler in self.figures.stragglers():
@@ -335,7 +335,7 @@ class Pretraining:
             for task, figures in result.items()
             for figure, value in figures.items()
         }
-        self.monitor.scalars(self.step, self.figures.samples(self.step), values)
+        self.monitor.scalars(self.step, values)
         if self.processes.is_first:
             text = json.dumps({"step": self.step, "heldout": summary(result)}, indent=2)
             try_to_write(lambda: write_text_atomically(self.folder / "evaluation.json", text))

@@ -107,7 +107,7 @@ class VqganStep:
             if adversarial:
                 shown = self._reconstruction.shown(output.reconstruction)
                 loss = loss + self._adversarial_term(loss, shown, figures)
-        figures["train/loss/total"] = loss.detach()
+        figures["train/loss"] = loss.detach()
         figures["train/lr"] = torch.tensor(self.optimizer.param_groups[0]["lr"])
         norm = self._backward(self.optimizer, self.model, loss)
         figures["train/grad_norm"] = norm

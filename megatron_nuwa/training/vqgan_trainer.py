@@ -108,7 +108,10 @@ def _train_vqgan(
             state.begin_with(start)
         _announce(state, step, frames)
         with Monitor(
-            recipe.run, enabled=processes.is_first, step=step, samples=step * recipe.batch_size
+            recipe.run,
+            enabled=processes.is_first,
+            samples_a_step=recipe.batch_size,
+            step=step,
         ) as monitor:
             training = VqganTraining(
                 state, step, whole_recipe.seed, frames, held, monitor, stop, watchdog
@@ -172,7 +175,7 @@ class VqganTraining:
             step, last = self.step, self.step == recipe.steps
             if step % recipe.log_every == 0 or last:
                 means = window.close(recipe.batch_size)
-                self.monitor.scalars(step, step * recipe.batch_size, means)
+                self.monitor.scalars(step, means)
                 self._say(_line(step, recipe.steps, means))
             signal_number = processes.agree([self.stop.received])[0]
             if step % recipe.checkpoint_every == 0 or last or signal_number:
@@ -216,7 +219,7 @@ class VqganTraining:
             self.monitor.images("reconstructions", step, comparison(state.tokenizer, shown))
         figures = {f"eval/{name.removesuffix('_db')}": v for name, v in found.figures().items()}
         del figures["eval/frames"]
-        self.monitor.scalars(step, step * recipe.batch_size, figures)
+        self.monitor.scalars(step, figures)
         self._say(_evaluation_line(step, found))
         return found
 
@@ -294,7 +297,7 @@ def _save(state: VqganStep, step: int, must: bool) -> None:
 
 def _line(step: int, steps: int, figures: dict[str, float]) -> str:
     return (
-        f"step {step}/{steps}  loss {figures.get('train/loss/total', math.nan):.4f}  "
+        f"step {step}/{steps}  loss {figures.get('train/loss', math.nan):.4f}  "
         f"reconstruction {figures.get('train/loss/reconstruction', math.nan):.4f}  "
         f"codes used {figures['codebook/used_fraction']:.0%}  "
         f"{figures['speed/images_per_second']:.1f} images/s"

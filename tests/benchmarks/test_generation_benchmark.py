@@ -50,8 +50,10 @@ def test_weights_read_a_step_are_counted() -> None:
     assert generation.weight_bytes(model) == 4 * (matrices + biases_and_norms + head)
 
 
-@pytest.mark.skipif(torch.get_num_threads() == 1, reason="it is right with one thread")
-def test_cpu_time_of_many_threads_is_refused(tmp_path: Path) -> None:
+def test_cpu_time_of_many_threads_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(UserError, match="--clock cpu is for one thread"):
         generation.main(["--quick", "--clock", "cpu", "--output", str(tmp_path / "no.json")])
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from helpers import LargestTensor
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_nuwa.grid import Extent, Grid, nearby_indices
-from megatron_nuwa.ops import dense, gather, nearby_attention
+from megatron_nuwa.ops import dense, gather, nearby_attention, reference
 from megatron_nuwa.ops.tables import Geometry, dense_mask, key_table, query_table
 
 CPU = torch.device("cpu")
@@ -170,7 +172,9 @@ def test_gather_memory_grows_with_the_window_not_the_context() -> None:
     assert largest.cells <= geometry.grid.cells * 27
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("form", [dense, gather])
+def test_gradcheck(form: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_cheaper_form", lambda *_: form)
     geometry = Geometry(Grid(3, 2, 3), Grid(3, 2, 3), Extent(3, 1, 3), True)
     query, key, value, mask = random_call(geometry, 5, True)
     assert torch.autograd.gradcheck(
@@ -299,6 +303,7 @@ def test_query_without_keys_gives_zeros_and_no_gradient() -> None:
         ({"grid": 2}, "grid"),
         ({"extent": None}, "extent"),
         ({"scale": "small"}, "scale"),
+        ({"causal": "no"}, "causal"),
         ({"query": [[0.0]]}, "query"),
         ({"context_mask": [True]}, "context_mask"),
         (dict.fromkeys(("query", "key", "value"), torch.zeros(1, 4, 1, 0)), "query"),

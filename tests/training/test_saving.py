@@ -208,12 +208,12 @@ def test_a_last_state_that_cannot_be_saved_ends_with_one_sentence(
 def test_figures_that_cannot_be_written_are_told_once_and_come_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Monitor(tmp_path, enabled=True) as monitor:
-        monitor.scalars(1, 1, {"x": 1.0})
+    with Monitor(tmp_path, enabled=True, samples_a_step=1) as monitor:
+        monitor.scalars(1, {"x": 1.0})
         with largest_file(10):
             for step in range(2, 30):
-                monitor.scalars(step, step, {"x": 1.0})
-        monitor.scalars(30, 30, {"x": 2.0})
+                monitor.scalars(step, {"x": 1.0})
+        monitor.scalars(30, {"x": 2.0})
         assert capsys.readouterr().out.count("figures are lost") == 1
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["x"] == 2.0
@@ -221,20 +221,20 @@ def test_figures_that_cannot_be_written_are_told_once_and_come_back(
 
 def test_a_torn_last_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").write_text('{"step": 1, "seconds": 7.0}\n{"step": 2, "sec')
-    with Monitor(tmp_path, enabled=True, step=1, samples=1) as monitor:
-        monitor.scalars(2, 2, {"x": 1.0})
+    with Monitor(tmp_path, enabled=True, samples_a_step=1, step=1) as monitor:
+        monitor.scalars(2, {"x": 1.0})
     first, last = (tmp_path / "log.jsonl").read_text().splitlines()
     assert json.loads(first) == {"step": 1, "seconds": 7.0}
     assert json.loads(last)["seconds"] >= 7.0
 
 
 def test_a_run_that_continues_tells_every_step_once(tmp_path: Path) -> None:
-    with Monitor(tmp_path, enabled=True) as monitor:
+    with Monitor(tmp_path, enabled=True, samples_a_step=10) as monitor:
         for step in range(1, 6):
-            monitor.scalars(step, 10 * step, {"x": 0.0})
-    with Monitor(tmp_path, enabled=True, step=3, samples=30) as monitor:
+            monitor.scalars(step, {"x": 0.0})
+    with Monitor(tmp_path, enabled=True, samples_a_step=10, step=3) as monitor:
         for step in range(4, 7):
-            monitor.scalars(step, 10 * step, {"x": 1.0})
+            monitor.scalars(step, {"x": 1.0})
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     told = [(line["step"], line["x"]) for line in lines]
     assert told == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 1.0), (5, 1.0), (6, 1.0)]

@@ -147,7 +147,7 @@ def test_stopped_run_resumes_bit_for_bit(straight_run: Path, media: Path, tmp_pa
     assert "steps 22 to 32" in done.stdout
     resumed, straight = tmp_path / "run", straight_run / "run"
     assert fingerprint(load_vqgan(resumed)) == fingerprint(load_vqgan(straight))
-    for tag in ("train/loss/total", "train/loss/discriminator", "train/grad_norm"):
+    for tag in ("train/loss", "train/loss/discriminator", "train/grad_norm"):
         assert logged(resumed, tag) == logged(straight, tag)
     saved = [
         torch.load(run / "checkpoints/step_00000032/trainer.pt", weights_only=True)
@@ -186,7 +186,7 @@ def test_frames_are_decoded_by_workers_while_training_in_bf16(media: Path, tmp_p
     done = run_command_line(sys.executable, COMMAND, recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not (tmp_path / "run" / "frames.npy").exists()
-    assert len(logged(tmp_path / "run", "train/loss/total")) == 5
+    assert len(logged(tmp_path / "run", "train/loss")) == 5
     # 22 items in 30 draws: the two broken ones come up at least once.
     assert sum(logged(tmp_path / "run", "data/broken_items")) >= 2
 
@@ -206,7 +206,7 @@ def test_sigterm_to_all_processes_saves_and_ends_with_0(media: Path, tmp_path: P
         assert ranks.wait(60) == [0], ranks.output()
         assert "SIGTERM received: the last step is saved" in ranks.output()
     [checkpoint] = (tmp_path / "run/checkpoints").glob("step_*")
-    assert len(logged(tmp_path / "run", "train/loss/total")) == int(checkpoint.name[5:])
+    assert len(logged(tmp_path / "run", "train/loss")) == int(checkpoint.name[5:])
     assert not (tmp_path / "run/vqgan.safetensors").exists()
     assert psutil.wait_procs(workers, 30)[1] == []
 
