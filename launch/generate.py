@@ -188,8 +188,7 @@ def main() -> None:
         folder = source if source.is_dir() else source.parent
         place = reserve_new(folder / "generated" / task.name)
     with place:
-        target = "image" if arguments.frames == 1 else task.target
-        check_free(place.folder, samples_asked(arguments, prompts), target)
+        check_free(place.folder, samples_asked(arguments, prompts))
         generate_into(place, arguments, task, prompts, settings)
 
 

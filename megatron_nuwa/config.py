@@ -13,23 +13,6 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.mistakes import explain
 
 
-class _UniqueFieldLoader(yaml.SafeLoader):
-    """Plain YAML values; a field that stands twice is an error, where PyYAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, yaml.Node] = {}
-        for key, _ in node.value:
-            first = seen.setdefault(str(key.value), key)
-            if first is not key:
-                raise yaml.constructor.ConstructorError(
-                    None,
-                    None,
-                    f"'{key.value}' stands in lines {first.start_mark.line + 1} and "
-                    f"{key.start_mark.line + 1} of the same group; leave one out",
-                )
-        return super().construct_mapping(node, deep)
-
-
 class Settings(BaseModel):
     """Base of every settings class: immutable, finite, and an unknown key is an error."""
 
@@ -56,7 +39,8 @@ def load_settings(
     except UnicodeDecodeError as error:
         raise UserError(f"{noun} {path} is no text in UTF-8 ({error}); save it as UTF-8") from error
     try:
-        tree = yaml.load(text, _UniqueFieldLoader)
+        _check_fields_are_unique(yaml.compose(text, yaml.SafeLoader))
+        tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(
             f"{noun} {path} is not valid YAML: {' '.join(str(error).split())}"
@@ -80,6 +64,30 @@ def parse_settings(
         return kind.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{origin}: {explain(error, tree, kind, flags or {})}") from error
+
+
+def _check_fields_are_unique(root: yaml.Node | None) -> None:
+    """Raise `YAMLError` where a field stands twice in a group, of which PyYAML takes the last."""
+    waiting, looked_at = [root], set()
+    while waiting:
+        node = waiting.pop()
+        # Aliases lead to a node again and again.
+        if id(node) in looked_at:
+            continue
+        looked_at.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        fields: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            waiting.append(value)
+            first = fields.setdefault(str(key.value), key)
+            if first is not key:
+                raise yaml.YAMLError(
+                    f"'{key.value}' stands in lines {first.start_mark.line + 1} and "
+                    f"{key.start_mark.line + 1} of the same group; leave one out"
+                )
 
 
 def dump_settings(settings: Settings) -> str:

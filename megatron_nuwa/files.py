@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 _CHUNK = 1 << 20
 
@@ -34,6 +35,8 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
     """Where a library that writes by name may write; becomes the file when the block ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # A killed process of the same number may have left one, of another mode.
+    temporary.unlink(missing_ok=True)
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -67,6 +70,44 @@ def sync(path: Path) -> None:
     try:
         os.fsync(handle)
     finally:
+        os.close(handle)
+
+
+class Lock(NamedTuple):
+    """An open file; `holds` says whether it is locked, which some file systems cannot do."""
+
+    handle: int
+    holds: bool
+
+    def release(self) -> None:
+        """Give it back, as the end of the process does."""
+        os.close(self.handle)
+
+
+def try_lock(path: Path) -> Lock | None:
+    """Lock a file, which is made; None where another process, or this one, has it locked.
+
+    Where the file system knows no locks, as some of clusters do, that is said, and the file is
+    opened all the same. Raises `OSError` where it cannot be opened.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        except OSError as error:
+            print(
+                f"warning: {path.parent} cannot be locked ({error.strerror or error}): take care "
+                "that no other command writes to it",
+                flush=True,
+            )
+            return Lock(handle, holds=False)
+        # Whoever had it may have removed the file a moment ago.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return Lock(handle, holds=True)
         os.close(handle)
 
 

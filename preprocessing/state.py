@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.files import try_lock, write_text_atomically
 
 _LOCK = "lock"
 
@@ -44,30 +42,20 @@ class FarmFolder:
         """Keep other farms from working at the same corpus; `UserError` where one does."""
         try:
             self.attempts.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            lock = try_lock(self.path / _LOCK)
         except OSError as error:
             raise UserError(
                 f"farm folder {self.path} cannot be written: {error.strerror or error}"
             ) from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(handle)
+        if lock is None:
             raise UserError(
                 f"another farm is at work on this corpus (it holds {self.path / _LOCK}); wait for "
                 f"it, or end it"
-            ) from error
-        except OSError as error:
-            # Some network file systems know no locks.
-            print(
-                f"{self.path} cannot be locked ({error.strerror or error}): take care that no "
-                "other farm works at this corpus",
-                flush=True,
             )
         try:
             yield
         finally:
-            os.close(handle)
+            lock.release()
 
     def engines(self) -> list[str]:
         """What the corpus has been encoded with so far, as far as it is noted."""

@@ -45,6 +45,16 @@ def test_a_file_has_the_mode_that_the_umask_gives(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_private_file_that_a_killed_process_left_does_not_matter(
+    umask: int, tmp_path: Path
+) -> None:
+    # Processes of containers often have the same number.
+    left = tmp_path / f".file.{os.getpid()}"
+    left.touch(mode=0o600)
+    write_weights(tmp_path / "file")
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 @pytest.mark.parametrize(
     "read",
     [load_vqgan, read_tensors, ClipRanker.load, lambda path: open_trained(path, "--model")],

@@ -40,9 +40,12 @@ def test_groups_may_share_names_and_anchors(tmp_path: Path) -> None:
         left: dict[str, int]
         right: dict[str, int]
 
-    (tmp_path / "a.yaml").write_text("left: &l {a: 1, b: 2}\nright:\n  <<: *l\n  a: 3\n")
+    (tmp_path / "a.yaml").write_text(
+        "left: &l\n  <<: &k {a: 0, c: 4}\n  a: 1\n  b: 2\nright:\n  <<: *l\n  a: 3\n"
+    )
     pair = load_settings(Pair, tmp_path / "a.yaml")
-    assert (pair.left, pair.right) == ({"a": 1, "b": 2}, {"a": 3, "b": 2})
+    assert pair.left == {"a": 1, "b": 2, "c": 4}
+    assert pair.right == {"a": 3, "b": 2, "c": 4}
 
 
 def test_other_files_are_not_called_recipes(tmp_path: Path) -> None:

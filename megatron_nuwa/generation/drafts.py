@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_nuwa.files import sync
 
 LIST_FILE = "samples.json"
+SOFTWARE = "megatron_nuwa"
 
 
 def carry_over(drafts: Path, folder: Path) -> None:
@@ -34,10 +35,14 @@ def carry_over(drafts: Path, folder: Path) -> None:
 
 
 def listed_files(folder: Path) -> set[str] | None:
-    """Names of the samples that a folder's samples.json lists; None where there is no such list."""
+    """Names of the samples that a folder's samples.json lists; None where there is no such list.
+
+    A list that another program has written is none.
+    """
     try:
         entries = json.loads((folder / LIST_FILE).read_text(encoding="utf-8"))
         # Names, not paths: nothing outside the folder is meant.
-        return {Path(str(name)).name for entry in entries for name in entry["files"]}
+        ours = [entry for entry in entries if entry["software"] == SOFTWARE]
+        return {Path(str(name)).name for entry in ours for name in entry["files"]} if ours else None
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -135,7 +135,7 @@ def read_mask(path: Path, given: Given, size: tuple[int, int]) -> np.ndarray:
     array (rows, columns) or (frames, rows, columns). A mask has the size of what it masks, or the
     model's. Raises `UserError` naming the file.
     """
-    mask = _read_array(path) if _is_array(path) else _read_picture(path)
+    mask = _read_array(path) if read_head(path).startswith(_NPY) else _read_picture(path)
     shape = mask.shape[1:]
     if shape not in (given.shape, size):
         raise UserError(
@@ -143,14 +143,6 @@ def read_mask(path: Path, given: Given, size: tuple[int, int]) -> np.ndarray:
             f"{given.shape[0]}: a mask has the size of what it masks"
         )
     return touched(mask, *size)
-
-
-def _is_array(path: Path) -> bool:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(len(_NPY)) == _NPY
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _read_array(path: Path) -> np.ndarray:

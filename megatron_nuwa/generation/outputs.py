@@ -11,13 +11,12 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
-from typing import Literal
 
 import numpy as np
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sync, write_text_atomically
-from megatron_nuwa.generation.drafts import LIST_FILE, carry_over, listed_files
+from megatron_nuwa.generation.drafts import LIST_FILE, SOFTWARE, carry_over, listed_files
 from megatron_nuwa.generation.gallery import Gallery
 from megatron_nuwa.generation.media import contact_sheet, write_gif, write_mp4, write_png
 from megatron_nuwa.generation.reserved import ReservedFolder, reserve_new
@@ -28,7 +27,7 @@ from megatron_nuwa.generation.trained import Generator
 PAGE_FILE, SHEET_FILE = "index.html", "sheet.png"
 # The gallery holds all samples; writing it anew may take a twentieth of the time.
 _PAGE_PAUSES = 19
-_SUFFIXES = {"image": (".png",), "clip": (".gif", ".mp4")}
+_SUFFIXES = (".png", ".gif", ".mp4")
 
 
 def origin_of(
@@ -37,7 +36,7 @@ def origin_of(
     """What the files of a sample say about themselves."""
     checkpoint = generator.checkpoint
     return {
-        "software": "megatron_nuwa",
+        "software": SOFTWARE,
         "task": request.task.name,
         "prompt": request.prompt,
         "seed": request.seed,
@@ -60,10 +59,9 @@ def write_media(
     return [stem.with_suffix(".gif"), stem.with_suffix(".mp4")]
 
 
-def check_free(folder: Path, count: int, target: Literal["image", "clip"]) -> None:
+def check_free(folder: Path, count: int) -> None:
     """`UserError` where samples would take the place of files that no earlier call has written."""
-    suffixes = _SUFFIXES[target]
-    names = [f"{number:04d}{suffix}" for number in range(count) for suffix in suffixes]
+    names = [f"{number:04d}{suffix}" for number in range(count) for suffix in _SUFFIXES]
     written = listed_files(folder)
     if written is not None:
         written |= {SHEET_FILE, PAGE_FILE, LIST_FILE}

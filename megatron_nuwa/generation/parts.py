@@ -16,8 +16,9 @@ def in_parts(work: Callable[[Tensor], Tensor], frames: Tensor, pixels: int) -> T
 
     `pixels` is the number of pixels of a frame, also where `frames` holds its tokens.
     """
-    most = max(1, _PIXELS_AT_ONCE // pixels)
-    # Even parts: convolutions treat a frame alone by other kernels, so that a remainder of one
-    # would get other bits than the rest.
+    most = _PIXELS_AT_ONCE // pixels
+    # Even parts, and none of two: convolutions treat a frame alone by other kernels, so that a
+    # remainder of one would get other bits than the rest.
+    most = most if most > 2 else 1
     parts = frames.tensor_split(-(-len(frames) // most))
     return torch.cat([work(part) for part in parts])

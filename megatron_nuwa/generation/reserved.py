@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
-
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.files import Lock, try_lock
 from megatron_nuwa.generation.drafts import carry_over, listed_files
 
 _LOCK = ".generate.lock"
@@ -27,7 +26,7 @@ class ReservedFolder:
     folders that were `made` for it where they are empty.
     """
 
-    def __init__(self, folder: Path, lock: FileLock, made: Sequence[Path]) -> None:
+    def __init__(self, folder: Path, lock: Lock, made: Sequence[Path]) -> None:
         self.folder = folder
         self.drafts = folder / _DRAFTS
         self._lock, self._made = lock, made
@@ -93,17 +92,18 @@ def reserve_new(folder: Path) -> ReservedFolder:
     for name in (folder.name + number for number in numbers):
         place = folder.with_name(name)
         made = _absent(place)
+        is_new = True
         try:
             place.mkdir(parents=True)
         except FileExistsError:
             if not (place / _LOCK).exists():
                 continue
-            made = [place]
+            is_new, made = False, [place]
         except OSError as error:
             _remove_empty(made)
             raise _unwritable(place, error) from error
         try:
-            reserved = _claimed(place, made)
+            reserved = _claimed(place, made, must_hold=not is_new)
         except OSError as error:
             _remove_empty(made)
             raise _unwritable(place, error) from error
@@ -116,14 +116,16 @@ def reserve_new(folder: Path) -> ReservedFolder:
     raise AssertionError("there is always another number")
 
 
-def _claimed(folder: Path, made: Sequence[Path]) -> ReservedFolder | None:
-    """The folder for this process alone, or None where another one has it."""
-    lock = FileLock(folder / _LOCK, timeout=0)
-    try:
-        # Some file systems of clusters know no locks; new folders are told apart there as well.
-        with contextlib.suppress(NotImplementedError):
-            lock.acquire()
-    except Timeout:
+def _claimed(folder: Path, made: Sequence[Path], must_hold: bool = False) -> ReservedFolder | None:
+    """The folder for this process alone, or None where another one has it.
+
+    Where locks are unknown nobody can tell, and one that the lock `must_hold` is left alone.
+    """
+    lock = try_lock(folder / _LOCK)
+    if lock is None:
+        return None
+    if must_hold and not lock.holds:
+        lock.release()
         return None
     reserved = ReservedFolder(folder, lock, made)
     try:
@@ -150,5 +152,5 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     place = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
-    what = f"cannot be written to ({error.strerror})" if place.is_dir() else "is a file"
+    what = f"cannot be written to ({error.strerror})" if place.is_dir() else "is no folder"
     return UserError(f"--output {folder}: {place} {what}; name another folder")

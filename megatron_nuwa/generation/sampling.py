@@ -77,7 +77,7 @@ def generate_tokens(
     for first, stop in sampler.run(last):
         for cell in range(first, stop):
             if (cell + 1) % frame == 0:
-                sampler.check(cell // frame)
+                sampler.check((first_cell + cell) // frame)
             if on_token is not None:
                 on_token()
             if on_frame is not None and (cell + 1) % frame == 0:

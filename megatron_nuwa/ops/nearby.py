@@ -93,11 +93,13 @@ def _check_kinds(
     """Raise on the first argument that is nothing of the sort that is wanted."""
     tensors = {"query": query, "key": key, "value": value, "context_mask": context_mask}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) and (name, tensor) != ("context_mask", None):
+        if name == "context_mask" and tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, not {causal!r}")
-    if scale is not None and not isinstance(scale, Real | torch.SymFloat):
+    if scale is not None and not isinstance(scale, Real | torch.SymFloat | Tensor):
         raise TypeError(f"scale must be a number, not {scale!r}")
     if torch.compiler.is_compiling():
         return

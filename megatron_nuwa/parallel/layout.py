@@ -160,9 +160,15 @@ class _State:
         stage = zero.get("stage", 0)
         if stage not in (1, 2, 3) or isinstance(stage, bool):
             # DeepSpeed's stage 0 tells no gradient norm in fp32 and sums gradients in bf16.
+            named = f"not {stage!r}" if "stage" in zero else "and the layout does not name it"
             raise UserError(
-                f"zero_optimization.stage must be 1, 2 or 3, not {stage!r}; on one process, too, "
-                "where stage 1 divides nothing"
+                f"zero_optimization.stage must be 1, 2 or 3, {named}; on one process, too, where "
+                "stage 1 divides nothing"
+            )
+        if zero.get("compute_grad_norm") is False:
+            raise UserError(
+                "zero_optimization.compute_grad_norm must not be false: train/grad_norm and "
+                "training.guard need the norm"
             )
         devices = [_section(zero, key).get("device") for key in _OFFLOAD_KEYS]
         return _State(

@@ -114,7 +114,8 @@ def locate(path: Path, field: str, files: Collection[str] | None = None) -> Path
     try:
         return _located(path, field, files)
     except OSError as error:
-        raise UserError(f"{field}: {error.filename} cannot be read: {error.strerror}") from error
+        reason = error.strerror or error
+        raise UserError(f"{field}: {error.filename or path} cannot be read: {reason}") from error
 
 
 def _located(path: Path, field: str, files: Collection[str] | None) -> Path:

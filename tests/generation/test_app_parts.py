@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -72,6 +73,21 @@ def test_a_slow_page_is_shown_the_newest_and_not_the_past(
     # 48 tokens in about half a second, told one by one.
     assert len(seen) < 24
     assert seen[-1] == 48
+
+
+def test_frames_are_shown_although_they_come_faster_than_they_are_decoded(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slowed(monkeypatch, 0.002)
+    decode = Generator.pixels
+
+    def slowly(*arguments: Any) -> np.ndarray:
+        time.sleep(0.1)
+        return decode(*arguments)
+
+    monkeypatch.setattr(Generator, "pixels", slowly)
+    counts = {p.frames.shape[1] for p in stream.stream(generator, [request("t2v")], PLAIN, 12)}
+    assert len(counts - {0, 12}) >= 2
 
 
 def test_a_frame_is_made_into_a_picture_once(

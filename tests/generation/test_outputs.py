@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,11 @@ from megatron_nuwa.generation.outputs import check_free
 from megatron_nuwa.generation.reserved import reserve, reserve_new
 
 PROMPT, OTHER = "a red square moves left", "a blue circle stays"
+
+
+def listed(*names: str, software: str = "megatron_nuwa") -> str:
+    """A samples.json of one sample a file."""
+    return json.dumps([{"software": software, "files": [name]} for name in names])
 
 
 def test_a_folder_holds_the_samples_of_one_call(
@@ -45,7 +52,7 @@ def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_sampled(
     for output in (place, place / "deeper"):
         words = ["generate", "t2i", "--prompt", PROMPT, "--run", str(run), "--output", str(output)]
         monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(UserError, match=r"a\.png is a file; name another folder"):
+        with pytest.raises(UserError, match=r"a\.png is no folder; name another folder"):
             command.main()
 
 
@@ -101,6 +108,25 @@ def test_a_folder_that_another_call_writes_to_is_refused(call, tmp_path: Path) -
     assert contents(tmp_path / "out") == {"0000.png", "index.html", "samples.json", "sheet.png"}
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_where_locks_are_unknown_that_is_said_and_new_folders_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with reserve(tmp_path / "out") as place:
+        (place.folder / "0000.png").write_text("whole")
+    with reserve_new(tmp_path / "t2i") as one, reserve_new(tmp_path / "t2i") as two:
+        assert [one.folder.name, two.folder.name] == ["t2i", "t2i-2"]
+        assert one.drafts.is_dir()
+    assert contents(tmp_path) == {"out"}
+    assert contents(tmp_path / "out") == {"0000.png"}
+    told = capsys.readouterr().out
+    assert f"out cannot be locked ({os.strerror(code)}): take care that no other command" in told
+
+
 def test_what_a_killed_call_left_is_swept_and_its_empty_folder_used(tmp_path: Path) -> None:
     killed = (
         "import os, sys; from pathlib import Path\n"
@@ -135,16 +161,16 @@ def test_samples_are_written_where_it_was_tried_before(call, open_folder: Path, 
     assert contents(open_folder) == {"mine", "run"}
 
 
-@pytest.mark.parametrize("named", ["samples.json", None])
+@pytest.mark.parametrize("other", [None, '{"kept": "for later"}', '[{"files": ["0000.gif"]}]'])
 def test_files_that_no_call_has_written_are_never_replaced(
     call,
     command: ModuleType,
     media: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    named: str | None,
+    other: str | None,
 ) -> None:
-    """`named`: a file of the user's that has the name of the list, but not its content."""
+    """`other`: the content of a file of the user's that has the name of the list."""
     output = tmp_path / "site"
     output.mkdir()
     clips = ("v2v", "--clip", media / "clip.mp4", "--samples", 2, "--output", output)
@@ -160,11 +186,10 @@ def test_files_that_no_call_has_written_are_never_replaced(
         (output / "0000.png").write_text("mine")
         with pytest.raises(UserError, match=r"site holds 0000\.png, which no earlier call has wr"):
             call("t2v", "--prompt", PROMPT, "--frames", 1, "--output", output)
-        if named is None:
-            (output / "samples.json").unlink()
-        else:
-            (output / "samples.json").write_text('{"kept": "for later"}')
-        with pytest.raises(UserError, match=r"site holds 0000\.gif and [45] more, which"):
+        (output / "samples.json").unlink()
+        if other is not None:
+            (output / "samples.json").write_text(other)
+        with pytest.raises(UserError, match=r"site holds 0000\.png and [56] more, which"):
             call(*clips)
     assert (output / "0001.mp4").read_text() == "mine"
     assert (output / "0000.gif").read_bytes()[:3] == b"GIF"
@@ -195,13 +220,13 @@ def test_a_call_killed_while_it_puts_files_in_their_place_is_made_good_by_the_ne
     folder.mkdir()
     for name in ("0000.png", "0002.png", "index.html", "mine.txt"):
         (folder / name).write_text("old")
-    (folder / "samples.json").write_text(json.dumps([{"files": ["0000.png", "0002.png"]}]))
-    new = json.dumps([{"files": ["0000.png"]}, {"files": ["0001.png"]}])
+    (folder / "samples.json").write_text(listed("0000.png", "0002.png"))
+    new = listed("0000.png", "0001.png")
     command = [sys.executable, "-c", killed, str(folder), str(moves), new]
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
     assert done.returncode == 9, done.stderr
     with reserve(folder) as place:
-        check_free(folder, 2, "image")
+        check_free(folder, 2)
         assert contents(place.drafts) == set()
     texts = {path.name: path.read_text() for path in folder.iterdir()}
     made = dict.fromkeys(("0000.png", "0001.png", "index.html", "sheet.png"), "new")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from helpers import LargestTensor
@@ -306,6 +307,7 @@ def test_query_without_keys_gives_zeros_and_no_gradient() -> None:
         ({"causal": "no"}, "causal"),
         ({"query": [[0.0]]}, "query"),
         ({"context_mask": [True]}, "context_mask"),
+        ({"context_mask": np.ones((1, 4), bool)}, "context_mask"),
         (dict.fromkeys(("query", "key", "value"), torch.zeros(1, 4, 1, 0)), "query"),
     ],
 )

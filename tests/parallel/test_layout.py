@@ -204,9 +204,19 @@ def test_the_parallel_key_is_taken_out_before_deepspeed_sees_the_file(tmp_path: 
     assert deepspeed == ZERO1
 
 
-@pytest.mark.parametrize("zero", [{}, {"zero_optimization": {"stage": 0}}])
-def test_a_stage_must_be_named(zero: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"stage must be 1, 2 or 3, not 0; on one process, too"):
+@pytest.mark.parametrize(
+    ("zero", "reason"),
+    [
+        ({}, "stage must be 1, 2 or 3, and the layout does not name it; on one process, too"),
+        ({"zero_optimization": {"stage": 0}}, "stage must be 1, 2 or 3, not 0; on one process"),
+        (
+            {"zero_optimization": {"stage": 1, "compute_grad_norm": False}},
+            "compute_grad_norm must not be false",
+        ),
+    ],
+)
+def test_what_training_cannot_do_without_is_named(zero: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
         check_layout(ParallelSettings(), zero, NuwaConfig(), 1)
 
 

@@ -143,7 +143,10 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
                 gr.update(visible=is_region and chosen.media == "clip", value=None),
                 gr.update(visible=chosen.reads == "sketch"),
                 gr.update(visible=chosen.reads == "sketch"),
-                gr.update(visible=chosen.given == "frames", maximum=max(2, longest - 1)),
+                # The others have lengths of their own, and a value beyond them would be refused.
+                gr.update(visible=True, maximum=max(2, longest - 1), value=1)
+                if chosen.given == "frames"
+                else gr.update(visible=False),
                 gr.update(visible=is_region),
                 gr.update(
                     visible=chosen.target == "clip", maximum=_LONGEST * longest, value=longest

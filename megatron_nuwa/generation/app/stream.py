@@ -102,10 +102,12 @@ def stream(
 
 
 def _waited_for(told: SimpleQueue[_Event]) -> Iterator[_Event]:
-    """All that has been told by now, at least one event.
+    """All that has been told by now, at least one event; what is told meanwhile comes next time.
 
     Whoever shows progress more slowly than it is made would otherwise show the past.
     """
-    yield told.get()
-    while not told.empty():
+    first = told.get()
+    more = told.qsize()
+    yield first
+    for _ in range(more):
         yield told.get()
