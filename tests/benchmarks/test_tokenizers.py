@@ -75,8 +75,8 @@ def test_a_small_run_uses_its_codes_and_does_not_diverge(
     [pictures], [maps] = report["pictures"], report["maps"]
     assert pictures["vectors"] == 16 * 16
     assert 40 <= pictures["fillable"] <= 48
-    # One of 48 codes is 2 %: 43 to 46 are used, as the CPU rounds. What is promised, 90 %, is
-    # promised of 12,288.
+    # Of 48 codes one more or less is in use as the CPU rounds; what is promised, 90 %, is promised
+    # of 12,288.
     assert pictures["used"] / pictures["fillable"] == pictures["use"] >= 0.8
     assert pictures["after_start"]["is_finite"]
     assert pictures["after_start"]["skipped_steps"] == 0
