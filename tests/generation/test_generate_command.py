@@ -303,7 +303,7 @@ def test_the_gallery_shows_what_was_given_beside_what_came_of_it(
         ),
         (("i2i", "--image", "photo.png", "--mask", "all.png"), "the mask keeps nothing"),
         (("i2i", "--image", "photo.png", "--mask", "nothing.png"), "the mask keeps everything"),
-        (("i2i", "--image", "photo.png", "--mask", "gone.png"), "gone.png cannot be read"),
+        (("i2i", "--image", "photo.png", "--mask", "gone.png"), "gone.png does not exist"),
         (
             ("i2i", "--image", "photo.png", "--mask", "small-mask.png"),
             "small-mask.png is 12 × 10 pixels, but MEDIA/photo.png is 24 × 20",
