@@ -138,7 +138,7 @@ class SampleSettings(Settings):
     every: int = Field(5000, ge=1)
     prompts: list[str] = Field(min_length=1)
     seed: int = 0
-    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(1.0, gt=0)
     top_k: int | None = Field(None, ge=1)
     top_p: float | None = Field(None, gt=0, le=1)
     guidance: float = Field(1.0, ge=0, le=1e6)

@@ -18,8 +18,7 @@ from megatron_nuwa.parallel.tensor import split_model, whole_weight
 TOLERANCES = {
     # The loss itself is summed in fp32.
     torch.float64: (1e-7, 1e-6, 1e-6),
-    # Full attention's keys have small gradients, whose rounding depends on the CPU.
-    torch.float32: (1e-6, 1e-5, 3e-5),
+    torch.float32: (1e-6, 1e-5, 1e-5),
     torch.bfloat16: (2e-3, 2e-2, 5e-2),
     torch.float16: (5e-4, 1e-2, 1e-2),
 }
@@ -39,6 +38,15 @@ def outcomes(seen: list[dict[str, Any]], scenario: Scenario) -> list[Outcome]:
     return found
 
 
+def _rounding(name: str, dtype: torch.dtype) -> int:
+    """How much more than other gradients this one may differ.
+
+    A key's is small, what is left of large terms, and how fp32 rounds these depends on the CPU;
+    in float64 it is held like all others.
+    """
+    return 3 if dtype == torch.float32 and name.endswith("key.weight") else 1
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
 def test_split_model_computes_what_the_whole_one_does(
     seen: list[dict[str, Any]], scenario: Scenario
@@ -48,7 +56,11 @@ def test_split_model_computes_what_the_whole_one_does(
         assert outcome.losses[0] <= loss
         assert all(difference <= later for difference in outcome.losses)
         assert outcome.same_loss_everywhere
-        wrong = {n: error for n, error in outcome.gradients.items() if not error <= gradient}
+        wrong = {
+            name: error
+            for name, error in outcome.gradients.items()
+            if not error <= gradient * _rounding(name, scenario.dtype)
+        }
         assert not wrong
 
 
