@@ -12,6 +12,7 @@ from typing import Literal
 
 from megatron_nuwa.models.flops import unit_names
 from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.parallel.deepspeed_config import communication_dtype
 from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.plan.devices import LINK_EFFICIENCY, Device
 from megatron_nuwa.plan.memory import Step
@@ -84,18 +85,16 @@ def communication(step: Step, bounds: Sequence[int], links: Links) -> list[Traff
 def _data_parallel(step: Step, bounds: Sequence[int], links: Links) -> Traffic:
     layout = step.layout
     parameters = _largest_stage(step, bounds)
-    unit = _element_size(layout)
-    data_types = step.deepspeed.get("data_types") or {}
-    wide = data_types.get("grad_accum_dtype") in ("fp32", "float32")
     zero = step.deepspeed.get("zero_optimization") or {}
+    chosen = communication_dtype(step.deepspeed)
+    unit = {None: _element_size(layout), "fp32": _FULL}.get(chosen, 2)
     if layout.zero_stage >= 2:
-        # Gradients are scattered after every micro-batch, in the weights' precision.
+        # Gradients are scattered after every micro-batch.
         volume = _ring_volume(parameters * unit, layout.data) * len(step.micro_batches)
         overlaps = bool(zero.get("overlap_comm", layout.zero_stage == 3))
     else:
-        # One all-reduce after the last backward pass; BF16_Optimizer's in fp32.
-        size = _FULL if wide else unit
-        volume, overlaps = 2 * _ring_volume(parameters * size, layout.data), False
+        # One all-reduce after the last backward pass.
+        volume, overlaps = 2 * _ring_volume(parameters * unit, layout.data), False
     return Traffic("data_parallel", volume, volume / links.data, overlaps)
 
 

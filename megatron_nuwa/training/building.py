@@ -14,6 +14,7 @@ from megatron_nuwa.errors import ReportedElsewhereError, UserError
 from megatron_nuwa.models.initialisation import assign
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.parallel.cut import cut, stage_table
+from megatron_nuwa.parallel.deepspeed_config import communication_dtype
 from megatron_nuwa.parallel.groups import Place
 from megatron_nuwa.parallel.units import Recomputation, Units
 from megatron_nuwa.training.engine import Engine, StageEngine, WholeEngine
@@ -32,6 +33,7 @@ def complete_config(
         # It would wait for the device before and after every micro-batch; nobody reads it.
         "timers": {"throughput": {"enabled": False}},
         **config,
+        "communication_data_type": communication_dtype(config),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": micro_batches * replicas,

@@ -157,7 +157,7 @@ class WholeEngine(Engine):
         """Hand the model, with its starting weights, over to DeepSpeed."""
         settings = self._recipe.optimizer
         self.deepspeed = _initialize(self._loss, settings, self._config, self.place.mpu)
-        streamline(self.deepspeed.optimizer, norm_at_once=self.place.layout.tensor == 1)
+        streamline(self.deepspeed, norm_at_once=self.place.layout.tensor == 1)
 
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
         self._losses = []
@@ -224,7 +224,7 @@ class StageEngine(Engine):
         settings = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
         config = {**self._config, "pipeline": settings}
         self.deepspeed = _initialize(pipeline, self._recipe.optimizer, config, None)
-        streamline(self.deepspeed.optimizer, norm_at_once=False)
+        streamline(self.deepspeed, norm_at_once=False)
         # DeepSpeed reuses receive buffers whatever their type was.
         self.deepspeed._allocate_or_extend_buffers = self._new_buffer
 

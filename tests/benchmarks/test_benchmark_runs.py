@@ -86,7 +86,11 @@ def test_model_step_reports_a_speed_up(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", [TokensFirst(), HeadsFirst(), Strips(), GridFirst()], ids=repr)
+@pytest.mark.parametrize(
+    "layout",
+    [TokensFirst(), HeadsFirst(), Strips(), GridFirst()],
+    ids=lambda layout: type(layout).__name__,
+)
 @pytest.mark.parametrize("grid", [Grid(6, 6, 3), Grid(21, 21, 1), Grid(3, 20, 2)])
 def test_layouts_lose_nothing(layout: Layout, grid: Grid) -> None:
     x = torch.randn(2, grid.cells, 3, 8)

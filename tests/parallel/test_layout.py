@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.nuwa import NuwaConfig
-from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
+from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config, communication_dtype
 from megatron_nuwa.parallel.layout import (
     ParallelSettings,
     check_layout,
@@ -151,6 +151,17 @@ def test_every_layout_file_is_what_its_name_says_and_deepspeed_takes_it(path: Pa
     parts = [part for part in layout.name.split("_") if part not in ("pp1", "tp1")]
     assert path.stem == "_".join(part for part in parts if not part.startswith("dp"))
     check_deepspeed_config(deepspeed, str(path))
+    assert communication_dtype(deepspeed) == ("fp32" if "zero1_bf16" in path.stem else None)
+
+
+def test_a_layout_may_choose_in_what_gradients_are_summed() -> None:
+    bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    assert communication_dtype(bf16) is None
+    assert communication_dtype({**bf16, "data_types": {"grad_accum_dtype": "fp32"}}) == "fp32"
+    for stage in (1, 2):
+        chosen = {**bf16, "zero_optimization": {"stage": stage}, "communication_data_type": "FP16"}
+        assert communication_dtype(chosen) == "fp16"
+        check_deepspeed_config(chosen, "layout.json")
 
 
 @pytest.mark.parametrize(

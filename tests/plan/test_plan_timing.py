@@ -69,6 +69,8 @@ def test_data_parallel_volumes(paper: Recipe, deepspeed: dict[str, Any]) -> None
     # fp32 gradients around a ring of 64, then bf16 weights half way round.
     assert found["data_parallel"].bytes == 2 * (4 * parameters * 63 // 64)
     assert found["zero_gather"].bytes == 2 * parameters * 63 // 64
+    rounded = judged(paper, {**deepspeed, "communication_data_type": "bf16"}).traffic[0]
+    assert 2 * rounded.bytes == found["data_parallel"].bytes
     # Eight cards of 25 GB/s a node are slower than NVLink's 300, at three quarters of the speed.
     assert found["data_parallel"].seconds == pytest.approx(
         found["data_parallel"].bytes / (200e9 * 0.75)

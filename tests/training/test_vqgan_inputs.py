@@ -81,14 +81,16 @@ def seen(item: SourceItem) -> tuple[object, ...]:
     return item.media, item.start, item.end, item.sketch
 
 
-@pytest.mark.parametrize(("kind", "size"), [("jsonl", 30), ("csv", 30), ("parquet", 120)])
+@pytest.mark.parametrize(("kind", "size"), [("jsonl", 30), ("csv", 30), ("parquet", 70)])
 def test_an_item_costs_every_worker_a_few_bytes(
     kind: str, size: int, manifests: dict[str, Path], command: Any
 ) -> None:
     """Eight GPUs with twelve workers each hold them 104 times."""
     items = command.ManifestItems([manifests[kind]])
     sent = pickle.dumps(items)
-    assert len(sent) < size * ROWS
+    # A parquet's rows cannot be found again by a place in the file, so whole paths are sent.
+    path = len(str(manifests[kind].parent)) if kind == "parquet" else 0
+    assert len(sent) < (size + path) * ROWS
     source = list(read_manifest(manifests[kind]))
     received = pickle.loads(sent)
     assert len(received) == ROWS
