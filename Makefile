@@ -35,8 +35,10 @@ digits: install ## moving handwritten digits -> training -> clips for held-out c
 	$(BIN)/python -m launch.moving_digits
 
 # One thread a process: several processes with a thread for every core slow each other down.
-test: install ## the tests that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Files stay whole, for what their tests share, and in their order: the longest is amid the others.
+TEST_WORKERS ?= 2
+test: install ## the tests that CI runs, TEST_WORKERS (2) files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: install ## tests of minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow

@@ -40,10 +40,28 @@ def scenario(kind: str, pipeline: int = 1, tensor: int = 1, data: int = 1) -> Sc
     return Scenario(name, layout(pipeline, tensor, **settings), (*TEN, *overrides))
 
 
+class Runs:
+    """All layouts and variants, carried out when one of as many processes is asked for."""
+
+    def __init__(self, world: SmallWorld, root: Path) -> None:
+        self._recipe, self._root = world.recipe, root
+        self._waiting = _scenarios(world)
+        self._sizes = {run.name: size for size, runs in self._waiting.items() for run in runs}
+
+    def folder(self, name: str) -> Path:
+        """Of a run that is done."""
+        size = self._sizes[name]
+        if scenarios := self._waiting.pop(size, None):
+            run_world(self._recipe, self._root, size, scenarios)
+        return self._root / name
+
+
 @pytest.fixture(scope="module")
-def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All layouts and variants, one start a number of processes."""
-    root = tmp_path_factory.mktemp("parity")
+def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(small_world, tmp_path_factory.mktemp("parity"))
+
+
+def _scenarios(world: SmallWorld) -> dict[int, list[Scenario]]:
     by_size: dict[int, list[Scenario]] = {1: [scenario(kind) for kind in VARIANTS]}
     for pipeline, tensor, data in LAYOUTS:
         of_size = by_size.setdefault(pipeline * tensor * data, [])
@@ -71,7 +89,7 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
     for name, changes in EVERYWHERE.items():
         by_size[1].append(Scenario(name, layout(), (*TEN, *changes)))
         by_size[4].append(Scenario(f"{name}_split", layout(2, 2), (*TEN, *changes)))
-    sketches = (*TEN, *_sketches(small_world))
+    sketches = (*TEN, *_sketches(world))
     by_size[1].append(Scenario("sketches", layout(), sketches))
     offloaded = {**layout(zero=3), "zero_force_ds_cpu_optimizer": False}
     offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
@@ -81,9 +99,7 @@ def runs(small_world: SmallWorld, tmp_path_factory: pytest.TempPathFactory) -> P
     pictures = ("samples.every=10", "samples.prompts=[a red square moves left]")
     sequence = layout(2, 2, sequence_parallel=True)
     by_size[4].append(Scenario("sequence", sequence, (*TEN, *pictures)))
-    for size, scenarios in by_size.items():
-        run_world(small_world.recipe, root, size, scenarios)
-    return root
+    return by_size
 
 
 def _sketches(world: SmallWorld) -> list[str]:
@@ -94,67 +110,67 @@ def _sketches(world: SmallWorld) -> list[str]:
 
 @pytest.mark.parametrize("kind", ["fp32", "recomputed"])
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
-def test_fp32_trains_like_one_process(runs: Path, sizes: tuple[int, int, int], kind: str) -> None:
+def test_fp32_trains_like_one_process(runs: Runs, sizes: tuple[int, int, int], kind: str) -> None:
     compare(runs, "fp32_pp1_tp1_dp1", scenario(kind, *sizes).name)
 
 
 @pytest.mark.parametrize("recomputed", ["", "_layer", "_selective"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_stages_train_like_one_process(runs: Path, stage: int, recomputed: str) -> None:
+def test_zero_stages_train_like_one_process(runs: Runs, stage: int, recomputed: str) -> None:
     compare(runs, "fp32_pp1_tp1_dp1", f"fp32_zero{stage}{recomputed}")
 
 
 @pytest.mark.parametrize("recomputed", RECOMPUTED)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bf16_zero_stages_recompute_what_they_computed(
-    runs: Path, stage: int, recomputed: str
+    runs: Runs, stage: int, recomputed: str
 ) -> None:
     compare_bf16(runs, f"bf16_zero{stage}_{recomputed}")
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
-def test_bf16_trains_like_one_process(runs: Path, sizes: tuple[int, int, int]) -> None:
+def test_bf16_trains_like_one_process(runs: Runs, sizes: tuple[int, int, int]) -> None:
     compare_bf16(runs, scenario("bf16", *sizes).name)
 
 
 @pytest.mark.parametrize("name", BF16_FILES)
-def test_bf16_layout_files_train_like_one_process(runs: Path, name: str) -> None:
+def test_bf16_layout_files_train_like_one_process(runs: Runs, name: str) -> None:
     compare_bf16(runs, name)
 
 
 @pytest.mark.parametrize("by", ["measured", "uniform"])
-def test_a_pipeline_can_be_cut_by_time_or_evenly(runs: Path, by: str) -> None:
+def test_a_pipeline_can_be_cut_by_time_or_evenly(runs: Runs, by: str) -> None:
     compare(runs, "fp32_pp1_tp1_dp1", f"cut_{by}")
 
 
 @pytest.mark.parametrize("name", EVERYWHERE)
-def test_what_the_recipe_changes_is_the_same_everywhere(runs: Path, name: str) -> None:
+def test_what_the_recipe_changes_is_the_same_everywhere(runs: Runs, name: str) -> None:
     compare(runs, name, f"{name}_split")
 
 
 @pytest.mark.parametrize("name", ["sketches_split", "sketches_zero3", "sketches_offloaded"])
-def test_sketches_are_learned_from_like_on_one_process(runs: Path, name: str) -> None:
+def test_sketches_are_learned_from_like_on_one_process(runs: Runs, name: str) -> None:
     compare(runs, "sketches", name)
-    weights = load_file(runs / name / "checkpoints/step_00000010/model.safetensors")
+    weights = load_file(runs.folder(name) / "checkpoints/step_00000010/model.safetensors")
     assert "sketch_embedding.projection.weight" in weights
 
 
-def test_sequence_parallelism_trains_like_one_process(runs: Path) -> None:
+def test_sequence_parallelism_trains_like_one_process(runs: Runs) -> None:
     compare(runs, "fp32_pp1_tp1_dp1", "sequence")
 
 
-def test_a_model_in_four_parts_draws_samples(runs: Path) -> None:
-    shown = {path.name for path in (runs / "sequence/samples").iterdir()}
+def test_a_model_in_four_parts_draws_samples(runs: Runs) -> None:
+    shown = {path.name for path in (runs.folder("sequence") / "samples").iterdir()}
     assert shown == {"step_00000010_t2i.png", "step_00000010_t2v.png", "step_00000010_t2v_0.gif"}
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("sizes", RESUMED, ids=str)
 def test_a_run_stopped_after_four_steps_continues_bit_for_bit(
-    runs: Path, sizes: tuple[int, int, int], kind: str
+    runs: Runs, sizes: tuple[int, int, int], kind: str
 ) -> None:
-    whole = runs / scenario(kind, *sizes).name
-    resumed = whole.with_name(f"{whole.name}_resumed")
+    name = scenario(kind, *sizes).name
+    whole, resumed = runs.folder(name), runs.folder(f"{name}_resumed")
     assert len(figures(resumed)) == 10
     assert figures(resumed) == figures(whole)
     assert held_out(resumed) == held_out(whole)
@@ -169,23 +185,25 @@ def test_a_run_stopped_after_four_steps_continues_bit_for_bit(
     assert states == expected
 
 
-def compare_bf16(runs: Path, name: str) -> None:
-    one, several = (torch.tensor(figures(runs / run)) for run in (scenario("bf16").name, name))
+def compare_bf16(runs: Runs, name: str) -> None:
+    one, several = (
+        torch.tensor(figures(runs.folder(run))) for run in (scenario("bf16").name, name)
+    )
     assert len(several) == 10
     torch.testing.assert_close(several[:, :-1], one[:, :-1], rtol=2e-3, atol=0)
     torch.testing.assert_close(several[:, -1], one[:, -1], rtol=5e-3, atol=0)
 
 
-def compare(runs: Path, expected: str, name: str) -> None:
+def compare(runs: Runs, expected: str, name: str) -> None:
     one, several = (
-        torch.tensor(figures(runs / run), dtype=torch.float64) for run in (expected, name)
+        torch.tensor(figures(runs.folder(run)), dtype=torch.float64) for run in (expected, name)
     )
     assert len(several) == 10
     torch.testing.assert_close(several[:, :-1], one[:, :-1], rtol=1e-6, atol=0)
     torch.testing.assert_close(several[:, -1], one[:, -1], rtol=1e-5, atol=0)
-    assert held_out(runs / name) == pytest.approx(held_out(runs / expected), rel=1e-6)
+    assert held_out(runs.folder(name)) == pytest.approx(held_out(runs.folder(expected)), rel=1e-6)
     weights, truth = (
-        load_file(runs / run / "checkpoints/step_00000010/model.safetensors")
+        load_file(runs.folder(run) / "checkpoints/step_00000010/model.safetensors")
         for run in (name, expected)
     )
     assert weights.keys() == truth.keys()
