@@ -31,6 +31,14 @@ from megatron_nuwa.training.stopping import StopRequested
 FAULTS_FOLDER = "faults"
 # How gloo and NCCL say that a peer is gone; they have no error class of their own for it.
 _LOST = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+# What NCCL says where the fault is the process's own.
+_OWN = (
+    "out of memory",
+    "unhandled cuda error",
+    "invalid usage",
+    "invalid argument",
+    "socket interface",
+)
 # From the one that counts most: a mistake that the user can mend, a defect, a process that does
 # not go on although it waits for nobody, one that waited for others.
 Kind = Literal["mistake", "error", "hang", "lost"]
@@ -42,6 +50,7 @@ class Fault:
     """Why one process ended: a sentence, and the traceback or stack."""
 
     rank: int
+    world_size: int
     host: str
     step: int
     kind: Kind
@@ -74,6 +83,11 @@ def cause(faults: Sequence[Fault]) -> str:
         return "no process said why: all were killed, or failed before training began"
     if faults[0].kind != "lost":
         return str(faults[0])
+    if len(faults) == faults[0].world_size:
+        return (
+            "no process was lost: each waited for the others, or what connects them failed; "
+            f"the first to say so was {faults[0]}"
+        )
     ranks = ", ".join(str(fault.rank) for fault in sorted(faults, key=lambda fault: fault.rank))
     return (
         f"a process was killed, or its node or network failed: it said nothing, and the others "
@@ -86,7 +100,8 @@ def write_fault(
 ) -> Fault:
     """Write a process's fault down, if the disk lets it."""
     host = socket.gethostname()
-    fault = Fault(processes.rank, host, step, kind, sentence, details, time.time())
+    place = (processes.rank, processes.world_size, host)
+    fault = Fault(*place, step, kind, sentence, details, time.time())
     with suppress(OSError):
         path = run / FAULTS_FOLDER / f"rank_{processes.rank:05d}.json"
         write_text_atomically(path, json.dumps(asdict(fault), indent=2))
@@ -123,6 +138,7 @@ def written_down(run: Path, processes: Processes, step: Callable[[], int]) -> It
 
 
 def _says_that_a_peer_is_gone(error: Exception) -> bool:
+    said = str(error)
     if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST)
+        return not any(word in said.lower() for word in _OWN)
+    return isinstance(error, RuntimeError) and any(word in said for word in _LOST)

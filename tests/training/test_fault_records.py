@@ -26,7 +26,7 @@ from megatron_nuwa.training.faults import (
 
 
 def process(rank: int) -> Any:
-    return SimpleNamespace(rank=rank)
+    return SimpleNamespace(rank=rank, world_size=5)
 
 
 def write(run: Path, monkeypatch: pytest.MonkeyPatch, *kinds: str) -> None:
@@ -71,6 +71,17 @@ def test_processes_that_lost_another_name_themselves(
     assert "the others (process 0, 1) lost it after step 7" in cause(read_faults(tmp_path))
 
 
+def test_where_all_have_waited_none_is_called_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, monkeypatch, *["lost"] * 4)
+    assert "a process was killed" in cause(read_faults(tmp_path))
+    write(tmp_path, monkeypatch, *["lost"] * 5)
+    said = cause(read_faults(tmp_path))
+    assert said.startswith("no process was lost: each waited for the others, or what connects")
+    assert said.endswith("after step 7: sentence 0")
+
+
 def test_torn_and_earlier_records_are_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +105,17 @@ def test_torn_and_earlier_records_are_left_out(
         (RuntimeError("Connection closed by peer [127.0.0.1]"), "lost", FailedProcessError),
         (dist.DistBackendError("NCCL"), "lost", FailedProcessError),
         (dist.DistBackendError("without a word"), "lost", FailedProcessError),
+        (dist.DistNetworkError("NCCL error: remote process exited"), "lost", FailedProcessError),
+        (
+            dist.DistBackendError("NCCL error: unhandled cuda error 'out of memory'"),
+            "error",
+            FailedProcessError,
+        ),
+        (
+            dist.DistBackendError("NCCL error: Bootstrap : no socket interface found"),
+            "error",
+            FailedProcessError,
+        ),
         # A file's name may hold anything.
         (ValueError("gloo/no such file"), "error", FailedProcessError),
     ],
