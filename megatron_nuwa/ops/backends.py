@@ -25,3 +25,10 @@ def backend_for(query: Tensor, name: str) -> ModuleType:
     if reason is not None:
         raise ValueError(f"backend {name!r} cannot run this call: {reason}; use 'auto'")
     return BACKENDS[name]
+
+
+def explain_auto(query: Tensor) -> tuple[str, str | None]:
+    """The name of the backend that "auto" takes for `query`, and why not its device's own."""
+    name = next(name for name in BACKENDS if BACKENDS[name].why_not(query) is None)
+    reason: str | None = BACKENDS[query.device.type].why_not(query)
+    return name, reason

@@ -17,12 +17,14 @@ import torch
 
 from megatron_nuwa.data.shards import CORPUS_FILE
 from megatron_nuwa.files import sha256_of
+from megatron_nuwa.ops.backends import explain_auto
 from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.speed_probe import Speeds, measure_speeds, slow_parts
 
-_PACKAGES = ("torch", "deepspeed", "megatron-nuwa")
+_PACKAGES = ("torch", "deepspeed", "megatron-nuwa", "apex")
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CGROUP = Path("/sys/fs/cgroup")
 # Network file systems may show a new file a little later on other nodes.
 _PATIENCE_SECONDS = 3.0
@@ -40,6 +42,9 @@ class ProcessReport:
     host: str
     device: str
     versions: dict[str, str]
+    # The backend of nearby attention, and why it is not the device's own.
+    attention: str
+    attention_reason: str | None
     # Free memory of the process's GPU, and of its node; bytes.
     free_device_bytes: int | None
     free_host_bytes: int
@@ -98,12 +103,13 @@ def examine(
     A lone process has nothing to be compared with, so its speed is measured only on
     `measure_alone`.
     """
-    reports = processes.gather(_report(recipe, processes))
+    reports = processes.gather(_report(recipe, layout, processes))
     needs_host = bytes_needed if processes.device.type == "cpu" else host_bytes_needed
     needs_device = bytes_needed if processes.device.type == "cuda" else None
     problems = [
         *_size_problems(layout, processes),
         *_version_problems(reports),
+        *_attention_problems(reports),
         *_run_folder_problems(reports, recipe),
         *_corpus_problems(reports),
         *_memory_problems(reports, needs_device, needs_host),
@@ -113,22 +119,35 @@ def examine(
     if processes.world_size > 1 or measure_alone:
         speeds = measure_speeds(processes, hosts)
     # Timings differ between processes, sentences about the gathered ones do not.
-    warnings = slow_parts(speeds, hosts) if speeds else []
+    warnings = _attention_warnings(reports)
+    if speeds:
+        warnings += slow_parts(speeds, hosts, on_gpus=processes.device.type == "cuda")
     return Findings(reports, speeds, problems, warnings)
 
 
-def _report(recipe: Recipe, processes: Processes) -> ProcessReport:
+def _report(recipe: Recipe, layout: Layout, processes: Processes) -> ProcessReport:
     device = processes.device
     on_gpu = device.type == "cuda"
+    attention, reason = _attention(recipe, layout, device)
     return ProcessReport(
         rank=processes.rank,
         host=socket.gethostname(),
         device=torch.cuda.get_device_name(device) if on_gpu else "CPU",
         versions=_versions(),
+        attention=attention,
+        attention_reason=reason,
         free_device_bytes=torch.cuda.mem_get_info(device)[0] if on_gpu else None,
         free_host_bytes=free_host_bytes(),
         corpora={str(path): _fingerprint(path) for path in _corpora(recipe)},
         sees_run_folder=_sees_run_folder(recipe, processes),
+    )
+
+
+def _attention(recipe: Recipe, layout: Layout, device: torch.device) -> tuple[str, str | None]:
+    assert recipe.model is not None
+    head_dim = recipe.model.width // recipe.model.heads
+    return explain_auto(
+        torch.empty(1, 1, 1, head_dim, device=device, dtype=_DTYPES[layout.precision])
     )
 
 
@@ -238,6 +257,28 @@ def _version_problems(reports: Sequence[ProcessReport]) -> list[str]:
                 f"{reports[other].place}: install the same version on all nodes"
             )
     return problems
+
+
+def _attention_problems(reports: Sequence[ProcessReport]) -> list[str]:
+    other = _first_other([report.attention for report in reports])
+    if other is None:
+        return []
+    slow = next(report for report in reports if report.attention_reason)
+    return [
+        f"nearby attention runs on the backend {reports[0].attention!r} on {reports[0].place} but "
+        f"on {reports[other].attention!r} on {reports[other].place}, and all would wait for the "
+        f"slower one: on {slow.place}, {slow.attention_reason}"
+    ]
+
+
+def _attention_warnings(reports: Sequence[ProcessReport]) -> list[str]:
+    first = reports[0]
+    if first.attention_reason is None:
+        return []
+    return [
+        f"nearby attention runs on the backend {first.attention!r}, many times slower than the "
+        f"kernels: {first.attention_reason}"
+    ]
 
 
 def _run_folder_problems(reports: Sequence[ProcessReport], recipe: Recipe) -> list[str]:

@@ -17,7 +17,10 @@ from megatron_nuwa.training.processes import Processes
 # link of its kind (inside a node, between nodes).
 SLOW_DEVICE = 0.5
 SLOW_LINK = 0.25
-_BYTES = 4 * 2**20
+# Links of GPUs below so many bytes/s (inside a node: True) are no NVLink and no InfiniBand.
+_FEWEST_OF_GPUS = {True: 5e9, False: 3e9}
+# So much that a transfer's beginning does not count.
+_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
 _MATMUL_SECONDS = 0.2
 _TRIES = 5
 # Fewer of a kind have no median that would tell the slow one from the fast one.
@@ -36,7 +39,9 @@ class Speeds:
 
 
 def measure_speeds(processes: Processes, hosts: Sequence[str]) -> Speeds:
-    """Time a product on every device, a 4 MiB all-reduce, and 4 MiB over each ring link.
+    """Time a product on every device, an all-reduce, and a transfer over each ring link.
+
+    They move 4 MiB between CPUs, 64 MiB between GPUs.
 
     `hosts` are the nodes by rank. Every process calls it and gets the same result.
     """
@@ -47,8 +52,11 @@ def measure_speeds(processes: Processes, hosts: Sequence[str]) -> Speeds:
     return Speeds([row[0] for row in gathered], [row[1] for row in gathered], every_link)
 
 
-def slow_parts(speeds: Speeds, hosts: Sequence[str]) -> list[str]:
-    """One sentence for every device and link that is far slower than its equals."""
+def slow_parts(speeds: Speeds, hosts: Sequence[str], on_gpus: bool) -> list[str]:
+    """One sentence for every device and link that is far slower than its equals.
+
+    And one where the links of GPUs are slow all together.
+    """
     found = []
     usual = median(speeds.matmul)
     for rank, speed in enumerate(speeds.matmul):
@@ -60,8 +68,14 @@ def slow_parts(speeds: Speeds, hosts: Sequence[str]) -> list[str]:
     kinds: dict[bool, list[Pair]] = defaultdict(list)
     for one, other in speeds.links:
         kinds[hosts[one] == hosts[other]].append((one, other))
-    for pairs in kinds.values():
+    for is_inside, pairs in kinds.items():
         usual = median(speeds.links[pair] for pair in pairs)
+        if on_gpus and usual < _FEWEST_OF_GPUS[is_inside]:
+            where = "inside the nodes" if is_inside else "between the nodes"
+            found.append(
+                f"the links {where} are slow, {usual / 1e9:.3g} GB/s at the median: see with "
+                "NCCL_DEBUG=INFO whether NCCL finds the fast ones"
+            )
         for one, other in sorted(pairs):
             speed = speeds.links[one, other]
             if len(pairs) >= _FEWEST_TO_COMPARE and speed < SLOW_LINK * usual:
@@ -117,14 +131,14 @@ def _matmul_speed(device: torch.device) -> float:
 def _all_reduce_speed(processes: Processes) -> float:
     if processes.world_size == 1:
         return 0.0
-    buffer = torch.zeros(_BYTES // 4, device=processes.device)
+    buffer = torch.zeros(_BYTES[processes.device.type] // 4, device=processes.device)
     return _best_speed(processes.device, lambda: dist.all_reduce(buffer))
 
 
 def _link_speeds(processes: Processes, rounds: Sequence[Sequence[Pair]]) -> dict[Pair, float]:
     """The links that this process measured as the lower rank of a pair."""
     speeds: dict[Pair, float] = {}
-    outgoing = torch.zeros(_BYTES // 4, device=processes.device)
+    outgoing = torch.zeros(_BYTES[processes.device.type] // 4, device=processes.device)
     incoming = torch.empty_like(outgoing)
     for pairs in rounds:
         for pair in pairs:
@@ -147,7 +161,7 @@ def _link_speeds(processes: Processes, rounds: Sequence[Sequence[Pair]]) -> dict
 
 
 def _best_speed(device: torch.device, transfer: Callable[[], object]) -> float:
-    """Bytes/s of the fastest of some transfers of 4 MiB; the first opens the connection."""
+    """Bytes/s of the fastest of some transfers; the first opens the connection."""
     best = 0.0
     for attempt in range(1 + _TRIES):
         start = time.perf_counter()
@@ -155,5 +169,5 @@ def _best_speed(device: torch.device, transfer: Callable[[], object]) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if attempt:
-            best = max(best, _BYTES / (time.perf_counter() - start))
+            best = max(best, _BYTES[device.type] / (time.perf_counter() - start))
     return best

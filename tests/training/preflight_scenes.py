@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.ops import cpu
 from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.training import preflight as room
 from megatron_nuwa.training import speed_probe
@@ -127,6 +129,14 @@ def slow_device(processes: Processes) -> Any:
         return check(processes)
 
 
+def without_kernels(processes: Processes, *, missing_on: Sequence[int]) -> Any:
+    reason = (
+        "_native_cpu.so was not built: no C++ compiler" if processes.rank in missing_on else None
+    )
+    with equal_speeds(), patch.object(cpu, "why_not", lambda query: reason):
+        return check(processes)
+
+
 def layout_for_four(processes: Processes) -> Any:
     return check(processes, layout=Layout(2, 1, 2, 1, "fp32", False, False, "flops"))
 
@@ -150,6 +160,8 @@ SCENES: dict[str, Callable[[Processes], Any]] = {
     "another corpus": lambda processes: corpus(processes, "node-with-its-own-disk"),
     "little memory": little_memory,
     "slow device": slow_device,
+    "kernels missing": partial(without_kernels, missing_on=(0, 1, 2)),
+    "kernels missing on one node": partial(without_kernels, missing_on=(2,)),
     "layout for four": layout_for_four,
     "mistake of the last": mistake_of_the_last,
     "still together": everything_right,

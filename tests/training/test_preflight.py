@@ -100,6 +100,13 @@ def test_every_device_and_link_is_measured(outcomes: Outcomes) -> None:
         ("corpus missing", ["corpora/images has no corpus.json", "beta (process 2)"]),
         ("another corpus", ["corpora/images is another one on beta (process 2)"]),
         ("little memory", ["alpha has 5 GiB", "2 processes need 3 GiB each"]),
+        (
+            "kernels missing on one node",
+            [
+                "runs on the backend 'cpu' on alpha (process 0) but on 'reference' on beta (proc",
+                "on beta (process 2), _native_cpu.so was not built: no C++ compiler",
+            ],
+        ),
         ("layout for four", ["pp2_tp1_dp2_zero1_fp32 is for 4 processes, but 3 were started"]),
         ("mistake of the last", ["beta, process 2: tokenizers.bpe bpe.json cannot be read"]),
     ],
@@ -116,15 +123,34 @@ def test_a_slow_device_is_a_warning_that_names_it(outcomes: Outcomes) -> None:
     assert outcomes["slow device"] == [("returned", [warning])] * 3
 
 
+def test_that_no_node_has_kernels_is_a_warning(outcomes: Outcomes) -> None:
+    warning = (
+        "nearby attention runs on the backend 'reference', many times slower than the kernels: "
+        "_native_cpu.so was not built: no C++ compiler"
+    )
+    assert outcomes["kernels missing"] == [("returned", [warning])] * 3
+
+
+def test_gpus_without_their_fast_network_are_warned_of() -> None:
+    hosts = ["a", "a", "b", "b"]
+    links = {(0, 1): 100e9, (2, 3): 100e9, (0, 2): 1.2e9, (1, 3): 1.1e9}
+    speeds = Speeds([1e12] * 4, [1e9] * 4, links)
+    assert slow_parts(speeds, hosts, on_gpus=False) == []
+    assert slow_parts(speeds, hosts, on_gpus=True) == [
+        "the links between the nodes are slow, 1.15 GB/s at the median: see with "
+        "NCCL_DEBUG=INFO whether NCCL finds the fast ones"
+    ]
+
+
 def test_a_slow_link_is_compared_with_links_of_its_kind() -> None:
     hosts = ["a", "a", "b", "b", "c", "c", "d", "d"]
     pairs = [pair for pairs in link_rounds(hosts) for pair in pairs]
     inside = {pair: 100e9 for pair in pairs if hosts[pair[0]] == hosts[pair[1]]}
     outside = {pair: 10e9 for pair in pairs if pair not in inside}
     equal = Speeds([1e12] * 8, [1e9] * 8, {**inside, **outside})
-    assert slow_parts(equal, hosts) == []
+    assert slow_parts(equal, hosts, on_gpus=True) == []
     slow = Speeds([1e12] * 8, [1e9] * 8, {**inside, **outside, (3, 5): 2e9, (4, 5): 20e9})
-    assert slow_parts(slow, hosts) == [
+    assert slow_parts(slow, hosts, on_gpus=True) == [
         "the link of process 4 on c and process 5 on c is slow: 20 GB/s, the median is 100",
         "the link of process 3 on b and process 5 on c is slow: 2 GB/s, the median is 10",
     ]
