@@ -7,6 +7,8 @@
 #include "direct.cuh"
 #include "forward.cuh"
 
+#include <vector>
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -56,6 +58,7 @@ struct Call {
   int32_t batch, heads, queries, keys, blocks[3];
   float scale;
   int32_t at_end;
+  uint32_t pace;
   Array query, key, value, mask, grad, output, log_sum, statistics;
   Array grad_query, grad_key, grad_value;
   Array tables[3][6];  // of outputs, gradients of queries, and those of keys and values
@@ -90,6 +93,7 @@ int direct_blocks(int64_t warps) { return (warps + kDirectWarps - 1) / kDirectWa
 
 template <class T, int size>
 void simulate(const Call& call) {
+  set_pace(call.pace);
   const bool at_end = call.at_end;
   const auto in = [&](const Array& a) { return Guarded(a.data, a.bytes, false, at_end); };
   const auto out = [&](const Array& a) { return Guarded(a.data, a.bytes, true, at_end); };
@@ -143,15 +147,22 @@ void simulate(const Call& call) {
 }  // namespace
 }  // namespace megatron_nuwa
 
-#define MEGATRON_NUWA_EXPORT(T, size) \
-  extern "C" void simulate_##T##_##size(const megatron_nuwa::Call* call) { \
-    using megatron_nuwa::bf16;                                            \
-    megatron_nuwa::simulate<T, size>(*call);                              \
+// Null, or what went wrong.
+#define MEGATRON_NUWA_EXPORT(T, size)                                                        \
+  extern "C" MEGATRON_NUWA_EXPORTED const char* simulate_##T##_##size(const void* call) {    \
+    using namespace megatron_nuwa;                                                           \
+    return failure_of(                                                                       \
+        [](const void* call) { simulate<T, size>(*static_cast<const Call*>(call)); }, call); \
   }
 
+MEGATRON_NUWA_EXPORT(bf16, 64)
+#ifndef MEGATRON_NUWA_ONLY_BF16_64
+MEGATRON_NUWA_EXPORT(bf16, 32)
+MEGATRON_NUWA_EXPORT(bf16, 128)
+MEGATRON_NUWA_EXPORT(fp16, 32)
+MEGATRON_NUWA_EXPORT(fp16, 64)
+MEGATRON_NUWA_EXPORT(fp16, 128)
 MEGATRON_NUWA_EXPORT(float, 32)
 MEGATRON_NUWA_EXPORT(float, 64)
 MEGATRON_NUWA_EXPORT(float, 128)
-MEGATRON_NUWA_EXPORT(bf16, 32)
-MEGATRON_NUWA_EXPORT(bf16, 64)
-MEGATRON_NUWA_EXPORT(bf16, 128)
+#endif
