@@ -122,6 +122,16 @@ void matrices() {
   rows[thread()] = {5, 6, 7, 8};
 }
 
+// Row 1 is lane 1's own, and goes to other lanes' registers.
+template <bool waits>
+void odd_row_transposed() {
+  if (thread() == 1) reinterpret_cast<int4*>(memory)[1] = {1, 2, 3, 4};
+  if (waits) __syncwarp();
+  uint32_t loaded[4];
+  load_matrices_transposed(loaded, 16 * thread());
+  sink += loaded[0];
+}
+
 // --- copies and barriers in shared memory -------------------------------------------------------
 
 template <bool waits>
@@ -159,6 +169,34 @@ void two_copies() {
   copy_async_8(16 * thread() + 8, source, true);
   arrive_with_copies(kSecond);
   wait_for_phase(kSecond, 0);
+}
+
+// A copy that began after those that are waited for.
+void later_copy() {
+  start_both(blockDim.x);
+  copy_async_16(16 * thread(), source, true);
+  arrive_with_copies(kFirst);
+  copy_async_16(16 * (blockDim.x + thread()), source, true);
+  arrive_with_copies(kSecond);
+  wait_for_phase(kFirst, 0);
+  sink += words()[4 * (blockDim.x + thread())];
+}
+
+// What a thread read lies before the copy that another one starts thereafter, and so before all who
+// wait for that copy.
+void read_before_a_copy() {
+  start_both(32);
+  if (warp() == 0) {
+    sink += words()[4 * thread()];
+    arrive(kFirst);
+  } else if (warp() == 1) {
+    wait_for_phase(kFirst, 0);
+    copy_async_16(16 * (thread() % 32), source, true);
+    arrive_with_copies(kSecond);
+  } else {
+    wait_for_phase(kSecond, 0);
+    words()[4 * (thread() % 32)] = 1;
+  }
 }
 
 void copy_without_a_barrier() { copy_async_16(16 * thread(), source, true); }
@@ -254,12 +292,16 @@ const std::map<std::string, void (*)()> bodies = {
     {"matrices", matrices<true, true>},
     {"matrices at once", matrices<false, true>},
     {"matrices overwritten", matrices<true, false>},
+    {"odd row transposed", odd_row_transposed<true>},
+    {"odd row transposed at once", odd_row_transposed<false>},
     {"own copy", own_copy<true>},
     {"own copy at once", own_copy<false>},
     {"copies of others", copies_of_others},
     {"copies and the block's barrier", copies_and_the_blocks_barrier},
     {"two copies", two_copies<true>},
     {"two copies at once", two_copies<false>},
+    {"later copy", later_copy},
+    {"read before a copy", read_before_a_copy},
     {"copy without a barrier", copy_without_a_barrier},
     {"written beside copies", written_beside_copies<true>},
     {"written beside copies that arrive", written_beside_copies<false>},
