@@ -23,8 +23,10 @@ _TURN_SECONDS = 5.0
 _SILENCE_SECONDS = 180.0
 # So long the others have to find out and end by themselves, with more to say.
 _GRACE_SECONDS = 30.0
-# So long process 0 keeps the store for those who leave after it.
+# So long process 0 keeps the store for those who leave after it; after a failure, for as many turns
+# as all need to read of it.
 _FAREWELL_SECONDS = 3.0
+_FAREWELL_TURNS = 2
 _LEFT = "left"
 
 
@@ -43,6 +45,7 @@ class RollCall:
         self._gone: str | None = None
         self._answered = 0
         self._in_order = True
+        self._is_counted = False
         self._speaker = threading.Thread(target=self._speak, name="roll call", daemon=True)
 
     def __enter__(self) -> RollCall:
@@ -56,7 +59,7 @@ class RollCall:
             self._in_order = False
         self._over.set()
         if self._world_size > 1:
-            self._speaker.join(2 * _FAREWELL_SECONDS)
+            self._speaker.join(self._farewell() + _FAREWELL_SECONDS)
 
     @property
     def gone(self) -> str | None:
@@ -68,15 +71,27 @@ class RollCall:
         with suppress(RuntimeError, KeyError, ValueError):
             store = dist.PrefixStore(self._prefix, _connect(self._world_size))
             self._answer_and_listen(store)
-            if not self._in_order:
+            if self._in_order:
+                store.set(str(self._rank), _LEFT)
+            else:
                 store.set("gone", f"process {self._rank} has failed")
-                return
-            store.set(str(self._rank), _LEFT)
-            left, end = store.add("all left", 1), time.monotonic() + _FAREWELL_SECONDS
-            # Its end would be an error to those that are still here.
-            while self._rank == 0 and left < self._world_size and time.monotonic() < end:
+            self._count_in(store)
+            # Its end would be an error to those that are still here, and they would not know of
+            # which process.
+            end = time.monotonic() + self._farewell()
+            while self._rank == 0 and time.monotonic() < end:
+                if store.add("all know", 0) >= self._world_size:
+                    break
                 time.sleep(0.02)
-                left = store.add("all left", 0)
+
+    def _farewell(self) -> float:
+        return _FAREWELL_SECONDS if self._in_order else _FAREWELL_TURNS * _TURN_SECONDS
+
+    def _count_in(self, store: dist.Store) -> None:
+        """This process needs no store any more: it leaves, or knows of the end."""
+        if not self._is_counted:
+            self._is_counted = True
+            store.add("all know", 1)
 
     def _answer_and_listen(self, store: dist.Store) -> None:
         """Until the end; raises an error, or hangs, when the store is gone."""
@@ -91,13 +106,19 @@ class RollCall:
             if silent > _SILENCE_SECONDS:
                 store.set("gone", f"process {other} no longer answers")
             if store.check(["gone"]):
-                self._gone_for(store.get("gone").decode())
+                sentence = store.get("gone").decode()
+                self._count_in(store)
+                self._gone_for(sentence)
             self._over.wait(_TURN_SECONDS)
 
     def _watch(self) -> None:
-        """Notice that the store is gone, which can hold up the other thread for ever."""
+        """Notice that the store is gone, which ends the other thread or holds it up for ever."""
         last, silent = 0, 0.0
         while not self._over.wait(_TURN_SECONDS) and silent <= _SILENCE_SECONDS:
+            if not self._speaker.is_alive():
+                if not self._answered:
+                    return
+                break
             silent = 0.0 if self._answered != last or last == 0 else silent + _TURN_SECONDS
             last = self._answered
         self._gone_for("process 0, which holds the store where all met, no longer answers")

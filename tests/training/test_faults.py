@@ -92,21 +92,25 @@ def test_a_signal_to_one_process_saves_and_ends_all_with_0(
     [
         ("kill 1", "process 1 no longer answers"),
         ("kill 0", "process 0, which holds the store where all met, no longer answers"),
-        ("fail", "process 1 has failed"),
+        ("stop 0", "process 0, which holds the store where all met, no longer answers"),
+        ("fail 0", "process 0 has failed"),
+        ("fail 1", "process 1 has failed"),
         ("leave", None),
     ],
 )
 def test_a_process_that_is_gone_ends_the_others_though_no_backend_says_so(
     tmp_path: Path, disturb: str, told: str | None
 ) -> None:
-    """As under NCCL, whose collectives wait for the dead."""
+    """As under NCCL, whose collectives wait for the dead; gloo's end with an error."""
     with Ranks(2, tmp_path, tmp_path / "run", script=ROLL_CALL, DISTURB=disturb) as ranks:
         for log in ranks.logs:
             assert ranks.wait_for(lambda log=log: "begun" in log.read_text(), 60)  # type: ignore[misc]
         time.sleep(0.5)
-        gone = 0 if disturb == "kill 0" else 1
+        gone = 0 if disturb.endswith("0") else 1
         if disturb.startswith("kill"):
             ranks.processes[gone].kill()
+        elif disturb.startswith("stop"):
+            ranks.processes[gone].send_signal(signal.SIGSTOP)
         left = ranks.processes[1 - gone]
         assert left.wait(60) == (0 if told is None else 1)
     found = {fault.rank: fault for fault in read_faults(tmp_path / "run")}
