@@ -232,6 +232,8 @@ class StageEngine(Engine):
         self._batches, self._means = batches, []
         scales = self._scales(batches, self._weights)
         self.deepspeed.train_batch(iter(self._packed(batches, scales, seed)))
+        # It is emptied only when DeepSpeed prints, and keeps two events of CUDA's a step till then.
+        self.deepspeed.timers("train_batch").reset()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:

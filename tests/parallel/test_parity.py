@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, SmallWorld
+from observed import grown, read_observed
 from safetensors.torch import load_file
 from worlds import Scenario, figures, held_out, layout, run_world
 
@@ -37,7 +39,16 @@ EVERYWHERE = {
 def scenario(kind: str, pipeline: int = 1, tensor: int = 1, data: int = 1) -> Scenario:
     settings, overrides = VARIANTS[kind]
     name = f"{kind}_pp{pipeline}_tp{tensor}_dp{data}"
-    return Scenario(name, layout(pipeline, tensor, **settings), (*TEN, *overrides))
+    contents = layout(pipeline, tensor, **settings)
+    return Scenario(name, contents, (*TEN, *overrides), observe=kind != "recomputed")
+
+
+# The observed runs of two processes.
+OF_TWO = [
+    *(scenario(kind, *s).name for kind in ("fp32", "bf16") for s in LAYOUTS if prod(s) == 2),
+    *(f"fp32_zero{stage}" for stage in (2, 3)),
+    *BF16_FILES,
+]
 
 
 class Runs:
@@ -74,7 +85,7 @@ def _scenarios(world: SmallWorld) -> dict[int, list[Scenario]]:
                     Scenario(f"{whole.name}_resumed", whole.layout, (*TEN, *changes))
                 )
     for stage in (2, 3):
-        by_size[2].append(Scenario(f"fp32_zero{stage}", layout(zero=stage), TEN))
+        by_size[2].append(Scenario(f"fp32_zero{stage}", layout(zero=stage), TEN, observe=True))
         for kind, change in RECOMPUTED.items():
             for name, precision in (("fp32", {}), ("bf16", {"bf16": True})):
                 recomputed = layout(zero=stage, **precision)
@@ -85,7 +96,7 @@ def _scenarios(world: SmallWorld) -> dict[int, list[Scenario]]:
         by_size[2].append(Scenario(f"cut_{by}", layout(2, cut=by), TEN))
     for name in BF16_FILES:
         contents = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-        by_size[2].append(Scenario(name, contents, TEN))
+        by_size[2].append(Scenario(name, contents, TEN, observe=True))
     for name, changes in EVERYWHERE.items():
         by_size[1].append(Scenario(name, layout(), (*TEN, *changes)))
         by_size[4].append(Scenario(f"{name}_split", layout(2, 2), (*TEN, *changes)))
@@ -98,7 +109,7 @@ def _scenarios(world: SmallWorld) -> dict[int, list[Scenario]]:
     by_size[4].append(Scenario("sketches_split", layout(2, 2), sketches))
     pictures = ("samples.every=10", "samples.prompts=[a red square moves left]")
     sequence = layout(2, 2, sequence_parallel=True)
-    by_size[4].append(Scenario("sequence", sequence, (*TEN, *pictures)))
+    by_size[4].append(Scenario("sequence", sequence, (*TEN, *pictures), observe=True))
     return by_size
 
 
@@ -183,6 +194,14 @@ def test_a_run_stopped_after_four_steps_continues_bit_for_bit(
         for run in (resumed, whole)
     )
     assert states == expected
+
+
+@pytest.mark.parametrize("name", OF_TWO)
+def test_nothing_grows_with_the_steps(runs: Runs, name: str) -> None:
+    for notes in read_observed(runs.folder(name)):
+        assert len(notes.lengths) == 3
+        assert sum(notes.lengths[-1].values()) > 1000
+        assert grown(notes) == {}
 
 
 def compare_bf16(runs: Runs, name: str) -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
+from observed import observed
 
 from megatron_nuwa.generation.show import make_sample_shower
 from megatron_nuwa.training.pretrain import pretrain
@@ -22,11 +24,15 @@ FIGURES = ("train/loss", "train/loss/t2i", "train/loss/v2v", "train/loss/t2v", "
 
 @dataclass(frozen=True)
 class Scenario:
-    """One run: a name for its folder, the layout file's contents, and changes of the recipe."""
+    """One run: a name for its folder, the layout file's contents, and changes of the recipe.
+
+    With `observe` its processes note what `observed.read_observed` returns.
+    """
 
     name: str
     layout: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
+    observe: bool = False
 
     def folder(self, root: Path) -> Path:
         """Where the run lies."""
@@ -92,5 +98,6 @@ def carry_out(scenario: Scenario, recipe: Path, root: Path, processes: Processes
         path.write_text(json.dumps(scenario.layout))
     processes.barrier()
     settings = load_recipe(recipe, [f"run={scenario.folder(root)}", *scenario.overrides])
-    pretrain(settings, path, processes, make_sample_shower(settings))
-    processes.barrier()
+    with observed(scenario.folder(root), processes) if scenario.observe else nullcontext():
+        pretrain(settings, path, processes, make_sample_shower(settings))
+        processes.barrier()
