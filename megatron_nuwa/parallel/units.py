@@ -32,6 +32,8 @@ _KEPT_PREFIXES = (
     "megatron_nuwa::nearby_attention",
 )
 _KINDS: tuple[ContextKind, ...] = get_args(ContextKind)
+# Integers that a flow's notes are.
+NOTES = 10
 # Odd and far apart, so that no two of (micro-batch, unit, stream) come to the same seed.
 _UNIT_STRIDE = 0x9E3779B97F4A7C15
 _STREAM_STRIDE = 0xD1B54A32D192ED03
@@ -61,30 +63,28 @@ class Flow:
         """The start of a micro-batch."""
         return Flow(context.tokens, target, context.mask, context.kind, context.grid, grid, seed)
 
+    @property
+    def notes(self) -> list[int]:
+        """`NOTES` integers: all that does not lie in the tensors, and how many samples there are.
+
+        With them the shapes of what travels between two given units are known.
+        """
+        kind, has_mask = _KINDS.index(self.kind), self.mask is not None
+        return [kind, *self.context_grid, *self.grid, self.seed, has_mask, len(self.x)]
+
     def pack(self) -> tuple[Tensor, ...]:
-        """As tensors that a process can send: vectors first, then the mask, then all integers."""
-        integers = [
-            _KINDS.index(self.kind),
-            *self.context_grid,
-            *self.grid,
-            self.seed,
-            self.context is not None,
-            self.mask is not None,
-        ]
+        """As tensors that a process can send: vectors first, then the mask."""
         optional = (self.context, self.x, self.mask)
-        # Made on the CPU: the engine moves what it loads, and a stage's own comes after a sync.
-        settings = torch.tensor(integers, dtype=torch.int64).to(self.x.device)
-        return (*(tensor for tensor in optional if tensor is not None), settings)
+        return tuple(tensor for tensor in optional if tensor is not None)
 
     @staticmethod
-    def unpack(tensors: Sequence[Tensor]) -> Flow:
-        """What `pack` packed."""
-        *tensors, settings = tensors
-        kind, ch, cw, cs, h, w, s, seed, has_context, has_mask = settings.tolist()
+    def unpack(tensors: Sequence[Tensor], notes: Sequence[int]) -> Flow:
+        """What `pack` packed, with the `notes` of the same micro-batch."""
+        kind, ch, cw, cs, h, w, s, seed, has_mask, _ = notes
         rest = list(tensors)
-        context = rest.pop(0) if has_context else None
-        x = rest.pop(0)
-        mask = rest.pop(0) if has_mask else None
+        mask = rest.pop() if has_mask else None
+        x = rest.pop()
+        context = rest.pop() if rest else None
         return Flow(context, x, mask, _KINDS[kind], Grid(ch, cw, cs), Grid(h, w, s), seed)
 
     def as_context(self) -> Context:

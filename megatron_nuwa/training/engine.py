@@ -217,7 +217,7 @@ class StageEngine(Engine):
 
     def wrap(self) -> None:
         """Hand the stage, with its starting weights, over to DeepSpeed."""
-        from megatron_nuwa.parallel.pipeline import NuwaPipeline
+        from megatron_nuwa.parallel.pipeline import NuwaPipeline, Traffic
 
         pipeline = NuwaPipeline(self._units, self.bounds, self.place, self._scaled_loss)
         # Messages of different shapes travel; what a process sends is not split further.
@@ -225,42 +225,50 @@ class StageEngine(Engine):
         config = {**self._config, "pipeline": settings}
         self.deepspeed = _initialize(pipeline, self._recipe.optimizer, config, None)
         streamline(self.deepspeed, norm_at_once=False)
-        # DeepSpeed reuses receive buffers whatever their type was.
-        self.deepspeed._allocate_or_extend_buffers = self._new_buffer
+        self._traffic = Traffic(self.deepspeed, self.device)
 
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
-        self._batches, self._means = batches, []
         scales = self._scales(batches, self._weights)
-        self.deepspeed.train_batch(iter(self._packed(batches, scales, seed)))
+        micro_batches = self._begin(batches, scales, seed, self.deepspeed.micro_batches)
+        self.deepspeed.train_batch(micro_batches)
         # It is emptied only when DeepSpeed prints, and keeps two events of CUDA's a step till then.
         self.deepspeed.timers("train_batch").reset()
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> list[Loss]:
         self.between()
-        self._batches, self._means = batches, []
-        count = torch.tensor(len(batches), device=self.device)
+        agreed = torch.tensor(len(batches), device=self.device)
         # Stages in the middle read no data, and so do not know how much there is.
-        dist.all_reduce(count, dist.ReduceOp.MAX)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX)
+        count = int(agreed)
         self.deepspeed.eval_batch(
-            iter(self._packed(batches, [1.0] * len(batches), 0)),
+            self._begin(batches, [1.0] * len(batches), 0, count),
             reduce_output=None,
             bcast_loss=False,
-            num_micro_batches=int(count),
+            num_micro_batches=count,
         )
         self.deepspeed.train()
         return self.losses()
 
-    def _packed(
-        self, batches: Sequence[TokenBatch], scales: Sequence[float], seed: int
-    ) -> list[tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]]:
-        return [
-            (
-                Flow.of(batch.context, batch.target, batch.grid, seed + number).pack(),
-                (batch.target, torch.tensor(scale)),
-            )
-            for number, (batch, scale) in enumerate(zip(batches, scales, strict=True))
+    def _begin(
+        self, batches: Sequence[TokenBatch], scales: Sequence[float], seed: int, count: int
+    ) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, Tensor]]]:
+        """The micro-batches of a step or an evaluation, on the device; all stages know of them."""
+        self._batches, self._means = batches, []
+        # All at once: a copy in the middle of the step would wait for what is queued before it.
+        here = [batch.to(self.device) for batch in batches]
+        factors = torch.tensor(scales, dtype=torch.float32, device=self.device)
+        flows = [
+            Flow.of(batch.context, batch.target, batch.grid, seed + number)
+            for number, batch in enumerate(here)
         ]
+        self._traffic.announce(flows, count)
+        return iter(
+            [
+                (flow.pack(), (batch.target, factor))
+                for flow, batch, factor in zip(flows, here, factors, strict=True)
+            ]
+        )
 
     def _scaled_loss(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
         target, scale = labels
@@ -274,9 +282,6 @@ class StageEngine(Engine):
             Loss(batch.task, mean, batch.share)
             for batch, mean in zip(self._batches, self._means, strict=False)
         ]
-
-    def _new_buffer(self, _index: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def owned(self, stage: int) -> list[nn.Module]:
         from megatron_nuwa.parallel.pipeline import own_modules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,18 +14,27 @@ from unittest import mock
 
 from torch import Tensor
 
+from megatron_nuwa.parallel.groups import import_deepspeed
 from megatron_nuwa.training.engine import Engine, StageEngine, WholeEngine
 from megatron_nuwa.training.processes import Processes
 
 # The first steps make what is kept; then nothing may grow.
 _MEASURED_STEPS = (4, 6, 8)
+# What waits for a GPU until it has come so far.
+_READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 
 
 @dataclass
 class Observed:
-    """What one process has noted: the length of each collection of its engine, at three steps."""
+    """What one process has noted.
+
+    `lengths` of all collections of its engine, at three steps; `reads`, where the CPU would wait
+    for the device's numbers, by step (from 1) and instruction of a pipeline's schedule.
+    """
 
     lengths: list[dict[str, int]] = field(default_factory=list)
+    reads: Counter[tuple[int, str]] = field(default_factory=Counter)
+    step: int = 0
 
 
 @contextmanager
@@ -33,6 +42,7 @@ def observed(run: Path, processes: Processes) -> Iterator[None]:
     """Note what this process does in the block; `read_observed` finds it."""
     notes = Observed()
     with ExitStack() as stack:
+        _count_reads(stack, notes)
         for kind in (WholeEngine, StageEngine):
             step = _measuring(kind.train_step, notes, processes)
             stack.enter_context(mock.patch.object(kind, "train_step", step))
@@ -56,19 +66,46 @@ def grown(notes: Observed) -> dict[str, list[int]]:
 def _measuring(
     train_step: Callable[..., None], notes: Observed, processes: Processes
 ) -> Callable[..., None]:
-    done = 0
-
     def step(engine: Engine, *arguments: Any) -> None:
-        nonlocal done
+        notes.step += 1
         train_step(engine, *arguments)
-        done += 1
         # Eight processes would show nothing else.
-        if done in _MEASURED_STEPS and processes.world_size == 2:
+        if notes.step in _MEASURED_STEPS and processes.world_size == 2:
             # What the engine calls leads to the whole run.
             run = engine.between.__self__  # type: ignore[attr-defined]
             notes.lengths.append(_lengths(engine, besides=run))
 
     return step
+
+
+def _count_reads(stack: ExitStack, notes: Observed) -> None:
+    running: list[str] = []
+
+    def counting(read: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **settings: Any) -> Any:
+            if running:
+                notes.reads[notes.step, running[-1]] += 1
+            return read(*arguments, **settings)
+
+        return counted
+
+    def named(name: str, carry_out: Callable[..., Any]) -> Callable[..., Any]:
+        def instruction(*arguments: Any, **settings: Any) -> None:
+            running.append(name)
+            carry_out(*arguments, **settings)
+            running.pop()
+
+        return instruction
+
+    for read in _READS:
+        counted = counting(getattr(Tensor, read))
+        stack.enter_context(mock.patch.object(Tensor, read, counted))
+    import_deepspeed()
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    instructions = PipelineEngine._INSTRUCTION_MAP
+    noted = {kind: named(kind.__name__, method) for kind, method in instructions.items()}
+    stack.enter_context(mock.patch.object(PipelineEngine, "_INSTRUCTION_MAP", noted))
 
 
 def _lengths(root: object, besides: object) -> dict[str, int]:

@@ -204,6 +204,20 @@ def test_nothing_grows_with_the_steps(runs: Runs, name: str) -> None:
         assert grown(notes) == {}
 
 
+@pytest.mark.parametrize("sizes", [s for s in LAYOUTS if s[0] > 1], ids=str)
+def test_no_stage_waits_for_its_device_in_the_middle_of_a_step(
+    runs: Runs, sizes: tuple[int, int, int]
+) -> None:
+    """Shapes are told once; the CPU then has the GPU's next work ready before it is wanted."""
+    observed = read_observed(runs.folder(scenario("fp32", *sizes).name))
+    for notes in observed:
+        reads = {(step, name) for step, name in notes.reads if name != "OptimizerStep"}
+        # The last step's are mixed with the evaluation's.
+        assert {step for step, _ in reads} <= {1, 10}
+    # They are noticed where they are.
+    assert any((1, "RecvActivation") in notes.reads for notes in observed)
+
+
 def compare_bf16(runs: Runs, name: str) -> None:
     one, several = (
         torch.tensor(figures(runs.folder(run))) for run in (scenario("bf16").name, name)

@@ -57,7 +57,8 @@ def target() -> Tensor:
 def through_every_cut(units: Units, flow: Flow) -> Tensor:
     """Packed and unpacked between any two units."""
     for unit in range(len(units)):
-        flow = Flow.unpack(units.run(flow, unit, unit + 1).pack())
+        flow = units.run(flow, unit, unit + 1)
+        flow = Flow.unpack(flow.pack(), flow.notes)
     return flow.x
 
 

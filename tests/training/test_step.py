@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_nuwa.data.batches import TEXT_GRID, TaskName, TokenBatch
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context
+from megatron_nuwa.parallel.units import Flow
 from megatron_nuwa.training.engine import StageEngine, WholeEngine
 from megatron_nuwa.training.pretrain import Pretraining, pretrain
 from megatron_nuwa.training.recipe import load_recipe
@@ -98,11 +99,15 @@ def test_micro_batches_add_up_to_the_weighted_sum_over_tasks() -> None:
 
 def test_a_stage_packs_the_same_seeds_and_scales() -> None:
     engine = object.__new__(StageEngine)
+    engine.device = torch.device("cpu")
+    announced: list[Flow] = []
+    traffic: Any = SimpleNamespace(announce=lambda flows, _count: announced.extend(flows))
+    engine._traffic = traffic
     scales = engine._scales(BATCHES, WEIGHTS)
     assert scales == pytest.approx([1.8, 0.75, 1.2])
-    packed = engine._packed(BATCHES, scales, 100)
-    assert [int(inputs[-1][7]) for inputs, _ in packed] == [100, 101, 102]
+    packed = engine._begin(BATCHES, scales, 100, 3)
     assert [float(scale) for _, (_, scale) in packed] == pytest.approx(scales)
+    assert [flow.seed for flow in announced] == [100, 101, 102]
 
 
 def test_what_draws_from_a_process_goes_on_after_a_resume(
