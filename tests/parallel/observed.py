@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pickle
+import re
+import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_nuwa.parallel.groups import import_deepspeed
@@ -22,16 +25,38 @@ from megatron_nuwa.training.processes import Processes
 _MEASURED_STEPS = (4, 6, 8)
 # What waits for a GPU until it has come so far.
 _READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+# All that a group can be asked for.
+_OPERATIONS = [
+    name
+    for name in dir(dist.ProcessGroup)
+    if re.match("_?(all|reduce|broadcast|gather|scatter|send|recv|(monitored_)?barrier)", name)
+    and not name.startswith("_register")
+]
+_MIRRORED = {"send": "recv", "recv": "send"}
+
+
+class Call(NamedTuple):
+    """One process's part in a communication: `ranks` of the group, of its peer for a message."""
+
+    ranks: tuple[int, ...]
+    operation: str
+    dtypes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    reduction: str
+    is_in_main_thread: bool
 
 
 @dataclass
 class Observed:
     """What one process has noted.
 
-    `lengths` of all collections of its engine, at three steps; `reads`, where the CPU would wait
-    for the device's numbers, by step (from 1) and instruction of a pipeline's schedule.
+    `calls`, all it took part in; `tensor_group`, the ranks that share its layers; `lengths` of all
+    collections of its engine, at three steps; `reads`, where the CPU would wait for the device's
+    numbers, by step (from 1) and instruction of a pipeline's schedule.
     """
 
+    calls: list[Call] = field(default_factory=list)
+    tensor_group: tuple[int, ...] = ()
     lengths: list[dict[str, int]] = field(default_factory=list)
     reads: Counter[tuple[int, str]] = field(default_factory=Counter)
     step: int = 0
@@ -43,6 +68,7 @@ def observed(run: Path, processes: Processes) -> Iterator[None]:
     notes = Observed()
     with ExitStack() as stack:
         _count_reads(stack, notes)
+        _note_calls(stack, notes)
         for kind in (WholeEngine, StageEngine):
             step = _measuring(kind.train_step, notes, processes)
             stack.enter_context(mock.patch.object(kind, "train_step", step))
@@ -63,11 +89,96 @@ def grown(notes: Observed) -> dict[str, list[int]]:
     return {way: found for way, found in lengths.items() if found == sorted(set(found))}
 
 
+def rehearse(observed: Sequence[Observed]) -> str:
+    """Go through all calls as if each waited for all it concerns; what they come to a halt at.
+
+    Empty where all get to the end. NCCL's calls wait so, on the device; gloo's sends do not, and
+    it pairs what is not alike.
+    """
+    waiting = [deque(notes.calls) for notes in observed]
+    moves = True
+    while moves:
+        moves = False
+        for rank, calls in enumerate(waiting):
+            while calls and (partners := _partners(rank, calls[0], waiting)):
+                for partner in partners:
+                    waiting[partner].popleft()
+                moves = True
+    heads = [f"{rank}: {calls[0]}" for rank, calls in enumerate(waiting) if calls]
+    return "\n".join(heads)
+
+
+def _partners(rank: int, call: Call, waiting: Sequence[deque[Call]]) -> list[int]:
+    """Whom a process's next call goes on with; none where one of them is elsewhere."""
+    if call.operation in _MIRRORED:
+        [peer] = call.ranks
+        answer = call._replace(ranks=(rank,), operation=_MIRRORED[call.operation])
+        return [rank, peer] if waiting[peer] and waiting[peer][0] == answer else []
+    ready = all(waiting[member] and waiting[member][0] == call for member in call.ranks)
+    return [*call.ranks] if ready else []
+
+
+def half_sums(notes: Observed) -> set[Call]:
+    """Sums of numbers in half precision over others than the tensor group."""
+    return {
+        call
+        for call in notes.calls
+        if call.reduction in ("SUM", "AVG")
+        and set(call.dtypes) & {"torch.float16", "torch.bfloat16"}
+        and call.ranks != notes.tensor_group
+        and len(call.ranks) > 1
+    }
+
+
+def _note_calls(stack: ExitStack, notes: Observed) -> None:
+    def noting(operation: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(group: dist.ProcessGroup, *arguments: Any, **settings: Any) -> Any:
+            ranks = dist.get_process_group_ranks(group)
+            if not notes.step:
+                # Before the first step things are tried out in ways of their own.
+                return call(group, *arguments, **settings)
+            concerned = [ranks[arguments[1]]] if operation in _MIRRORED else ranks
+            found = [*_tensors([*arguments, *settings.values()])]
+            options = [getattr(option, "reduceOp", None) for option in arguments]
+            reductions = [_reduction(option) for option in options if option is not None]
+            notes.calls.append(
+                Call(
+                    tuple(concerned),
+                    operation,
+                    tuple(str(tensor.dtype) for tensor in found),
+                    tuple(tensor.numel() for tensor in found),
+                    *(reductions or [""]),
+                    threading.current_thread() is threading.main_thread(),
+                )
+            )
+            return call(group, *arguments, **settings)
+
+        return noted
+
+    for operation in _OPERATIONS:
+        noted = noting(operation, getattr(dist.ProcessGroup, operation))
+        stack.enter_context(mock.patch.object(dist.ProcessGroup, operation, noted))
+
+
+def _tensors(things: Iterable[Any]) -> Iterator[Tensor]:
+    for thing in things:
+        if isinstance(thing, Tensor):
+            yield thing
+        elif isinstance(thing, (list, tuple)):
+            yield from _tensors(thing)
+
+
+def _reduction(operation: Any) -> str:
+    return str(getattr(operation, "op", operation)).rsplit(".", 1)[-1]
+
+
 def _measuring(
     train_step: Callable[..., None], notes: Observed, processes: Processes
 ) -> Callable[..., None]:
     def step(engine: Engine, *arguments: Any) -> None:
         notes.step += 1
+        group = engine.place.tensor.group
+        notes.tensor_group = () if group is None else tuple(dist.get_process_group_ranks(group))
         train_step(engine, *arguments)
         # Eight processes would show nothing else.
         if notes.step in _MEASURED_STEPS and processes.world_size == 2:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, SmallWorld
-from observed import grown, read_observed
+from observed import grown, half_sums, read_observed, rehearse
 from safetensors.torch import load_file
 from worlds import Scenario, figures, held_out, layout, run_world
 
@@ -48,6 +48,11 @@ OF_TWO = [
     *(scenario(kind, *s).name for kind in ("fp32", "bf16") for s in LAYOUTS if prod(s) == 2),
     *(f"fp32_zero{stage}" for stage in (2, 3)),
     *BF16_FILES,
+]
+OBSERVED = [
+    *OF_TWO,
+    *(scenario(kind, *s).name for kind in ("fp32", "bf16") for s in LAYOUTS if prod(s) > 2),
+    "sequence",
 ]
 
 
@@ -216,6 +221,26 @@ def test_no_stage_waits_for_its_device_in_the_middle_of_a_step(
         assert {step for step, _ in reads} <= {1, 10}
     # They are noticed where they are.
     assert any((1, "RecvActivation") in notes.reads for notes in observed)
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_the_processes_of_a_group_do_the_same_in_the_same_order(runs: Runs, name: str) -> None:
+    """NCCL would wait for ever, or take one thing for another; gloo lets much of that pass."""
+    observed = read_observed(runs.folder(name))
+    assert len(observed) > 1
+    assert all(len(notes.calls) > 50 for notes in observed)
+    assert rehearse(observed) == ""
+    assert all(call.is_in_main_thread for notes in observed for call in notes.calls)
+
+
+@pytest.mark.parametrize("name", ["zero1_bf16", *(scenario("bf16", *s).name for s in LAYOUTS)])
+def test_bf16_gradients_are_summed_in_fp32(runs: Runs, name: str) -> None:
+    """Over replicas and over the stages of tied weights, under ZeRO 1."""
+    assert all(half_sums(notes) == set() for notes in read_observed(runs.folder(name)))
+
+
+def test_sums_in_bf16_are_noticed_where_they_are(runs: Runs) -> None:
+    assert all(half_sums(notes) for notes in read_observed(runs.folder("zero2_bf16")))
 
 
 def compare_bf16(runs: Runs, name: str) -> None:
