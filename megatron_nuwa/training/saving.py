@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ class Saver:
         self._copy_bytes, self._on_progress = copy_bytes, on_progress
         self._neighbours = processes.gather(socket.gethostname()).count(socket.gethostname())
         self._thread = _one_thread(processes.device)
+        self._stream = _own_stream(processes.device)
         self._job: _Job | None = None
         self._saved: int | None = None
         self._failure: str | None = None
@@ -225,7 +226,7 @@ class Saver:
             bound = self._bound()
             copies: dict[Any, Tensor] = {}
             taken: list[Part] = []
-            with _side_stream(self._processes.device):
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 while waiting and sum(p.bytes for p in taken) + waiting[0].bytes <= bound:
                     taken.append(waiting.popleft().on_host(copies))
             if not taken:
@@ -256,7 +257,10 @@ def _one_thread(device: torch.device) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, name, torch.cuda.set_device, (device,))
 
 
-def _side_stream(device: torch.device) -> AbstractContextManager[Any]:
-    if device.type != "cuda":
-        return nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))
+def _own_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """The one that copies run on, for the whole run.
+
+    PyTorch hands out 32 streams of a priority, again and again: one of the usual priority would
+    sooner or later be one that NCCL works on.
+    """
+    return torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None

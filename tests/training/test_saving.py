@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +254,43 @@ def test_a_save_stays_on_the_gpu_of_its_process(
         chosen.append((threading.get_ident(), device))
 
     monkeypatch.setattr(torch.cuda, "set_device", choose)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: None)
     for device in (torch.device("cpu"), torch.device("cuda", 3)):
         processes = Processes(0, 1, 3, device)
         saver = Saver(Checkpoints(tmp_path, keep=1), None, processes)  # type: ignore[arg-type]
         thread = saver._thread.submit(threading.get_ident).result()
         saver._thread.shutdown()
     assert chosen == [(thread, torch.device("cuda", 3))]
+
+
+def test_copies_run_on_one_lasting_stream_that_nccl_does_not_work_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch hands out the same few streams of a priority again and again."""
+    made: list[tuple[torch.device, int]] = []
+    used: list[int] = []
+
+    class Stream:
+        def __init__(self, device: torch.device, priority: int = 0) -> None:
+            made.append((device, priority))
+            self.number = len(made)
+
+    def use(stream: Stream) -> nullcontext[None]:
+        used.append(stream.number)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    device = torch.device("cuda", 3)
+    processes = Processes(0, 1, 3, device)
+    saver = Saver(Checkpoints(tmp_path, keep=1), None, processes)  # type: ignore[arg-type]
+    for step in (1, 2):
+        parts = [Part.capture(f"step_{step}", {"weight": torch.zeros(3)})]
+        assert saver._write(tmp_path, parts, threading.Event()).keys() == {f"step_{step}"}  # type: ignore[union-attr]
+    saver._thread.shutdown()
+    assert used == [1, 1]
+    assert made == [(device, -1)]
 
 
 def evaluating(world: SmallWorld) -> tuple[str, str]:
