@@ -83,8 +83,15 @@ def initialise(
 
     here = [named for named in parameters if not named[1].is_meta]
     # One thread draws one weight, however many there are: a billion numbers take 10 s on one.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(_own_cores()) as pool:
         list(pool.map(draw, here))
+
+
+def _own_cores() -> int | None:
+    """Cores that this process may run on; launchers bind the processes of a node to some each."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def whole_shape(parameter: Tensor) -> list[int]:
