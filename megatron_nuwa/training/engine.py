@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_nuwa.data.batches import TaskName, TokenBatch
-from megatron_nuwa.models.initialisation import whole_shape
+from megatron_nuwa.models.initialisation import shard_of, whole_shape
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.parallel.groups import Place, import_deepspeed
 from megatron_nuwa.parallel.tensor import split_model, whole_weight
@@ -125,6 +125,19 @@ class Engine(ABC):
             whole = torch.empty(whole_shape(parameter), dtype=self._dtype(), device=self.device)
             dist.recv(whole, leader)
         return whole
+
+    def replicated_weights(self) -> list[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
+        """Weights by their names that the processes of a group hold alike, group by group."""
+        group = self.place.tensor.group
+        if group is None:
+            return []
+        whole = {
+            # Under ZeRO 3 a part of it, the same part on all.
+            name: getattr(p, "ds_tensor", p)
+            for name, p in self.model.named_parameters()
+            if not p.is_meta and shard_of(p) is None
+        }
+        return [(group, whole)]
 
     def _gathered(self, parameter: Tensor) -> Any:
         if not hasattr(parameter, "ds_id"):
@@ -269,6 +282,14 @@ class StageEngine(Engine):
                 for flow, batch, factor in zip(flows, here, factors, strict=True)
             ]
         )
+
+    def replicated_weights(self) -> list[tuple[dist.ProcessGroup, dict[str, Tensor]]]:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        tied = self.deepspeed.module.get_tied_weights_and_groups()
+        return [
+            *super().replicated_weights(),
+            *((group, {names[id(weight)]: weight}) for weight, group in tied),
+        ]
 
     def _scaled_loss(self, logits: Tensor, labels: Sequence[Tensor]) -> Tensor:
         target, scale = labels

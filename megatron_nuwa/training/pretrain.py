@@ -34,6 +34,7 @@ from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.random_state import restore_random_state, seed_random_state
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.relayout import load
+from megatron_nuwa.training.replicas import warn_where_replicas_differ
 from megatron_nuwa.training.run_folder import ENVIRONMENT_FILE, RECIPE_FILE, describe_environment
 from megatron_nuwa.training.saving import Saver
 from megatron_nuwa.training.schedule import learning_rate
@@ -230,6 +231,7 @@ class Pretraining:
                 self.saver.settle()
             raise_if_stopped(signal_number)
             if self.step % recipe.training.checkpoint_every == 0 or ended:
+                warn_where_replicas_differ(self.engine, self.processes, self.step)
                 self.saver.save(self.step, self._texts())
             self._look(ended, show_samples)
             self.figures.restart_clock()

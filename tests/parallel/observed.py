@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,6 +25,8 @@ from megatron_nuwa.training.processes import Processes
 
 # The first steps make what is kept; then nothing may grow.
 _MEASURED_STEPS = (4, 6, 8)
+# Before its save; another step would undo what is changed.
+_LAST_STEP = 10
 # What waits for a GPU until it has come so far.
 _READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
 # All that a group can be asked for.
@@ -50,29 +54,35 @@ class Call(NamedTuple):
 class Observed:
     """What one process has noted.
 
-    `calls`, all it took part in; `tensor_group`, the ranks that share its layers; `lengths` of all
-    collections of its engine, at three steps; `reads`, where the CPU would wait for the device's
-    numbers, by step (from 1) and instruction of a pipeline's schedule.
+    `calls`, all it took part in; `tensor_group`, the ranks that share its layers; `said`, all it
+    printed; `lengths` of all collections of its engine, at three steps; `reads`, where the CPU
+    would wait for the device's numbers, by step (from 1) and instruction of a pipeline's schedule.
     """
 
     calls: list[Call] = field(default_factory=list)
     tensor_group: tuple[int, ...] = ()
     lengths: list[dict[str, int]] = field(default_factory=list)
+    said: str = ""
     reads: Counter[tuple[int, str]] = field(default_factory=Counter)
     step: int = 0
 
 
 @contextmanager
-def observed(run: Path, processes: Processes) -> Iterator[None]:
-    """Note what this process does in the block; `read_observed` finds it."""
-    notes = Observed()
+def observed(run: Path, processes: Processes, disturb: str | None = None) -> Iterator[None]:
+    """Note what this process does in the block; `read_observed` finds it.
+
+    `disturb` is the weight that the last process changes after the tenth step.
+    """
+    notes, said = Observed(), io.StringIO()
     with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(said))
         _count_reads(stack, notes)
         _note_calls(stack, notes)
         for kind in (WholeEngine, StageEngine):
-            step = _measuring(kind.train_step, notes, processes)
+            step = _measuring(kind.train_step, notes, processes, disturb)
             stack.enter_context(mock.patch.object(kind, "train_step", step))
         yield
+    notes.said = said.getvalue()
     (run / f"observed_{processes.rank}.pickle").write_bytes(pickle.dumps(notes))
 
 
@@ -173,7 +183,7 @@ def _reduction(operation: Any) -> str:
 
 
 def _measuring(
-    train_step: Callable[..., None], notes: Observed, processes: Processes
+    train_step: Callable[..., None], notes: Observed, processes: Processes, disturb: str | None
 ) -> Callable[..., None]:
     def step(engine: Engine, *arguments: Any) -> None:
         notes.step += 1
@@ -185,6 +195,9 @@ def _measuring(
             # What the engine calls leads to the whole run.
             run = engine.between.__self__  # type: ignore[attr-defined]
             notes.lengths.append(_lengths(engine, besides=run))
+        if disturb and notes.step == _LAST_STEP and processes.rank == processes.world_size - 1:
+            with torch.no_grad():
+                dict(engine.model.named_parameters())[disturb].add_(0.1)
 
     return step
 

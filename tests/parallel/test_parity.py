@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from math import prod
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def scenario(kind: str, pipeline: int = 1, tensor: int = 1, data: int = 1) -> Sc
     return Scenario(name, contents, (*TEN, *overrides), observe=kind != "recomputed")
 
 
+# Weights that two processes hold alike, and layouts where they do.
+DISTURBED = {
+    "decoder.1.attention_norm.weight": (layout(1, 2), "false"),
+    "visual_embedding.codes.weight": (layout(2, 1), "true"),
+}
 # The observed runs of two processes.
 OF_TWO = [
     *(scenario(kind, *s).name for kind in ("fp32", "bf16") for s in LAYOUTS if prod(s) == 2),
@@ -114,6 +120,9 @@ def _scenarios(world: SmallWorld) -> dict[int, list[Scenario]]:
     by_size[4].append(Scenario("sketches_split", layout(2, 2), sketches))
     pictures = ("samples.every=10", "samples.prompts=[a red square moves left]")
     sequence = layout(2, 2, sequence_parallel=True)
+    for name, (of, tied) in DISTURBED.items():
+        changes = (*TEN, "evaluation=null", f"model.tie_head={tied}")
+        by_size[2].append(Scenario(f"disturbed_{name}", of, changes, observe=True, disturb=name))
     by_size[4].append(Scenario("sequence", sequence, (*TEN, *pictures), observe=True))
     return by_size
 
@@ -241,6 +250,21 @@ def test_bf16_gradients_are_summed_in_fp32(runs: Runs, name: str) -> None:
 
 def test_sums_in_bf16_are_noticed_where_they_are(runs: Runs) -> None:
     assert all(half_sums(notes) for notes in read_observed(runs.folder("zero2_bf16")))
+
+
+@pytest.mark.parametrize("name", DISTURBED)
+def test_weights_that_come_apart_are_named(runs: Runs, name: str) -> None:
+    first, _ = read_observed(runs.folder(f"disturbed_{name}"))
+    [sentence] = re.findall("warning: .*", first.said)
+    assert sentence.startswith(f"warning: after step 10 {name} differs by ")
+    assert " of its size among ranks 0 and 1, which should hold it alike: " in sentence
+
+
+@pytest.mark.parametrize("name", OBSERVED)
+def test_nothing_comes_apart_by_itself(runs: Runs, name: str) -> None:
+    first, *_ = read_observed(runs.folder(name))
+    assert "saved " in first.said
+    assert "warning: after step" not in first.said
 
 
 def compare_bf16(runs: Runs, name: str) -> None:

@@ -26,13 +26,15 @@ FIGURES = ("train/loss", "train/loss/t2i", "train/loss/v2v", "train/loss/t2v", "
 class Scenario:
     """One run: a name for its folder, the layout file's contents, and changes of the recipe.
 
-    With `observe` its processes note what `observed.read_observed` returns.
+    With `observe` its processes note what `observed.read_observed` returns; `disturb` then names a
+    weight that the last process changes after the last of ten steps.
     """
 
     name: str
     layout: dict[str, Any] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     observe: bool = False
+    disturb: str | None = None
 
     def folder(self, root: Path) -> Path:
         """Where the run lies."""
@@ -98,6 +100,7 @@ def carry_out(scenario: Scenario, recipe: Path, root: Path, processes: Processes
         path.write_text(json.dumps(scenario.layout))
     processes.barrier()
     settings = load_recipe(recipe, [f"run={scenario.folder(root)}", *scenario.overrides])
-    with observed(scenario.folder(root), processes) if scenario.observe else nullcontext():
+    run = scenario.folder(root)
+    with observed(run, processes, scenario.disturb) if scenario.observe else nullcontext():
         pretrain(settings, path, processes, make_sample_shower(settings))
         processes.barrier()

@@ -28,6 +28,7 @@ from megatron_nuwa.training.engine import Loss, StageEngine, WholeEngine
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.own_time import Stragglers
 from megatron_nuwa.training.processes import Processes
+from megatron_nuwa.training.replicas import largest_difference
 from megatron_nuwa.training.vqgan_evaluation import evaluate_vqgan
 from megatron_nuwa.training.vqgan_figures import FigureWindow
 from megatron_nuwa.training.vqgan_recipe import CodebookUpkeep
@@ -168,6 +169,10 @@ CASES: dict[str, list[Callable[[], object]]] = {
     ],
     "training/engine.py evaluate": [_evaluate_stage],
     "training/engine.py _fetch": [_fetch],
+    "training/replicas.py largest_difference": [
+        # Its weights are offloaded.
+        lambda: largest_difference({"weight": torch.zeros(2, 2)}, None, GPU)  # type: ignore[arg-type]
+    ],
     "parallel/pipeline.py announce": [lambda: _announce(True), lambda: _announce(False)],
     "training/speed_probe.py _all_reduce_speed": [_probe],
 }
