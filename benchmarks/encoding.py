@@ -12,11 +12,13 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch._inductor import config as inductor
 
 from benchmarks.harness.options import add_output, add_recipe, benchmark_parser, positive
 from benchmarks.harness.report import device_name, write_json
@@ -34,13 +36,17 @@ _BATCHES_AT_ONCE = 2
 
 @dataclass(frozen=True)
 class Way:
-    """One way to encode; `searched`: cuDNN tries its algorithms out, which the farm must not."""
+    """One way to encode.
+
+    `free` may time its kernels and take the fastest, which the farm forbids both: their sums have
+    different orders, and so a corpus would depend on the moment.
+    """
 
     batch: int
     compiled: bool
     precision: Precision
     channels_last: bool
-    searched: bool = False
+    free: Literal["", "cuDNN", "Inductor"] = ""
 
     def __str__(self) -> str:
         return ", ".join(
@@ -48,7 +54,7 @@ class Way:
                 "compiled" if self.compiled else "eager",
                 self.precision,
                 "channels last" if self.channels_last else "channels first",
-                *(["cuDNN searches"] if self.searched else []),
+                *([f"{self.free} searches"] if self.free else []),
             )
         )
 
@@ -83,10 +89,12 @@ def ways(batches: Sequence[int], cuda: bool, compiled: bool) -> Iterator[Way]:
     yield first
     if not compiled:
         yield Way(batches[0], False, "float32", False)
+    if cuda:
+        yield replace(first, free="cuDNN")
+    if cuda and compiled:
+        yield replace(first, free="Inductor")
     for batch in batches[1:]:
         yield replace(first, batch=batch)
-    if cuda:
-        yield replace(first, searched=True)
     yield replace(first, channels_last=not first.channels_last)
     yield replace(first, precision="float32" if cuda else "bfloat16")
 
@@ -130,6 +138,9 @@ class Stand:
             reached = self._frames_per_second(encoder, frames)
         except torch.OutOfMemoryError:
             return Speed(way, "out of memory")
+        # A compiler fails in ways of its own; the other ways' figures are wanted all the same.
+        except Exception as error:
+            return Speed(way, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
         return Speed(
             way,
             frames_per_second=reached,
@@ -161,7 +172,10 @@ class Stand:
             compiled=way.compiled,
         )
         encoder = FrameEncoder(self._vqgan, settings, way.batch, 0, way.channels_last)
-        torch.backends.cudnn.benchmark = way.searched
+        torch.backends.cudnn.deterministic = way.free != "cuDNN"
+        torch.backends.cudnn.benchmark = way.free == "cuDNN"
+        if hasattr(inductor, "deterministic"):
+            inductor.deterministic = way.free != "Inductor"
         return encoder
 
 
@@ -190,24 +204,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         at = time.perf_counter()
         if speeds and at - began + longest > options.seconds:
             speeds.append(Speed(way, f"the {options.seconds:g} s were used up"))
-            continue
-        speeds.append(stand.speed(way))
+        else:
+            speeds.append(stand.speed(way))
         longest = max(longest, time.perf_counter() - at)
-        print(
-            f"{way.batch} frames, {way}: {speeds[-1].frames_per_second:,.1f} frames/s", flush=True
-        )
+        result = speeds[-1].reason or f"{speeds[-1].frames_per_second:,.1f} frames/s"
+        print(f"{way.batch} frames, {way}: {result}", flush=True)
+        # Whoever lends a GPU may take it back before the end.
+        if options.output is not None:
+            write_json(options.output, _report(options.recipe, stand, speeds, device))
     _show(stand, speeds, device)
-    if options.output is not None:
-        report = {
-            "device": device_name(device),
-            "torch": torch.__version__,
-            "recipe": options.recipe.stem,
-            "flops_a_frame": stand.flops,
-            "peak_flops": stand.peaks,
-            "ways": [asdict(speed) for speed in speeds],
-        }
-        write_json(options.output, report)
     return 0
+
+
+def _report(
+    recipe: Path, stand: Stand, speeds: Sequence[Speed], device: torch.device
+) -> dict[str, Any]:
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "recipe": recipe.stem,
+        "flops_a_frame": stand.flops,
+        "peak_flops": stand.peaks,
+        "ways": [asdict(speed) for speed in speeds],
+    }
 
 
 def _show(stand: Stand, speeds: Sequence[Speed], device: torch.device) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_command_line
+from helpers import ROOT, run_command_line
+from torch._inductor import config as inductor
 
 from benchmarks import encoding
-from benchmarks.encoding import main, ways
+from benchmarks.encoding import Stand, Way, main, ways
+from megatron_nuwa.models.vqgan import Vqgan
+from megatron_nuwa.training.recipe import load_recipe
+from preprocessing.encoder import FrameEncoder
 
 WITHOUT = "deepspeed", "mpi4py", "ffmpeg", "imageio_ffmpeg", "av"
 CODE = """
@@ -56,9 +61,65 @@ def test_a_gpu_is_measured_as_the_farm_uses_it_once_it_was_without_a_compiler() 
     for way in (eager, first):
         assert way.channels_last
         assert way.precision == "bfloat16"
-        assert not way.searched
+        assert not way.free
     assert (plain.compiled, plain.precision, plain.channels_last) == (False, "float32", False)
     assert all(way.compiled for way in others)
+
+
+@pytest.fixture
+def arithmetic() -> Iterator[None]:
+    """What the farm's encoder sets for its whole process is as it was afterwards."""
+    flags = (
+        *((torch.backends.cudnn, name) for name in ("deterministic", "benchmark", "allow_tf32")),
+        (torch.backends.cuda.matmul, "allow_tf32"),
+        (inductor, "deterministic"),
+    )
+    before = [getattr(module, name) for module, name in flags]
+    yield
+    for (module, name), value in zip(flags, before, strict=True):
+        setattr(module, name, value)
+
+
+@pytest.mark.usefixtures("arithmetic")
+def test_each_way_of_a_gpu_is_as_free_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The farm's determinism is what one of them costs; so all but one at a time must hold."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(Vqgan, "to", lambda self, *_, **__: self)
+    section = load_recipe(ROOT / "launch/recipes/demo.yaml").vqgan
+    assert section is not None
+    stand = object.__new__(Stand)
+    stand._vqgan, stand._device = Vqgan(section.model), torch.device("cuda")
+    seen: dict[str, tuple[bool, bool, bool]] = {}
+    for way in ways([64, 128], cuda=True, compiled=True):
+        stand._encoder(way)
+        cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+        flags = (*cudnn, inductor.deterministic)
+        assert seen.setdefault(way.free, flags) == flags
+    assert seen == {
+        "": (True, False, True),
+        "cuDNN": (False, True, True),
+        "Inductor": (True, False, False),
+    }
+
+
+def test_a_way_that_fails_costs_no_other_its_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, encoder = tmp_path / "encoding.json", Stand._encoder
+
+    def failing(self: Stand, way: Way) -> FrameEncoder:
+        if way.batch == 3:
+            raise RuntimeError("no C compiler\nat all")
+        return encoder(self, way)
+
+    monkeypatch.setattr(Stand, "_encoder", failing)
+    recipe = "launch/recipes/demo.yaml"
+    quick = ["--recipe", recipe, "--batch-sizes", "2", "3", "--window", "0.01"]
+    assert main([*quick, "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["ways"]
+    reasons = {row["way"]["batch"]: row["reason"] for row in rows}
+    assert reasons == {2: None, 3: "RuntimeError: no C compiler"}
 
 
 def test_mfu_is_of_the_cards_own_peak(monkeypatch: pytest.MonkeyPatch) -> None:
