@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -95,12 +95,14 @@ class DecodedFrames(Dataset[Sample]):
 
 
 class Batch(NamedTuple):
-    """Images (batch, 3, H, W) in [-1, 1], or maps uint8 (batch, H, W), and how many broken items
-    were passed over.
-    """
+    """Frames uint8 (batch, H, W, 3), or maps (batch, H, W); `broken` items were passed over."""
 
-    images: Tensor
+    frames: Tensor
     broken: int
+
+    def images(self, device: torch.device) -> Tensor:
+        """`to_images` on the device, which gets a quarter of what floats would be."""
+        return to_images(self.frames.to(device))
 
 
 def batches(
@@ -125,18 +127,26 @@ def batches(
     shuffled = _ShuffledPasses(seed, len(dataset))  # type: ignore[arg-type]
     starts = (step * batch_size + rank * mine for step in range(first_step, steps))
     draws = ([Draw(shuffled[start + n], start + n) for n in range(mine)] for start in starts)
-    loader = DataLoader(
+    if first_step == steps:
+        return  # Workers take seconds to start.
+    for step, (frames, broken) in enumerate(load(dataset, draws, workers), start=first_step):
+        generator = torch.Generator().manual_seed(_mixed(seed, step, rank))
+        yield Batch(_augment(frames, image_size, flip, generator), broken)
+
+
+def load(
+    dataset: Dataset[Sample], draws: Iterable[Sequence[Draw]], workers: int
+) -> Iterable[Batch]:
+    """Whole frames, batch by batch in the order of `draws`, decoded by `workers` processes."""
+    return DataLoader(
         dataset,
-        batch_sampler=draws,
+        batch_sampler=draws,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=outlive_stop_signals,
         # Decoders start threads and processes, which a forked copy of this process could not.
         multiprocessing_context="spawn" if workers else None,
     )
-    for step, (frames, broken) in enumerate(loader, start=first_step):
-        generator = torch.Generator().manual_seed(_mixed(seed, step, rank))
-        yield Batch(to_images(_augment(frames, image_size, flip, generator)), broken)
 
 
 def to_images(frames: Tensor) -> Tensor:
@@ -172,9 +182,9 @@ def _mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _collate(samples: list[Sample]) -> tuple[Tensor, int]:
+def _collate(samples: list[Sample]) -> Batch:
     frames = np.stack([sample.frame for sample in samples])
-    return torch.from_numpy(frames), sum(sample.broken for sample in samples)
+    return Batch(torch.from_numpy(frames), sum(sample.broken for sample in samples))
 
 
 def _augment(frames: Tensor, size: int, flip: bool, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from megatron_nuwa.models.segmentation import (
 )
 from megatron_nuwa.models.vqgan import Vqgan
 from megatron_nuwa.training.codebook_upkeep import perplexity
-from megatron_nuwa.training.frames import Draw, Sample, to_bytes, to_images
+from megatron_nuwa.training.frames import Draw, Sample, load, to_bytes, to_images
 from megatron_nuwa.training.image_quality import psnr, ssim
 
 
@@ -48,12 +48,14 @@ def evaluate_vqgan(
     dataset: Dataset[Sample],
     batch_size: int,
     device: torch.device,
+    workers: int,
     on_progress: Callable[[], None] = lambda: None,
 ) -> VqganEvaluation:
     """Reconstruct every frame of `dataset` once, shared out over the processes.
 
-    Frames are taken as they will be shown: through tokens, pictures rounded to bytes.
-    `on_progress` is called before each batch.
+    Frames are taken as they will be shown: through tokens, pictures rounded to bytes. `workers`
+    processes load them, so that a GPU does not wait for each to be decoded; `on_progress` is called
+    before each batch.
     """
     total = len(dataset)  # type: ignore[arg-type]
     places = range(dist.get_rank(), total, dist.get_world_size())
@@ -62,9 +64,12 @@ def evaluate_vqgan(
     shape = (2,) if classes is None else (classes, classes)
     sums = torch.zeros(shape, dtype=torch.float64, device=device)
     counts = torch.zeros(model.config.codebook_size, device=device)
-    for start in range(0, len(places), batch_size):
+    starts = range(0, len(places), batch_size)
+    draws = [[Draw(place, 0) for place in places[at : at + batch_size]] for at in starts]
+    on_progress()
+    for batch in load(dataset, draws, min(workers, len(draws))):
         on_progress()
-        frames = held_out_frames(model, dataset, places[start : start + batch_size], device)
+        frames = _centres(model, batch.frames, device)
         tokens = model.encode(network_input(model, frames))
         counts += torch.bincount(tokens.flatten(), minlength=counts.shape[0])
         decoded = model.decode(tokens)
@@ -85,11 +90,15 @@ def held_out_frames(
     model: Vqgan, dataset: Dataset[Sample], places: range, device: torch.device
 ) -> Tensor:
     """Images (count, 3, H, W) in [-1, 1] or maps (count, H, W), the centre at the image size."""
-    frames = torch.from_numpy(np.stack([dataset[Draw(place, 0)].frame for place in places]))
+    frames = np.stack([dataset[Draw(place, 0)].frame for place in places])
+    return _centres(model, torch.from_numpy(frames), device)
+
+
+def _centres(model: Vqgan, frames: Tensor, device: torch.device) -> Tensor:
     size = model.config.image_size
     corner = (frames.shape[1] - size) // 2
     centre = frames[:, corner : corner + size, corner : corner + size]
-    return to_images(centre).to(device)
+    return to_images(centre.to(device))
 
 
 def network_input(model: Vqgan, frames: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def training_batches(
         world_size=processes.world_size,
         first_step=first_step,
         steps=steps,
-        workers=0 if recipe.data.cache_frames else recipe.data.workers,
+        workers=recipe.data.loading_workers,
     )
 
 
@@ -108,4 +108,4 @@ def kmeans_batches(
     other_seed = seed + _KMEANS_SEED
     with closing(training_batches(recipe, other_seed, processes, frames, 0, enough)) as found:
         for batch in found:
-            yield batch.images
+            yield batch.images(processes.device)

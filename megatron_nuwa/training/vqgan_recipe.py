@@ -33,6 +33,11 @@ class VqganData(Settings):
     workers: int = Field(4, ge=0)
     unlabelled: int | None = Field(None, ge=0)
 
+    @property
+    def loading_workers(self) -> int:
+        """Processes that load frames: none where they only have to be read."""
+        return 0 if self.cache_frames else self.workers
+
 
 class PerceptualSettings(Settings):
     """The network of the perceptual loss; `weights` and `lpips_weights` are files of VGG16."""

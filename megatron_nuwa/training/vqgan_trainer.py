@@ -169,7 +169,7 @@ class VqganTraining:
             batches = track(batches, "training the VQ-GAN", total=recipe.steps, done=self.step)
         for batch in batches:
             self.watchdog.beat()
-            figures, counts = self.state(self.step, batch.images)
+            figures, counts = self.state(self.step, batch.images(processes.device))
             window.add(figures, counts, batch.broken)
             self.step += 1
             step, last = self.step, self.step == recipe.steps
@@ -209,7 +209,8 @@ class VqganTraining:
         state, recipe, step = self.state, self.recipe, self.step
         device = self.processes.device
         per_process = max(1, recipe.batch_size // self.processes.world_size)
-        found = evaluate_vqgan(state.tokenizer, held_out, per_process, device, self.watchdog.beat)
+        workers, beat = recipe.data.loading_workers, self.watchdog.beat
+        found = evaluate_vqgan(state.tokenizer, held_out, per_process, device, workers, beat)
         if self.processes.is_first:
             total = len(held_out)  # type: ignore[arg-type]
             spread = range(0, total, max(1, total // _SHOWN_RECONSTRUCTIONS))

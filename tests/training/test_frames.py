@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import lone_process
+from torch.utils.data import Dataset
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
+from megatron_nuwa.training import frames as frames_room
 from megatron_nuwa.training.frame_cache import cache_frames
 from megatron_nuwa.training.frames import (
     CachedFrames,
     DecodedFrames,
     Draw,
     MediaFrames,
+    Sample,
     batches,
     to_bytes,
     to_images,
 )
 from megatron_nuwa.training.image_quality import psnr, ssim
+from megatron_nuwa.training.vqgan_evaluation import evaluate_vqgan
 
 
 def media(items: list[int], key: str = "k") -> MediaFrames:
@@ -91,7 +98,7 @@ def test_batches_depend_on_seed_and_step_and_not_on_the_number_of_processes(
             steps=5,
             workers=0,
         )
-        return [((batch.images[:, 0, 0, 0] + 1) * 127.5).round().tolist() for batch in found]
+        return [batch.frames[:, 0, 0, 0].tolist() for batch in found]
 
     alone = seen(0, 1)
     two = [first + second for first, second in zip(seen(0, 2), seen(1, 2), strict=True)]
@@ -119,7 +126,7 @@ def test_crops_and_mirrors_are_parts_of_the_frame(tmp_path: Path) -> None:
         steps=1,
         workers=0,
     )
-    crops = to_bytes(next(iter(found)).images)[..., 0]
+    crops = next(iter(found)).frames.numpy()[..., 0]
     possible = {}
     for top in range(5):
         for left in range(5):
@@ -192,7 +199,7 @@ def test_maps_are_cached_cropped_and_mirrored_as_numbers(tmp_path: Path) -> None
     assert np.array_equal(dataset[Draw(0, 0)].frame, maps[0])
     sizes = {"image_size": 8, "batch_size": 16, "first_step": 0, "steps": 1}
     found = batches(dataset, flip=True, seed=0, rank=0, world_size=1, workers=0, **sizes)
-    crops = next(iter(found)).images
+    crops = next(iter(found)).frames
     assert crops.dtype == torch.uint8
     corners = {(int(crop[0, 0]), int(crop[0, 7]), int(crop[7, 0])) for crop in crops}
     plain = {
@@ -202,3 +209,46 @@ def test_maps_are_cached_cropped_and_mirrored_as_numbers(tmp_path: Path) -> None
     assert corners <= plain | mirrored
     assert corners & plain
     assert corners & mirrored
+
+
+def test_no_workers_are_started_for_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frames_room, "DataLoader", None)
+    options = {"image_size": 8, "flip": False, "seed": 0, "batch_size": 4, "rank": 0}
+    found = batches(
+        numbered(tmp_path, 10), first_step=3, steps=3, world_size=1, workers=2, **options
+    )
+    assert list(found) == []
+
+
+class Signed(Dataset[Sample]):
+    """Frames that tell who loaded them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, draw: Draw) -> Sample:
+        (self._folder / str(os.getpid())).touch()
+        rng = np.random.default_rng(draw.place)
+        return Sample(rng.integers(0, 256, (10, 10, 3), np.uint8), 0)
+
+
+def test_held_out_frames_are_loaded_by_workers_and_judged_the_same(tmp_path: Path) -> None:
+    lone_process()
+    config = VqganConfig(image_size=8, downsampling=4, base_channels=8, codebook_size=16)
+    torch.manual_seed(0)
+    model = Vqgan(config).eval()
+    found = []
+    for workers in (0, 1):
+        folder = tmp_path / str(workers)
+        folder.mkdir()
+        cpu = torch.device("cpu")
+        found.append(evaluate_vqgan(model, Signed(folder), 4, cpu, workers))
+        loaded_here = [path.name == str(os.getpid()) for path in folder.iterdir()]
+        assert loaded_here == [workers == 0]
+    assert found[0] == found[1]
+    assert found[0].frames == 10

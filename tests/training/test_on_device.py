@@ -117,7 +117,7 @@ def _count() -> None:
 
 def _vqgan() -> None:
     model: Any = SimpleNamespace(config=SimpleNamespace(classes=None, codebook_size=8))
-    evaluate_vqgan(model, [], 1, GPU)  # type: ignore[arg-type]
+    evaluate_vqgan(model, [], 1, GPU, 0)  # type: ignore[arg-type]
 
 
 def _step_mean() -> None:
