@@ -111,7 +111,9 @@ class VqganStep:
         figures["train/lr"] = torch.tensor(self.optimizer.param_groups[0]["lr"])
         norm = self._backward(self.optimizer, self.model, loss)
         figures["train/grad_norm"] = norm
-        taken = self._take(step, self._mean(judged.detach()), float(norm), adversarial)
+        # The guard's numbers are one on all: a norm's last bit may depend on the kind of GPU.
+        mean_loss, same_norm = self._mean(torch.stack([judged.detach().float(), norm])).tolist()
+        taken = self._take(step, mean_loss, same_norm, adversarial)
         figures["train/skipped_steps"] = torch.tensor(float(self.guard.skipped_steps))
         if not taken:
             # What such a step computed is no measure of anything.
@@ -190,16 +192,16 @@ class VqganStep:
         scale = settings.adversarial_weight * self.guard.adversarial_scale
         return scale * weight * adversarial
 
-    def _take(self, step: int, loss: Tensor, norm: float, adversarial: bool) -> bool:
+    def _take(self, step: int, loss: float, norm: float, adversarial: bool) -> bool:
         """Change the autoencoder's weights unless the guard objects; returns whether it did not."""
-        reason = self.guard.reason_to_skip(float(loss), norm)
+        reason = self.guard.reason_to_skip(loss, norm)
         if reason is not None:
             self.guard.skipped(step, reason, adversarial)
             return False
         self.optimizer.step()
         if self.average:
             self.average.update()
-        self.guard.accepted(step, float(loss), norm, adversarial)
+        self.guard.accepted(step, loss, norm, adversarial)
         return True
 
     def _train_discriminator(self, step: int, real: Tensor, fake: Tensor) -> Tensor | None:
@@ -211,8 +213,8 @@ class VqganStep:
             logits = self._parallel_discriminator(torch.cat([real, fake]))
             of_real, of_fake = logits.float().chunk(2)
             loss = discriminator_loss(of_real, of_fake, self.recipe.loss.adversarial)
-        norm = float(self._backward(self.discriminator_optimizer, self.discriminator, loss))
-        if not self.guard.discriminator_takes(step, norm):
+        norm = self._backward(self.discriminator_optimizer, self.discriminator, loss)
+        if not self.guard.discriminator_takes(step, float(self._mean(norm))):
             return None
         self.discriminator_optimizer.step()
         return loss.detach()
