@@ -81,7 +81,7 @@ def seen(item: SourceItem) -> tuple[object, ...]:
     return item.media, item.start, item.end, item.sketch
 
 
-@pytest.mark.parametrize(("kind", "size"), [("jsonl", 30), ("csv", 30), ("parquet", 70)])
+@pytest.mark.parametrize(("kind", "size"), [("jsonl", 30), ("csv", 30), ("parquet", 75)])
 def test_an_item_costs_every_worker_a_few_bytes(
     kind: str, size: int, manifests: dict[str, Path], command: Any
 ) -> None:
