@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan
+from megatron_nuwa.parallel.accelerator import default_device
 
 Precision = Literal["float32", "bfloat16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -37,15 +38,16 @@ class EncoderSettings(Settings):
     ) -> EncoderSettings:
         """The settings asked for; None is float32 on CPUs, bfloat16 and compiled on GPUs.
 
-        Raises `UserError` where "cuda" is asked for and there is none.
+        Raises `UserError` where "cuda" is asked for and there is none, and where "auto" would fall
+        back to the CPU although a GPU is meant.
         """
-        available = torch.cuda.is_available()
-        if device == "cuda" and not available:
+        if device == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "--device cuda needs a GPU that PyTorch can use, and there is none here; leave "
                 "--device out, or run where there is one"
             )
-        cuda = available and device != "cpu"
+        # The choice is frozen with the corpus: a driver that is broken today must not make it.
+        cuda = (default_device().type if device == "auto" else device) == "cuda"
         return cls(
             device="cuda" if cuda else "cpu",
             precision=precision or ("bfloat16" if cuda else "float32"),

@@ -14,6 +14,7 @@ import torch._inductor.config
 from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents
 
+from megatron_nuwa.parallel import accelerator
 from preprocessing import encoder
 from preprocessing.__main__ import main
 from preprocessing.encoder import EncoderSettings, engine
@@ -30,6 +31,14 @@ class StandIn:
     def to(self, device: Any = None, memory_format: Any = None) -> StandIn:
         self.device = device or self.device
         return self
+
+
+@pytest.fixture
+def old_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine with a driver that CUDA does not work with."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(accelerator, "_NVIDIA_DRIVER", tmp_path)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
 
 @pytest.fixture
@@ -79,6 +88,36 @@ def test_engine_names_the_gpu_and_the_version(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"NVIDIA H100 number {gpu}")
     assert engine(ON_A_GPU, 3) == f"NVIDIA H100 number 3, PyTorch {torch.__version__}"
+
+
+@pytest.mark.usefixtures("old_driver")
+@pytest.mark.parametrize("command", ["tokenize", "shots"])
+def test_no_command_of_the_farm_falls_back_to_the_cpu(
+    media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    rows: list[dict[str, object]] = [{"id": 0, "media": "image0.png", "captions": CAPTIONS}]
+    manifest = write_manifest(media / "driver.jsonl", rows)
+    output = tmp_path / "made/shots.jsonl"
+    asked = ["shots", str(manifest), "--output", str(output)]
+    if command == "tokenize":
+        asked = tokenize_command(manifest, output, tools)
+    assert main(asked) == 2
+    told = capsys.readouterr().err
+    assert f"an NVIDIA driver is here ({tmp_path}), but CUDA does not work: " in told
+    assert "set DS_ACCELERATOR=cpu to compute on the CPU" in told
+    assert not output.parent.exists()
+
+
+@pytest.mark.usefixtures("old_driver")
+def test_the_cpu_is_taken_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_the_cpu = EncoderSettings(device="cpu", precision="float32", compiled=False)
+    assert EncoderSettings.chosen("cpu") == on_the_cpu
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert EncoderSettings.chosen() == on_the_cpu
+    # It says what "auto" means, as in training, also where CUDA works.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert EncoderSettings.chosen() == on_the_cpu
+    assert EncoderSettings.chosen("cuda") == ON_A_GPU
 
 
 def test_corpus_completed_with_another_gpu_is_warned_of_and_keeps_its_form(
