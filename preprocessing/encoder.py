@@ -198,16 +198,16 @@ def _placed(
 ) -> Vqgan:
     """Put the VQ-GAN where it runs, and make its arithmetic the same on every rank.
 
-    On CPUs each rank works with one thread: the sums of a convolution depend on how many threads
-    share it, and a corpus must not depend on how many ranks share the machine.
+    Each rank works with one thread. On CPUs the sums of a convolution depend on how many threads
+    share it, and a corpus must not depend on how many ranks share the machine; beside a GPU, a
+    rank's threads, one a core, would only take the cores from its decode ranks.
     """
+    torch.set_num_threads(1)
     if settings.device == "cuda":
         _check_gpu()
         make_arithmetic_the_same()
         device = torch.device("cuda", gpu)
         torch.cuda.set_device(device)
         vqgan = vqgan.to(device)
-    else:
-        torch.set_num_threads(1)
     # PyTorch declares this form of `to` for tensors only.
     return vqgan.to(memory_format=layout)  # type: ignore[call-overload]

@@ -52,22 +52,27 @@ def flags() -> Iterator[None]:
         (torch._inductor.config, "deterministic", False),
     ]
     before = [getattr(module, name) for module, name, _ in changed]
+    threads = torch.get_num_threads()
     for module, name, value in changed:
         setattr(module, name, value)
     yield
     for (module, name, _), value in zip(changed, before, strict=True):
         setattr(module, name, value)
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.usefixtures("flags")
-def test_encoder_on_a_gpu_times_no_kernels_against_each_other(
+def test_encoder_on_a_gpu_has_one_thread_and_times_no_kernels_against_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chosen: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     vqgan: Any = StandIn()
+    torch.set_num_threads(3)
     assert encoder._placed(vqgan, ON_A_GPU, 5, torch.channels_last) is vqgan
+    # The cores are for the decode ranks.
+    assert torch.get_num_threads() == 1
     assert chosen == [vqgan.device] == [torch.device("cuda", 5)]
     assert torch.backends.cudnn.deterministic
     assert not torch.backends.cudnn.benchmark
