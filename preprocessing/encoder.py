@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -17,6 +18,9 @@ from megatron_nuwa.parallel.accelerator import default_device
 
 Precision = Literal["float32", "bfloat16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+# Where and how fast Inductor compiles, which may differ from rank to rank.
+_NOT_ARITHMETIC = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 class EncoderSettings(Settings):
@@ -58,14 +62,30 @@ class EncoderSettings(Settings):
 def engine(settings: EncoderSettings, gpu: int) -> str:
     """What this process encodes with: tokens of two of them may differ in a few places.
 
-    Raises `UserError` where that is a GPU, and this process has none.
+    On a GPU the variables are named, too, that choose its arithmetic from outside of PyTorch's
+    settings. Raises `UserError` where that is a GPU, and this process has none.
     """
-    if settings.device == "cuda":
-        _check_gpu()
-        name = torch.cuda.get_device_name(gpu)
-    else:
-        name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
-    return f"{name}, PyTorch {torch.__version__}"
+    if settings.device != "cuda":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"CPU ({capability}), PyTorch {torch.__version__}"
+    _check_gpu()
+    # PyTorch may be built for another cuDNN than the one that is loaded.
+    names = [
+        torch.cuda.get_device_name(gpu),
+        f"PyTorch {torch.__version__}",
+        f"cuDNN {torch.backends.cudnn.version()}",
+    ]
+    return ", ".join([*names, *_outside_arithmetic(settings.compiled)])
+
+
+def _outside_arithmetic(compiled: bool) -> list[str]:
+    """Variables with their values that change what a GPU computes, whatever PyTorch is told."""
+    return [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name == "NVIDIA_TF32_OVERRIDE"
+        or (compiled and name.startswith("TORCHINDUCTOR_") and name not in _NOT_ARITHMETIC)
+    ]
 
 
 def _check_gpu() -> None:

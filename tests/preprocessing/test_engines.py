@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,10 +90,34 @@ def test_inductor_without_a_deterministic_mode_is_left_as_it_is(
     assert not vars(older)
 
 
-def test_engine_names_the_gpu_and_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_names_the_gpu_the_versions_and_what_changes_its_arithmetic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"NVIDIA H100 number {gpu}")
-    assert engine(ON_A_GPU, 3) == f"NVIDIA H100 number 3, PyTorch {torch.__version__}"
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    for name in [name for name in os.environ if name.startswith("TORCHINDUCTOR_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    plain = f"NVIDIA H100 number 3, PyTorch {torch.__version__}, cuDNN 91002"
+    assert engine(ON_A_GPU, 3) == plain
+    # Ranks may have a cache each.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/tmp/rank3")
+    assert engine(ON_A_GPU, 3) == plain
+    monkeypatch.setenv("TORCHINDUCTOR_USE_FAST_MATH", "1")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    assert engine(ON_A_GPU, 3) == f"{plain}, NVIDIA_TF32_OVERRIDE=1, TORCHINDUCTOR_USE_FAST_MATH=1"
+    not_compiled = ON_A_GPU.model_copy(update={"compiled": False})
+    assert engine(not_compiled, 3) == f"{plain}, NVIDIA_TF32_OVERRIDE=1"
+
+
+def test_the_cpu_keeps_its_name_whatever_gpus_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Corpora that were begun before have noted it."""
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    capability = torch.backends.cpu.get_cpu_capability()
+    expected = f"CPU ({capability}), PyTorch {torch.__version__}"
+    assert engine(EncoderSettings.chosen("cpu"), 0) == expected
 
 
 @pytest.mark.usefixtures("old_driver")
