@@ -200,7 +200,8 @@ def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
-        help="where the VQ-GAN runs (default: on GPUs where there are any)",
+        help="where the VQ-GAN runs; auto takes GPUs where there are any, unless DS_ACCELERATOR is "
+        "cpu (default: auto)",
     )
     group.add_argument(
         "--precision",

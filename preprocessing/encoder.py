@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -13,9 +14,13 @@ from torch import Tensor
 from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan
+from megatron_nuwa.parallel.accelerator import default_device
 
 Precision = Literal["float32", "bfloat16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+# Where and how fast Inductor compiles, which may differ from rank to rank.
+_NOT_ARITHMETIC = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 
 
 class EncoderSettings(Settings):
@@ -37,15 +42,16 @@ class EncoderSettings(Settings):
     ) -> EncoderSettings:
         """The settings asked for; None is float32 on CPUs, bfloat16 and compiled on GPUs.
 
-        Raises `UserError` where "cuda" is asked for and there is none.
+        Raises `UserError` where "cuda" is asked for and there is none, and where "auto" would fall
+        back to the CPU although a GPU is meant.
         """
-        available = torch.cuda.is_available()
-        if device == "cuda" and not available:
+        if device == "cuda" and not torch.cuda.is_available():
             raise UserError(
                 "--device cuda needs a GPU that PyTorch can use, and there is none here; leave "
                 "--device out, or run where there is one"
             )
-        cuda = available and device != "cpu"
+        # The choice is frozen with the corpus: a driver that is broken today must not make it.
+        cuda = (default_device().type if device == "auto" else device) == "cuda"
         return cls(
             device="cuda" if cuda else "cpu",
             precision=precision or ("bfloat16" if cuda else "float32"),
@@ -56,14 +62,30 @@ class EncoderSettings(Settings):
 def engine(settings: EncoderSettings, gpu: int) -> str:
     """What this process encodes with: tokens of two of them may differ in a few places.
 
-    Raises `UserError` where that is a GPU, and this process has none.
+    On a GPU the variables are named, too, that choose its arithmetic from outside of PyTorch's
+    settings. Raises `UserError` where that is a GPU, and this process has none.
     """
-    if settings.device == "cuda":
-        _check_gpu()
-        name = torch.cuda.get_device_name(gpu)
-    else:
-        name = f"CPU ({torch.backends.cpu.get_cpu_capability()})"
-    return f"{name}, PyTorch {torch.__version__}"
+    if settings.device != "cuda":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"CPU ({capability}), PyTorch {torch.__version__}"
+    _check_gpu()
+    # PyTorch may be built for another cuDNN than the one that is loaded.
+    names = [
+        torch.cuda.get_device_name(gpu),
+        f"PyTorch {torch.__version__}",
+        f"cuDNN {torch.backends.cudnn.version()}",
+    ]
+    return ", ".join([*names, *_outside_arithmetic(settings.compiled)])
+
+
+def _outside_arithmetic(compiled: bool) -> list[str]:
+    """Variables with their values that change what a GPU computes, whatever PyTorch is told."""
+    return [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name == "NVIDIA_TF32_OVERRIDE"
+        or (compiled and name.startswith("TORCHINDUCTOR_") and name not in _NOT_ARITHMETIC)
+    ]
 
 
 def _check_gpu() -> None:
@@ -196,16 +218,16 @@ def _placed(
 ) -> Vqgan:
     """Put the VQ-GAN where it runs, and make its arithmetic the same on every rank.
 
-    On CPUs each rank works with one thread: the sums of a convolution depend on how many threads
-    share it, and a corpus must not depend on how many ranks share the machine.
+    Each rank works with one thread. On CPUs the sums of a convolution depend on how many threads
+    share it, and a corpus must not depend on how many ranks share the machine; beside a GPU, a
+    rank's threads, one a core, would only take the cores from its decode ranks.
     """
+    torch.set_num_threads(1)
     if settings.device == "cuda":
         _check_gpu()
         make_arithmetic_the_same()
         device = torch.device("cuda", gpu)
         torch.cuda.set_device(device)
         vqgan = vqgan.to(device)
-    else:
-        torch.set_num_threads(1)
     # PyTorch declares this form of `to` for tensors only.
     return vqgan.to(memory_format=layout)  # type: ignore[call-overload]

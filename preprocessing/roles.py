@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from preprocessing.communicator import Communicator
 from preprocessing.encoder import EncoderSettings
+
+# What launchers and their scripts bind a process to GPUs with. An MPS server has GPUs of its own.
+_BINDING_VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_MPS_PIPE_DIRECTORY")
+_GPU_FILES = Path("/dev")
+
+# Two ranks of a machine with equal ones see the same GPUs.
+Binding = tuple[str | None, ...]
+Place = TypeVar("Place", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -26,8 +37,8 @@ class Group:
 class Roles:
     """All groups in the order of their encode ranks; the first rank is always an encode rank.
 
-    `gpus` are the GPUs of each machine, by what names them in all the world. `shared` is how many
-    encoders have a GPU that another one had first.
+    `gpus` are the GPUs that ranks of each machine see, by what names them in all the world.
+    `shared` is how many encoders have a GPU that another one had first.
     """
 
     groups: tuple[Group, ...]
@@ -52,7 +63,7 @@ class Roles:
         )
         if self.shared:
             told += f"; {_counted(self.shared, 'encoder')} on a GPU that has another one already"
-        idle = sum(map(len, self.gpus.values())) - len(self.groups) + self.shared
+        idle = len(frozenset().union(*self.gpus.values())) - len(self.groups) + self.shared
         if idle > 0:
             told += (
                 f"; idle: {_counted(idle, 'GPU')} (start more ranks a machine, or lower "
@@ -71,43 +82,51 @@ class Roles:
         return told
 
 
-def candidates(machines: Sequence[int], decode_ranks_per_encoder: int) -> list[int]:
-    """The ranks that would encode if GPUs never ran short; `machines` has one number a rank.
+def candidates(
+    machines: Sequence[int], bindings: Sequence[Binding], decode_ranks_per_encoder: int
+) -> list[int]:
+    """The ranks that would encode if GPUs never ran short; both sequences have an entry a rank.
 
-    A machine's ranks are cut into groups of equal size, as many as it takes for none to have more
-    decode ranks than asked for.
+    A machine's ranks that see the same GPUs are cut into groups of equal size, as many as it takes
+    for none to have more decode ranks than asked for. So GPUs that any rank sees have a candidate,
+    in whatever order the launcher has dealt them out.
     """
     width = decode_ranks_per_encoder + 1
     found = []
-    for ranks in _by_machine(machines).values():
+    for ranks in _alike(list(zip(machines, bindings, strict=True))).values():
         groups = -(-len(ranks) // width)
         found += [ranks[group * len(ranks) // groups] for group in range(groups)]
     return sorted(found)
 
 
 def share_out(
-    machines: Sequence[int], gpus: Sequence[Sequence[str]], decode_ranks_per_encoder: int
+    machines: Sequence[int], gpus: Sequence[Sequence[str]], asked: Sequence[int]
 ) -> Roles:
     """The roles of all ranks, from their machines and from the GPUs that candidates see.
 
-    Every candidate takes the first of its GPUs that is free. One that finds none free decodes for
-    the others of its machine, unless it has none of them.
+    Every one of `asked`, the candidates in their order, takes the first of its GPUs that is free.
+    One that finds none free decodes for the others of its machine, unless it has none of them;
+    where a machine has no GPUs at all, all candidates encode.
     """
+    seen = {
+        machine: frozenset(name for rank in ranks for name in gpus[rank])
+        for machine, ranks in _alike(machines).items()
+    }
     taken: set[str] = set()
     encoding: dict[int, int] = {}
     shared = 0
-    asked = candidates(machines, decode_ranks_per_encoder)
     for rank in asked:
         free = [number for number, name in enumerate(gpus[rank]) if name not in taken]
-        if free or not gpus[rank]:
+        # The first rank shows the progress of all, which only an encode rank can.
+        if free or rank == 0 or not seen[machines[rank]]:
             encoding[rank] = free[0] if free else 0
             taken.update(gpus[rank][number] for number in free[:1])
     groups = []
-    for machine, ranks in _by_machine(machines).items():
+    for machine, ranks in _alike(machines).items():
         encoders = [rank for rank in ranks if rank in encoding]
         if not encoders:
             # Another container of the same machine may have had its GPUs first.
-            encoders = [rank for rank in ranks if rank in asked][:1]
+            encoders = [rank for rank in asked if machines[rank] == machine and gpus[rank]][:1]
             encoding[encoders[0]] = 0
             shared += 1
         decoding = [rank for rank in ranks if rank not in encoders]
@@ -116,10 +135,6 @@ def share_out(
             Group(machine, rank, part, encoding[rank])
             for rank, part in zip(encoders, parts, strict=True)
         ]
-    seen = {
-        machine: frozenset(name for rank in ranks for name in gpus[rank])
-        for machine, ranks in _by_machine(machines).items()
-    }
     return Roles(tuple(sorted(groups, key=lambda group: group.encode_rank)), seen, shared)
 
 
@@ -127,13 +142,27 @@ def agree_on_roles(
     communicator: Communicator, settings: EncoderSettings, decode_ranks_per_encoder: int
 ) -> Roles:
     """The same roles on every rank; every rank must make this call."""
-    machines = communicator.gather_everywhere(communicator.machine)
+    on_gpus = settings.device == "cuda"
+    binding = _gpu_binding() if on_gpus else ()
+    told = communicator.gather_everywhere((communicator.machine, binding))
+    machines = [machine for machine, _ in told]
+    asked = candidates(machines, [own for _, own in told], decode_ranks_per_encoder)
     # Only these start CUDA: it takes seconds, and a machine may have 128 ranks.
-    looks = settings.device == "cuda" and communicator.rank in candidates(
-        machines, decode_ranks_per_encoder
-    )
+    looks = on_gpus and communicator.rank in asked
     gpus = communicator.gather_everywhere(_visible_gpus() if looks else ())
-    return share_out(machines, gpus, decode_ranks_per_encoder)
+    return share_out(machines, gpus, asked)
+
+
+def _gpu_binding() -> Binding:
+    """What decides which GPUs this rank sees, found without CUDA.
+
+    Where Slurm confines each task to GPUs of its own (`--gpus-per-task`), CUDA_VISIBLE_DEVICES is 0
+    for all of them, and only the files of their devices tell them apart.
+    """
+    files = sorted(
+        path.name for path in _GPU_FILES.glob("nvidia[0-9]*") if os.access(path, os.R_OK | os.W_OK)
+    )
+    return (*(os.environ.get(name) for name in _BINDING_VARIABLES), *files)
 
 
 def _visible_gpus() -> tuple[str, ...]:
@@ -143,10 +172,11 @@ def _visible_gpus() -> tuple[str, ...]:
     )
 
 
-def _by_machine(machines: Sequence[int]) -> dict[int, list[int]]:
-    ranks: dict[int, list[int]] = {}
-    for rank, machine in enumerate(machines):
-        ranks.setdefault(machine, []).append(rank)
+def _alike(places: Sequence[Place]) -> dict[Place, list[int]]:
+    """The ranks of each place, in the order of their first ones; `places` has one a rank."""
+    ranks: dict[Place, list[int]] = {}
+    for rank, place in enumerate(places):
+        ranks.setdefault(place, []).append(rank)
     return ranks
 
 

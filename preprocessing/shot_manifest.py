@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
 from megatron_nuwa.config import Settings
@@ -22,6 +21,7 @@ from megatron_nuwa.decoders import DecodeError, DecodeLimits, media_kind
 from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import written_atomically
+from megatron_nuwa.parallel.accelerator import default_device
 from preprocessing.communicator import Communicator, on_every_rank, on_first_rank
 from preprocessing.shots import Network, find_shots, load_network
 from preprocessing.sources import (
@@ -94,7 +94,7 @@ def write_shots(options: ShotOptions, communicator: Communicator) -> None:
     """
     on_first_rank(communicator, lambda: _check_output(options.output))
     source = on_every_rank(communicator, lambda: read_source(options.source))
-    network = on_every_rank(communicator, lambda: load_network(_device()))
+    network = on_every_rank(communicator, lambda: load_network(default_device()))
     parts = _Parts.of(options, source)
     missing = on_first_rank(communicator, lambda: _begin(parts, options.output))
     claims = communicator.claims()
@@ -111,10 +111,6 @@ def write_shots(options: ShotOptions, communicator: Communicator) -> None:
     on_every_rank(communicator, work)
     claims.close()
     on_first_rank(communicator, lambda: _finish(parts, options))
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _check_output(output: Path) -> None:

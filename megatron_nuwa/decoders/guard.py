@@ -20,6 +20,8 @@ from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSet
 
 START_SECONDS = 60.0
 _CHUNK = 1 << 20
+# poll() counts milliseconds in 32 bits.
+_LONGEST_WAIT = 1e6
 
 
 class _DiedError(Exception):
@@ -44,6 +46,10 @@ class _Worker:
                 "MALLOC_ARENA_MAX": "1",
             },
         )
+        assert self._process.stdout is not None
+        # Not select(), which fails at descriptors from 1,024 on: a loader may hold many files.
+        self._answers = select.poll()
+        self._answers.register(self._process.stdout, select.POLLIN)
         self._received = bytearray()
         self._read_line(time.monotonic() + START_SECONDS)
 
@@ -93,11 +99,10 @@ class _Worker:
 
     def _receive(self, deadline: float) -> None:
         assert self._process.stdout is not None
-        handle = self._process.stdout.fileno()
-        left = deadline - time.monotonic()
-        if left <= 0 or not select.select([handle], [], [], left)[0]:
+        left = min(deadline - time.monotonic(), _LONGEST_WAIT)
+        if left <= 0 or not self._answers.poll(1000 * left):
             raise TimeoutError
-        chunk = os.read(handle, _CHUNK)
+        chunk = os.read(self._process.stdout.fileno(), _CHUNK)
         if not chunk:
             raise _DiedError
         self._received += chunk

@@ -25,6 +25,7 @@ from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa
 from megatron_nuwa.models.segmentation import one_hot
 from megatron_nuwa.models.vqgan import Vqgan
+from megatron_nuwa.parallel.accelerator import default_device
 from megatron_nuwa.training.trained_model import open_trained
 
 _DEFAULT_FRAMES_PER_SECOND = 2.5
@@ -195,10 +196,11 @@ def open_generator(path: Path, field: str, device: torch.device | None = None) -
     """Open a pretraining run's newest whole checkpoint, one of its checkpoints or an exported file.
 
     The model computes in fp32; on a GPU in bf16, where its weights are. Raises `UserError` that
-    names `field`, the argument that `path` comes from, or what is missing.
+    names `field`, the argument that `path` comes from, or what is missing; without `device` also
+    where a GPU is meant and CUDA does not work.
     """
+    device = device or default_device()
     trained = open_trained(path, field, full_precision=False)
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = trained.nuwa()
     # A GPU's time to a token is that of reading the weights.
     if device.type == "cuda" and trained.weight(trained.names[0]).dtype == torch.bfloat16:

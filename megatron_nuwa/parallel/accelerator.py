@@ -1,4 +1,4 @@
-"""Whether a run's processes compute on NVIDIA GPUs or on the CPU; it is never left to chance."""
+"""Whether processes compute on NVIDIA GPUs or on the CPU; it is never left to chance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_accelerator() -> None:
     """Raise `UserError` where a process would fall back to the CPU although a GPU is meant.
 
     It is meant where DS_ACCELERATOR=cuda says so, and where this machine has an NVIDIA driver;
-    DS_ACCELERATOR=cpu trains on the CPU all the same.
+    DS_ACCELERATOR=cpu takes the CPU all the same.
     """
     choice = os.environ.get(_CHOICE)
     if choice not in (None, "cpu", "cuda"):
@@ -40,9 +40,18 @@ def check_accelerator() -> None:
     else:
         return
     raise UserError(
-        f"{sign}, but CUDA does not work: {_why_not()}; mend that, or set {_CHOICE}=cpu to train "
+        f"{sign}, but CUDA does not work: {_why_not()}; mend that, or set {_CHOICE}=cpu to compute "
         "on the CPU"
     )
+
+
+def default_device() -> torch.device:
+    """What a lone process computes on: the current GPU, else the CPU.
+
+    Raises `UserError` where it has no GPU although one is meant (`check_accelerator`).
+    """
+    check_accelerator()
+    return torch.device("cuda" if on_gpu() else "cpu")
 
 
 @contextmanager

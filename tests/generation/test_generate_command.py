@@ -20,6 +20,7 @@ from PIL import Image, ImageSequence
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation import tasks
 from megatron_nuwa.generation.trained import open_generator
+from megatron_nuwa.parallel import accelerator
 from megatron_nuwa.training.checkpoint import Checkpoints, read_manifest
 
 PROMPT, OTHER = "a red square moves left", "a blue circle stays <b>&amp;</b>"
@@ -65,6 +66,21 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words += data
+
+
+def test_generation_does_not_fall_back_to_the_cpu_where_a_gpu_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(accelerator, "_NVIDIA_DRIVER", tmp_path)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    with pytest.raises(UserError, match=r"an NVIDIA driver is here .* but CUDA does not work"):
+        open_generator(tmp_path / "run", "--run")
+    for device, choice in ((torch.device("cpu"), None), (None, "cpu")):
+        if choice:
+            monkeypatch.setenv("DS_ACCELERATOR", choice)
+        with pytest.raises(UserError, match=r"^--run"):
+            open_generator(tmp_path / "run", "--run", device)
 
 
 def test_the_command_line_runs_as_documented(run: Path, tmp_path: Path) -> None:

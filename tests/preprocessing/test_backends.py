@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -110,3 +113,37 @@ def test_worker_that_dies_is_replaced(tmp_path: Path) -> None:
             with pytest.raises(DecodeError, match=r"scans\.jpg crashes its decoder"):
                 decode_media(bomb, settings)
         assert decode_media(tmp_path / "a.png", settings).real == 1
+
+
+# A process that holds as many files as a loader of thousands of shards, and then decodes.
+MANY_FILES = """
+import os, resource, sys
+from pathlib import Path
+from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings, decode_media, guard
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (2048, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+while os.open(os.devnull, os.O_RDONLY) < 1100:
+    pass
+image, bomb = map(Path, sys.argv[1:])
+settings = DecodeSettings(image_size=8)
+print(decode_media(image, settings).frames.shape)
+print(guard._take()._process.stdout.fileno())
+try:
+    decode_media(bomb, settings, limits=DecodeLimits(seconds=0.5))
+except DecodeError as error:
+    print(error)
+"""
+
+
+def test_a_process_with_more_than_1024_open_files_decodes(tmp_path: Path) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 2048:
+        pytest.skip("this machine allows a process fewer than 2,048 files")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    bomb = scan_bomb(tmp_path / "scans.jpg", 3000)
+    command = [sys.executable, "-c", MANY_FILES, str(tmp_path / "a.png"), str(bomb)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    shape, descriptor, refusal = done.stdout.splitlines()
+    assert shape == "(1, 8, 8, 3)"
+    assert int(descriptor) > 1024
+    assert refusal == f"{bomb} took longer than 0.5 s to decode"

@@ -19,7 +19,12 @@ from ranks import Ranks
 
 from megatron_nuwa.errors import ReportedElsewhereError, UserError
 from megatron_nuwa.parallel import accelerator
-from megatron_nuwa.parallel.accelerator import check_accelerator, deepspeeds_choice, on_gpu
+from megatron_nuwa.parallel.accelerator import (
+    check_accelerator,
+    deepspeeds_choice,
+    default_device,
+    on_gpu,
+)
 from megatron_nuwa.training import meeting, processes
 from megatron_nuwa.training.processes import Processes, join_processes
 
@@ -61,6 +66,7 @@ def test_a_process_computes_where_the_machine_and_the_user_say(
     machine(cuda, driver, choice)
     check_accelerator()
     assert on_gpu() == on
+    assert default_device() == torch.device("cuda" if on else "cpu")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +92,8 @@ def test_no_process_falls_back_to_the_cpu_where_a_gpu_is_meant(
         monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(UserError, match=sign):
         check_accelerator()
+    with pytest.raises(UserError, match=sign):
+        default_device()
 
 
 def test_the_users_choice_stays_what_it_was(machine: Any) -> None:
