@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import Field
 
 from megatron_nuwa.config import Settings
@@ -94,7 +95,9 @@ def write_shots(options: ShotOptions, communicator: Communicator) -> None:
     """
     on_first_rank(communicator, lambda: _check_output(options.output))
     source = on_every_rank(communicator, lambda: read_source(options.source))
-    network = on_every_rank(communicator, lambda: load_network(default_device()))
+    beside = communicator.gather_everywhere(communicator.machine)[: communicator.rank]
+    number = beside.count(communicator.machine)
+    network = on_every_rank(communicator, lambda: load_network(device_of(number)))
     parts = _Parts.of(options, source)
     missing = on_first_rank(communicator, lambda: _begin(parts, options.output))
     claims = communicator.claims()
@@ -111,6 +114,14 @@ def write_shots(options: ShotOptions, communicator: Communicator) -> None:
     on_every_rank(communicator, work)
     claims.close()
     on_first_rank(communicator, lambda: _finish(parts, options))
+
+
+def device_of(number: int) -> torch.device:
+    """Where a machine's rank of this number looks for shots: they take the GPUs in turn."""
+    device = default_device()
+    if device.type != "cuda":
+        return device
+    return torch.device("cuda", number % torch.cuda.device_count())
 
 
 def _check_output(output: Path) -> None:

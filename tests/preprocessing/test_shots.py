@@ -232,3 +232,11 @@ def test_ranks_write_the_same_manifest(films: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
     assert len((tmp_path / "1.jsonl").read_text().splitlines()) >= 40
+
+
+def test_the_ranks_of_a_machine_take_its_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shot_manifest.device_of(5) == torch.device("cpu")
+    monkeypatch.setattr(shot_manifest, "default_device", lambda: torch.device("cuda"))
+    for count, expected in ((1, [0, 0, 0]), (2, [0, 1, 0])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert [shot_manifest.device_of(number).index for number in range(3)] == expected
