@@ -1,4 +1,4 @@
-"""What a pipeline's stages tell each other beside their messages, with an engine that sends none."""
+"""What a pipeline's stages tell each other beside their messages, by an engine that sends none."""
 
 from __future__ import annotations
 

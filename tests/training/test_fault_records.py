@@ -180,7 +180,8 @@ def test_a_fault_that_cannot_be_written_down_is_still_the_one_that_is_raised(
 ) -> None:
     (tmp_path / "faults").write_text("no folder")
     said = "after step 9: RuntimeError: a defect"
-    with pytest.raises(FailedProcessError, match=said), written_down(
-        tmp_path, process(2), lambda: 9
+    with (
+        pytest.raises(FailedProcessError, match=said),
+        written_down(tmp_path, process(2), lambda: 9),
     ):
         raise RuntimeError("a defect")

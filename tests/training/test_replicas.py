@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_nuwa.models.initialisation import Shard
 from megatron_nuwa.training import replicas
+from megatron_nuwa.training.engine import Engine, StageEngine, WholeEngine
 from megatron_nuwa.training.replicas import (
     Difference,
     largest_difference,
@@ -107,7 +109,11 @@ def warned(
     [
         ([], [0.0], None),
         ([9e-5], [9e-5], None),
-        ([1e-3, 2e-3, 1e-4], [1e-3], "own 0.002 differs by 2.0e-03 of its size among ranks 0 and 1"),
+        (
+            [1e-3, 2e-3, 1e-4],
+            [1e-3],
+            "own 0.002 differs by 2.0e-03 of its size among ranks 0 and 1",
+        ),
         ([1e-3], [1e-4, 0.5], "their 0.5 differs by 5.0e-01 of its size among ranks 2 and 3"),
         ([], [2e-4], "their 0.0002 differs by 2.0e-04 of its size among ranks 2 and 3"),
     ],
@@ -128,3 +134,45 @@ def test_the_worst_of_all_groups_is_told_once(
     else:
         assert output.count("\n") == 1
         assert output.startswith(f"warning: after step 7 {told}, which should hold it alike")
+
+
+class Part(nn.Module):
+    """Weights of a process: of its own, split, not here, partitioned by ZeRO 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.split, self.partitioned = (
+            nn.Parameter(torch.full((size,), float(size))) for size in (2, 3, 4)
+        )
+        self.split.shard = Shard(0, 0, 2, 6)  # type: ignore[attr-defined]
+        self.partitioned.ds_tensor = torch.zeros(1)  # type: ignore[attr-defined]
+        self.elsewhere = nn.Parameter(torch.empty(5, device="meta"))
+
+
+def engine_of(kind: type[Engine], tensor_group: object) -> Any:
+    engine: Any = object.__new__(kind)
+    engine.model = Part()
+    engine.place = SimpleNamespace(tensor=SimpleNamespace(group=tensor_group))
+    tied = [(engine.model.split, "stages")]
+    engine.deepspeed = SimpleNamespace(
+        module=SimpleNamespace(get_tied_weights_and_groups=lambda: tied)
+    )
+    return engine
+
+
+def test_what_the_processes_of_a_group_hold_alike_is_compared() -> None:
+    engine = engine_of(WholeEngine, "group")
+    [(group, weights)] = engine.replicated_weights()
+    assert group == "group"
+    assert list(weights) == ["whole", "partitioned"]
+    assert weights["whole"] is engine.model.whole
+    assert weights["partitioned"] is engine.model.partitioned.ds_tensor
+    assert engine_of(WholeEngine, None).replicated_weights() == []
+
+
+def test_a_stage_compares_its_tied_weights_with_the_other_s() -> None:
+    engine = engine_of(StageEngine, None)
+    [(group, weights)] = engine.replicated_weights()
+    assert (group, list(weights)) == ("stages", ["split"])
+    assert weights["split"] is engine.model.split
+    assert len(engine_of(StageEngine, "group").replicated_weights()) == 2

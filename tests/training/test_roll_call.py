@@ -63,7 +63,12 @@ def failing() -> Iterator[None]:
         yield
 
 
-def test_all_are_told_who_has_failed_and_the_store_waits_for_them(store: Store) -> None:
+def test_all_are_told_who_has_failed_and_the_store_waits_for_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A failure has a farewell of its own.
+    monkeypatch.setattr(roll_call, "_FAREWELL_SECONDS", 0.0)
+    monkeypatch.setattr(roll_call, "_FAREWELL_TURNS", 500)
     others = [call(rank, 3) for rank in (1, 2)]
     for other in others:
         other.__enter__()
@@ -73,13 +78,17 @@ def test_all_are_told_who_has_failed_and_the_store_waits_for_them(store: Store) 
     # Process 0 left when it knew that all know.
     assert store.add("all know", 0) == 3
     assert comes(lambda: all(other.gone for other in others))
+    # What is noticed later follows from it.
+    others[0]._gone_for("process 0, which holds the store, no longer answers")
     assert {other.gone for other in others} == {"process 0 has failed"}
     for other in others:
         other.__exit__(None)
     assert store.add("all know", 0) == 3
 
 
-def test_a_process_is_told_of_only_after_a_while(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_told_of_only_after_a_while(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(roll_call, "_GRACE_SECONDS", 60.0)
     with call(1) as other:
         with failing(), call(0):
@@ -109,6 +118,7 @@ def test_silence_is_told_of_by_who_listens(store: Store, monkeypatch: pytest.Mon
     with call(1, 3) as first:
         assert comes(lambda: first.gone)
         assert first.gone == "process 2 no longer answers"
+    assert store.check(["gone"])
     assert store.get("gone").decode() == first.gone
 
 
@@ -129,7 +139,9 @@ def test_process_0_leaves_with_the_last_of_the_others(
     assert time.monotonic() - began < 5
 
 
-def test_others_than_process_0_wait_for_nobody(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_than_process_0_wait_for_nobody(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(roll_call, "_FAREWELL_SECONDS", 10.0)
     began = time.monotonic()
     with call(1, 2):
