@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,28 +18,34 @@ from megatron_nuwa.training.stopping import StopRequested
 
 
 class Store:
-    """Where all meet; `fail` makes every use of it an error, as when its process is gone."""
+    """Where all meet; when its process is gone, every use of it is an error or `hangs`."""
 
     def __init__(self) -> None:
         self._store = dist.HashStore()
-        self.fail = False
+        self.fail = self.hangs = False
+        self.end = threading.Event()
 
     def __getattr__(self, name: str) -> Any:
-        if self.fail:
+        if self.hangs:
+            self.end.wait(60)
+        if self.fail or self.hangs:
             raise dist.DistNetworkError("gone")
         return getattr(self._store, name)
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Store:
-    """Of all roll calls, whose turns are short."""
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """Of all roll calls, whose turns are short and whose threads never end with an error."""
     store = Store()
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
     monkeypatch.setattr(roll_call, "_connect", lambda _: store)
     monkeypatch.setattr(dist, "PrefixStore", lambda _prefix, store: store)
     monkeypatch.setattr(roll_call, "_TURN_SECONDS", 0.02)
     monkeypatch.setattr(roll_call, "_GRACE_SECONDS", 0.1)
     monkeypatch.setattr(roll_call, "_FAREWELL_SECONDS", 0.3)
-    return store
+    yield store
+    assert raised == []
 
 
 def call(rank: int, world_size: int = 2) -> RollCall:
@@ -149,12 +156,34 @@ def test_others_than_process_0_wait_for_nobody(
     assert time.monotonic() - began < 5
 
 
-def test_a_store_that_is_gone_is_process_0_s_end(store: Store) -> None:
+@pytest.mark.parametrize("how", ["fail", "hangs"])
+def test_a_store_that_is_gone_is_process_0_s_end(
+    store: Store, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(roll_call, "_SILENCE_SECONDS", 0.1 if how == "hangs" else 180.0)
     with call(1) as other:
         assert comes(lambda: other._answered > 2)
-        store.fail = True
+        setattr(store, how, True)
         assert comes(lambda: other.gone)
         assert other.gone.startswith("process 0, which holds the store")  # type: ignore[union-attr]
+        store.end.set()
+
+
+def test_a_store_that_is_reached_late_is_waited_for(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All nodes of a large run at once may keep it busy."""
+    monkeypatch.setattr(roll_call, "_SILENCE_SECONDS", 0.1)
+    connect, begin = roll_call._connect, threading.Event()
+
+    def later(world_size: int) -> dist.Store:
+        begin.wait(60)
+        return connect(world_size)
+
+    monkeypatch.setattr(roll_call, "_connect", later)
+    with call(1) as other:
+        assert not comes(lambda: other.gone, 0.5)
+        begin.set()
 
 
 def test_a_store_that_was_never_reached_is_nobody_s_end(
@@ -168,3 +197,9 @@ def test_a_store_that_was_never_reached_is_nobody_s_end(
         other._speaker.join(10)
         # Longer than it takes to notice and to tell.
         assert not comes(lambda: other.gone, 0.5)
+
+
+def test_a_lone_process_calls_nobody(store: Store) -> None:
+    with call(0, 1) as lone:
+        assert lone._speaker.ident is None
+    assert store.num_keys() == 0
