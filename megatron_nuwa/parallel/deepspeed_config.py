@@ -70,8 +70,10 @@ def communication_dtype(config: Mapping[str, Any]) -> str | None:
         return str(chosen).lower()
     zero = config.get("zero_optimization") or {}
     accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
-    is_bf16 = (config.get("bf16") or {}).get("enabled", False)
-    is_once = zero.get("stage") == 1 and "offload_optimizer" not in zero
+    # DeepSpeed reads both names.
+    is_bf16 = any((config.get(key) or {}).get("enabled") for key in ("bf16", "bfloat16"))
+    offload = (zero.get("offload_optimizer") or {}).get("device")
+    is_once = zero.get("stage") == 1 and offload in (None, "none")
     return "fp32" if is_bf16 and is_once and accumulated in ("fp32", "float32") else None
 
 

@@ -158,6 +158,15 @@ def test_a_layout_may_choose_in_what_gradients_are_summed() -> None:
     bf16 = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
     assert communication_dtype(bf16) is None
     assert communication_dtype({**bf16, "data_types": {"grad_accum_dtype": "fp32"}}) == "fp32"
+    wide: dict[str, Any] = {**bf16, "data_types": {"grad_accum_dtype": "float32"}}
+    assert communication_dtype(wide) == "fp32"
+    # In these words, too, DeepSpeed would sum in fp32.
+    older = {"bfloat16" if key == "bf16" else key: value for key, value in wide.items()}
+    assert communication_dtype(older) == "fp32"
+    assert communication_dtype({**wide, "bf16": {"enabled": False}}) is None
+    for device, expected in (("none", "fp32"), ("cpu", None)):
+        zero = {"stage": 1, "offload_optimizer": {"device": device}}
+        assert communication_dtype({**wide, "zero_optimization": zero}) == expected
     for stage in (1, 2):
         chosen = {**bf16, "zero_optimization": {"stage": stage}, "communication_data_type": "FP16"}
         assert communication_dtype(chosen) == "fp16"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
-from megatron_nuwa.parallel.units import Flow, Recomputation, Units
+from megatron_nuwa.parallel.units import NOTES, Flow, Recomputation, Units
 
 GRID = Grid(4, 3, 2)
 needs_compiler = pytest.mark.skipif(
@@ -109,6 +112,50 @@ def gradients(model: Nuwa, units: Units) -> dict[str, Tensor]:
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), "loss": loss.detach(), **grads}
+
+
+def test_selective_recomputation_repeats_no_matrix_product() -> None:
+    products = {}
+    for kind in ("none", "selective", "layer"):
+        model = small()
+        logits = Units(model, kind).run(Flow.of(text(), target(), GRID)).x
+        with Products() as counted:
+            model.cross_entropy(logits, target()).backward()
+        products[kind] = counted.number
+    assert products["none"] == products["selective"] < products["layer"]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    number = 0
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        self.number += function.name().startswith(("aten::mm", "aten::addmm", "aten::bmm"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_notes_tell_all_that_the_shapes_follow_from() -> None:
+    """Of a micro-batch at a given unit, which pipelines tell each other once."""
+    flows = [
+        Flow.of(context, tokens, grid)
+        for context in (text(), replace(text(), mask=None), still(), sketch())
+        for tokens, grid in ((target(), GRID), (target()[:, :12], Grid(4, 3, 1)))
+    ]
+    flows += [Flow.of(text(), target()[:1], GRID)]
+    assert len({tuple(flow.notes) for flow in flows}) == len(flows)
+    assert {len(flow.notes) for flow in flows} == {NOTES}
+
+
+def test_no_context_is_sent_where_nobody_reads_it() -> None:
+    units = Units(small())
+    flow = units.run(Flow.of(text(), target(), GRID), 0, len(units) - 2)
+    assert flow.context is not None
+    last = units.run(flow, len(units) - 2, len(units) - 1)
+    assert last.context is None
+    assert len(last.pack()) == 2
 
 
 @pytest.mark.slow

@@ -68,6 +68,7 @@ def test_data_parallel_volumes(paper: Recipe, deepspeed: dict[str, Any]) -> None
     parameters = total_parameters(paper)
     # fp32 gradients around a ring of 64, then bf16 weights half way round.
     assert found["data_parallel"].bytes == 2 * (4 * parameters * 63 // 64)
+    assert not found["data_parallel"].overlaps
     assert found["zero_gather"].bytes == 2 * parameters * 63 // 64
     rounded = judged(paper, {**deepspeed, "communication_data_type": "bf16"}).traffic[0]
     assert 2 * rounded.bytes == found["data_parallel"].bytes
@@ -78,6 +79,31 @@ def test_data_parallel_volumes(paper: Recipe, deepspeed: dict[str, Any]) -> None
     one_node = judged(paper, deepspeed, machine=Machine(A100, 8, 8)).traffic[0]
     assert one_node.seconds == pytest.approx(one_node.bytes / (300e9 * 0.75))
     assert judged(paper, deepspeed, machine=Machine(A100, 1, 8), tokens=None).traffic[0].bytes == 0
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_higher_zero_stages_send_at_every_micro_batch(
+    paper: Recipe, deepspeed: dict[str, Any], stage: int
+) -> None:
+    higher = {**deepspeed, "zero_optimization": {"stage": stage}}
+    found = {kind.kind: kind for kind in judged(paper, higher).traffic}
+    # bf16, half way round a ring of 64, for each of three tasks' micro-batches.
+    once = 2 * total_parameters(paper) * 63 // 64
+    assert judged(paper, higher).step.micro_batches[2:]
+    count = len(judged(paper, higher).step.micro_batches)
+    assert (found["data_parallel"].bytes, found["data_parallel"].overlaps) == (
+        count * once,
+        stage == 3,
+    )
+    if stage == 2:
+        assert (found["zero_gather"].bytes, found["zero_gather"].overlaps) == (once, False)
+    else:
+        assert (found["zero_gather"].bytes, found["zero_gather"].overlaps) == (
+            2 * count * once,
+            True,
+        )
+        again = {k.kind: k for k in judged(paper, higher, recomputation="layer").traffic}
+        assert again["zero_gather"].bytes == 3 * count * once
 
 
 def test_tensor_parallel_and_pipeline_volumes(paper: Recipe, deepspeed: dict[str, Any]) -> None:
@@ -103,6 +129,56 @@ def test_a_sketch_sends_its_own_cells_and_no_mask(deepspeed: dict[str, Any]) -> 
     found = {k.kind: k for k in communication(step, bounds, Links(split, A100, 8))}
     looked_up = 2 * 4410 * (256 + 64) * 2
     assert found["tensor_parallel"].bytes == 12 * 4 * x + 24 * 5 * x + looked_up + x
+    repeated = replace(step, recomputation="layer")
+    assert _reduced(repeated, bounds) == 12 * 6 * x + 24 * 7 * x + looked_up + x
+    one_by_one = replace(step, config=config.model_copy(update={"cross_attention": "sequential"}))
+    assert _reduced(one_by_one, bounds) == 12 * 4 * x + 24 * 7 * x + looked_up + x
+
+
+def _reduced(step: Step, bounds: list[int]) -> int:
+    """Bytes that one of two processes of a tensor group sends."""
+    # Of several replicas, whose links are slower.
+    links = Links(replace(step.layout, data=8), A100, 8)
+    [found] = [k for k in communication(step, bounds, links) if k.kind == "tensor_parallel"]
+    assert found.seconds == found.bytes / links.tensor
+    return found.bytes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tensor", "data", "pipeline"),
+    [
+        # A100s reach three quarters of 300 GB/s inside a node of eight, of 25 GB/s a card outside.
+        ((1, 2, 4), 300, 300, 300),
+        ((1, 2, 8), 300, 100, 25),
+        ((1, 8, 2), 300, 25, 25),
+        ((1, 16, 2), 200, 25, 25),
+        ((8, 1, 1), 300, 300, 300),
+        ((2, 1, 8), 300, 300, 25),
+    ],
+)
+def test_links_are_as_fast_as_what_a_group_spans(
+    sizes: tuple[int, int, int], tensor: int, data: int, pipeline: int
+) -> None:
+    links = Links(Layout(*sizes, 1, "bf16", False, False, "flops"), A100, 8)
+    found = (links.tensor, links.data, links.pipeline)
+    assert found == pytest.approx(tuple(0.75e9 * speed for speed in (tensor, data, pipeline)))
+
+
+def test_gradients_travel_as_wide_as_the_layout_has_them() -> None:
+    config, batch = NuwaConfig(), MicroBatch("t2i", 2, Grid(21, 21, 1))
+    bounds, sent = [0, 39], {}
+    for precision, deepspeed in (
+        ("fp32", {}),
+        ("bf16", {"bf16": {"enabled": True}}),
+        ("bf16", {"communication_data_type": "fp32"}),
+        ("fp32", {"communication_data_type": "fp16"}),
+    ):
+        layout = Layout(1, 1, 2, 2, precision, False, False, "flops")  # type: ignore[arg-type]
+        step = Step(config, layout, deepspeed, [batch], "none")
+        found = communication(step, bounds, Links(layout, A100, 8))[0].bytes
+        sent[precision, str(deepspeed)] = found
+    wide, narrow, widened, narrowed = sent.values()
+    assert wide == widened == 2 * narrow == 2 * narrowed
 
 
 def test_the_recipe_for_sketches_trains_the_papers_model_further(paper: Recipe) -> None:

@@ -23,6 +23,7 @@ from megatron_nuwa.training.faults import (
     write_fault,
     written_down,
 )
+from megatron_nuwa.training.stopping import StopRequested
 
 
 def process(rank: int) -> Any:
@@ -116,6 +117,24 @@ def test_torn_and_earlier_records_are_left_out(
             "error",
             FailedProcessError,
         ),
+        *(
+            (dist.DistBackendError(f"NCCL error in: a.cpp:1, {own}"), "error", FailedProcessError)
+            for own in (
+                "unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+                "invalid usage (run with NCCL_DEBUG=WARN for details)",
+                "invalid argument (run with NCCL_DEBUG=WARN for details)",
+                "system error. Last error: Out of memory",
+            )
+        ),
+        *(
+            (RuntimeError(gone), "lost", FailedProcessError)
+            for gone in (
+                "[gloo/transport/tcp/pair.cc:1] a sentence",
+                "NCCL communicator was aborted on rank 3.",
+                "writev: Connection reset by peer",
+                "write: Broken pipe",
+            )
+        ),
         # A file's name may hold anything.
         (ValueError("gloo/no such file"), "error", FailedProcessError),
     ],
@@ -130,8 +149,39 @@ def test_an_end_is_written_down_by_its_kind(
     assert str(error) in fault.sentence
 
 
-def test_an_end_that_another_process_tells_is_not_told_twice(tmp_path: Path) -> None:
-    error = ReportedElsewhereError("elsewhere")
-    with pytest.raises(ReportedElsewhereError), written_down(tmp_path, process(0), lambda: 1):
+@pytest.mark.parametrize("error", [ReportedElsewhereError("elsewhere"), StopRequested(15)])
+def test_an_end_that_another_process_tells_or_a_signal_asks_for_is_no_fault(
+    tmp_path: Path, error: Exception
+) -> None:
+    with pytest.raises(type(error)), written_down(tmp_path, process(0), lambda: 1):
         raise error
     assert read_faults(tmp_path) == []
+
+
+def test_a_defect_shows_its_traceback_and_a_loss_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for error in (RuntimeError("a defect"), RuntimeError("Broken pipe")):
+        with pytest.raises(FailedProcessError), written_down(tmp_path, process(2), lambda: 9):
+            raise error
+        shown = capsys.readouterr()
+        if "defect" in str(error):
+            assert shown.out == ""
+            assert "Traceback (most recent call last)" in shown.err
+            assert shown.err.endswith("RuntimeError: a defect\n")
+        else:
+            assert shown.err == ""
+            assert shown.out.endswith("ends after step 9: another one is gone\n")
+    assert "Traceback" in read_faults(tmp_path)[0].details
+
+
+def test_a_fault_that_cannot_be_written_down_is_still_the_one_that_is_raised(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "faults").write_text("no folder")
+    said = "after step 9: RuntimeError: a defect"
+    with (
+        pytest.raises(FailedProcessError, match=said),
+        written_down(tmp_path, process(2), lambda: 9),
+    ):
+        raise RuntimeError("a defect")

@@ -142,6 +142,29 @@ def test_gpus_without_their_fast_network_are_warned_of() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("inside", "outside", "told"),
+    [(6e9, 4e9, []), (4e9, 4e9, ["inside"]), (6e9, 2e9, ["between"]), (4e9, 2e9, None)],
+)
+def test_what_is_slow_for_gpus_depends_on_where_the_link_lies(
+    inside: float, outside: float, told: list[str] | None
+) -> None:
+    hosts = ["a", "a", "a", "b", "b", "b"]
+    links = {(0, 1): inside, (1, 2): inside, (0, 2): inside * 1.9, (3, 4): inside * 0.4}
+    links |= {(0, 3): outside, (1, 4): outside, (2, 5): outside * 1.9}
+    speeds = Speeds([1e12] * 6, [1e9] * 6, links)
+    found = [sentence.split()[2:5] for sentence in slow_parts(speeds, hosts, on_gpus=True)]
+    expected = ["inside", "between"] if told is None else told
+    assert found == [[where, "the", "nodes"] for where in expected]
+
+
+def test_devices_are_compared_with_the_median_and_two_links_with_nothing() -> None:
+    uneven = Speeds([1e12, 2e12, 2e12, 10e12], [1e9] * 4, {})
+    assert slow_parts(uneven, ["a"] * 4, on_gpus=True) == []
+    two = {(0, 1): 1e9, (0, 2): 9e9}
+    assert slow_parts(Speeds([1e12] * 3, [1e9] * 3, two), ["a", "b", "c"], on_gpus=False) == []
+
+
 def test_a_slow_link_is_compared_with_links_of_its_kind() -> None:
     hosts = ["a", "a", "b", "b", "c", "c", "d", "d"]
     pairs = [pair for pairs in link_rounds(hosts) for pair in pairs]

@@ -147,6 +147,27 @@ def test_a_save_that_is_still_running_is_waited_for_and_that_is_said(
     assert checkpoints.newest() == (checkpoints.folder / tag_of(3), [])
 
 
+def test_replicas_are_compared_before_every_save(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Afterwards a sentence about them would come too late for the checkpoint."""
+    done: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        pretraining,
+        "warn_where_replicas_differ",
+        lambda _engine, _processes, step: done.append(("compared", step)),
+    )
+    save = Saver.save
+
+    def noted(saver: Saver, step: int, texts: Any) -> None:
+        done.append(("saved", step))
+        save(saver, step, texts)
+
+    monkeypatch.setattr(Saver, "save", noted)
+    train(small_world, tmp_path / "run", "training.checkpoint_every=2", "training.stop_at_step=3")
+    assert done == [(what, step) for step in (2, 3) for what in ("compared", "saved")]
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """No file may grow beyond: as on a full disk, the first bytes are written and the rest not."""

@@ -110,6 +110,77 @@ def test_a_stage_packs_the_same_seeds_and_scales() -> None:
     assert [flow.seed for flow in announced] == [100, 101, 102]
 
 
+class FakeStages:
+    """DeepSpeed's engine of a pipeline of three micro-batches, of which this stage is the last."""
+
+    micro_batches = 3
+
+    def __init__(self, engine: StageEngine) -> None:
+        self._engine = engine
+        self.calls: list[object] = []
+        self.timers: Any = lambda name: SimpleNamespace(reset=lambda: self.calls.append(name))
+
+    def train_batch(self, micro_batches: Any) -> None:
+        for (context, x, *_), (target, scale) in micro_batches:
+            assert context.shape == (1, 77)
+            assert x is target
+            self.calls.append(self._engine._scaled_loss(torch.zeros(4), (target, scale)).item())
+
+    def eval_batch(self, micro_batches: Any, num_micro_batches: int, **settings: Any) -> None:
+        assert settings == {"reduce_output": None, "bcast_loss": False}
+        self.train_batch(micro_batches)
+        self.calls.append(num_micro_batches)
+
+    def train(self) -> None:
+        self.calls.append("train")
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stage whose losses are 2, and what its traffic was told."""
+    engine: Any = object.__new__(StageEngine)
+    engine.device, engine._weights = torch.device("cpu"), WEIGHTS
+    engine.deepspeed = FakeStages(engine)
+    engine.model = SimpleNamespace(cross_entropy=lambda logits, target: torch.tensor(2.0))
+    engine.told = []
+    engine.between = lambda: engine.deepspeed.calls.append("between")
+    engine._traffic = SimpleNamespace(
+        announce=lambda flows, count: engine.told.append(([flow.seed for flow in flows], count))
+    )
+
+    def all_reduce(count: Tensor, operation: Any) -> None:
+        assert operation == torch.distributed.ReduceOp.MAX
+        # Another stage has read the data.
+        count.fill_(3)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    return engine
+
+
+def test_a_stage_announces_its_step_and_keeps_no_timer(stage: Any) -> None:
+    for _ in range(2):
+        stage.deepspeed.calls.clear()
+        stage.train_step(BATCHES, 100)
+        assert stage.deepspeed.calls == pytest.approx([3.6, 1.5, 2.4, "train_batch"])
+        # DeepSpeed adds nothing up over steps.
+        found = [(loss.task, loss.mean.item(), loss.share) for loss in stage.losses()]
+        assert found == [("t2i", 2.0, 0.6), ("v2v", 2.0, 1.0), ("t2i", 2.0, 0.4)]
+    stage.train_step([], 100)
+    assert stage.losses() == []
+    assert stage.told == [([100, 101, 102], 3)] * 2 + [([], 3)]
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_all_stages_evaluate_as_many_micro_batches_as_one_has_read(
+    stage: Any, reads: bool
+) -> None:
+    losses = stage.evaluate(BATCHES if reads else [])
+    unweighted = [2.0, 2.0, 2.0] if reads else []
+    assert stage.deepspeed.calls == ["between", *unweighted, 3, "train"]
+    assert stage.told == [([0, 1, 2] if reads else [], 3)]
+    assert [loss.task for loss in losses] == (["t2i", "v2v", "t2i"] if reads else [])
+
+
 def test_what_draws_from_a_process_goes_on_after_a_resume(
     small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
