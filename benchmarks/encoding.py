@@ -140,7 +140,8 @@ class Stand:
             return Speed(way, "out of memory")
         # A compiler fails in ways of its own; the other ways' figures are wanted all the same.
         except Exception as error:
-            return Speed(way, f"{type(error).__name__}: {str(error).splitlines()[0][:100]}")
+            first, *_ = [*str(error).splitlines(), ""]
+            return Speed(way, f"{type(error).__name__}: {first[:100]}")
         return Speed(
             way,
             frames_per_second=reached,

@@ -12,6 +12,9 @@ from megatron_nuwa.errors import UserError
 from megatron_nuwa.mistakes import explain
 from megatron_nuwa.parallel.groups import import_deepspeed
 
+# DeepSpeed's words for `data_types.grad_accum_dtype`.
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
+
 
 class _Watched(dict[str, Any]):
     """A dictionary that remembers which keys were asked for."""
@@ -74,7 +77,7 @@ def communication_dtype(config: Mapping[str, Any]) -> str | None:
     is_bf16 = any((config.get(key) or {}).get("enabled") for key in ("bf16", "bfloat16"))
     offload = (zero.get("offload_optimizer") or {}).get("device")
     is_once = zero.get("stage") == 1 and offload in (None, "none")
-    return "fp32" if is_bf16 and is_once and accumulated in ("fp32", "float32") else None
+    return "fp32" if is_bf16 and is_once and accumulated in FP32_NAMES else None
 
 
 def _explain(error: ValidationError, config: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_nuwa.parallel.deepspeed_config import FP32_NAMES
 from megatron_nuwa.parallel.layout import Layout
 
 # DeepSpeed's defaults, in elements.
@@ -80,7 +81,7 @@ def partition(parameters: int, ranks: int) -> int:
 
 def _accumulator(deepspeed: Mapping[str, Any], unit: int) -> int:
     name = (deepspeed.get("data_types") or {}).get("grad_accum_dtype")
-    return _FULL if name in ("fp32", "float32") else unit
+    return _FULL if name in FP32_NAMES else unit
 
 
 def _is_bf16_optimizer(layout: Layout, accumulator: int) -> bool:

@@ -9,26 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 
-def streamline(engine: Any, norm_at_once: bool) -> None:
-    """Change how a DeepSpeed engine adds gradients up, and with `norm_at_once` measures them.
+def streamline(optimizer: Any, norm_at_once: bool) -> None:
+    """Change how a DeepSpeed optimizer adds gradients up, and with `norm_at_once` measures them.
 
     Those of other precisions and ZeRO stages are left alone. `norm_at_once` is for processes whose
     weights no other process has or shares, as in a pipeline or a tensor group.
     """
-    optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_groups_gradients_flat"):
         return
-    # All fp32 gradients lie side by side; what is between them is zero.
-    flat = optimizer.fp32_groups_gradients_flat
-    optimizer.get_grads_for_reduction = lambda: (flat, {})
-
-    def reduce_in_place(tensors: Any, group: Any, world_size: Any = None) -> None:
-        # Together, DeepSpeed would copy them side by side first, and back when they are summed.
-        for tensor in tensors:
-            engine.allreduce_bucket([tensor], group, world_size)
-
-    engine.allreduce_and_copy = reduce_in_place
     if norm_at_once:
+        # All fp32 gradients lie side by side; what is between them is zero.
+        flat = optimizer.fp32_groups_gradients_flat
         optimizer.get_grads_for_norm = lambda for_clipping=False: (
             flat if for_clipping else (flat, {})
         )

@@ -170,7 +170,7 @@ class WholeEngine(Engine):
         """Hand the model, with its starting weights, over to DeepSpeed."""
         settings = self._recipe.optimizer
         self.deepspeed = _initialize(self._loss, settings, self._config, self.place.mpu)
-        streamline(self.deepspeed, norm_at_once=self.place.layout.tensor == 1)
+        streamline(self.deepspeed.optimizer, norm_at_once=self.place.layout.tensor == 1)
 
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
         self._losses = []
@@ -237,8 +237,12 @@ class StageEngine(Engine):
         settings = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
         config = {**self._config, "pipeline": settings}
         self.deepspeed = _initialize(pipeline, self._recipe.optimizer, config, None)
-        streamline(self.deepspeed, norm_at_once=False)
+        streamline(self.deepspeed.optimizer, norm_at_once=False)
         self._traffic = Traffic(self.deepspeed, self.device)
+        for weight, _ in self.deepspeed.module.get_tied_weights_and_groups():
+            # DeepSpeed asks for what only weights that are trained get, and passes over None.
+            if not weight.requires_grad:
+                weight._hp_grad = None
 
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
         scales = self._scales(batches, self._weights)

@@ -19,13 +19,16 @@ from torch.linalg import vector_norm
 from megatron_nuwa.training.engine import Engine
 from megatron_nuwa.training.processes import Processes
 
-# As much as if every number of a weight in bf16 were rounded at random, the one way or the other,
-# which can come of the order in which a GPU adds up.
-_ROUNDING = 1e-4
+# As much as if every number of a weight of 64 in bf16 were rounded at random, the one way or the
+# other, which can come of the order in which a GPU adds up; less in a larger one.
+_ROUNDING = 5e-4
 
 
 class Difference(NamedTuple):
-    """The weight that differs most in a group of processes, relative to its size."""
+    """The weight that differs most in a group of processes, relative to its size.
+
+    By infinity where it is not finite on one of them.
+    """
 
     relative: float
     name: str
@@ -33,6 +36,8 @@ class Difference(NamedTuple):
 
     def __str__(self) -> str:
         ranks = " and ".join(map(str, self.ranks))
+        if self.relative == math.inf:
+            return f"{self.name} is not finite on one of the ranks {ranks}"
         return f"{self.name} differs by {self.relative:.1e} of its size among ranks {ranks}"
 
 
@@ -65,12 +70,16 @@ def largest_difference(
     if not sums:
         return Difference(0.0, "", [])
     own = torch.stack(sums)
-    extremes = torch.stack([own, -own])
+    # A maximum may pass over what is no number.
+    broken = (~own.isfinite()).to(own.dtype)
+    extremes = torch.stack([own.nan_to_num(0, 0, 0), -own.nan_to_num(0, 0, 0), broken])
     dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-    highest, lowest = extremes[0].tolist(), (-extremes[1]).tolist()
+    highest, lowest, is_broken = extremes[0].tolist(), (-extremes[1]).tolist(), extremes[2].any(1)
     found = [
-        (_relative(high, low, weight.numel()), name)
-        for high, low, (name, weight) in zip(highest, lowest, weights.items(), strict=True)
+        (math.inf if bad else _relative(high, low, weight.numel()), name)
+        for high, low, bad, (name, weight) in zip(
+            highest, lowest, is_broken.tolist(), weights.items(), strict=True
+        )
     ]
     return Difference(*max(found), dist.get_process_group_ranks(group))
 

@@ -75,6 +75,17 @@ def test_a_change_that_keeps_the_sum_or_the_norm_is_seen(monkeypatch: pytest.Mon
         assert found.relative > 10 * replicas._ROUNDING
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_number_counts_most(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Before a weight that differs much, whichever process has it."""
+    alike = {"a": torch.ones(16), "b": torch.ones(100)}
+    other = {"a": torch.ones(16).index_fill(0, torch.tensor([3]), value), "b": torch.zeros(100)}
+    for processes in ((alike, other), (other, alike), (other, other)):
+        found = compared(monkeypatch, *processes)
+        assert (found.name, found.relative) == ("a", float("inf"))
+        assert str(found) == "a is not finite on one of the ranks 3 and 4"
+
+
 def test_what_is_rounded_the_other_way_has_not_come_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
