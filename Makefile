@@ -35,7 +35,8 @@ digits: install ## moving handwritten digits -> training -> clips for held-out c
 	$(BIN)/python -m launch.moving_digits
 
 # One thread a process: several processes with a thread for every core slow each other down.
-# Files stay whole, for what their tests share, and in their order: the longest is amid the others.
+# A file's tests share what it made, so it stays whole; by their usual order the fewest tests come
+# last, and those take longest.
 TEST_WORKERS ?= 2
 test: install ## the tests that CI runs, TEST_WORKERS (2) files at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder

@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(
         prog="deepspeed [launcher options] launch/preflight.py",
-        description="Check versions, folders, corpora, memory, devices and links of all nodes.",
+        description="Check versions, kernels, folders, corpora, memory and speed of all nodes.",
         example=example_in(__doc__),
     )
     add_recipe(parser)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -136,10 +136,13 @@ def batches(
 
 def load(
     dataset: Dataset[Sample], draws: Iterable[Sequence[Draw]], workers: int
-) -> Iterable[Batch]:
-    """Whole frames, batch by batch in the order of `draws`, decoded by `workers` processes."""
-    return DataLoader(
-        dataset,
+) -> Iterator[Batch]:
+    """Whole frames, batch by batch in the order of `draws`, decoded by `workers` processes.
+
+    Raises `UserError` as the dataset does.
+    """
+    loader = DataLoader(
+        _Told(dataset),
         batch_sampler=draws,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_collate,
@@ -147,6 +150,23 @@ def load(
         # Decoders start threads and processes, which a forked copy of this process could not.
         multiprocessing_context="spawn" if workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+class _Told(Dataset[Sample | UserError]):
+    """A dataset whose mistakes come as values: PyTorch adds a worker's traceback to errors."""
+
+    def __init__(self, dataset: Dataset[Sample]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, draw: Draw) -> Sample | UserError:
+        try:
+            return self._dataset[draw]
+        except UserError as error:
+            return error
 
 
 def to_images(frames: Tensor) -> Tensor:
@@ -182,7 +202,10 @@ def _mixed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _collate(samples: list[Sample]) -> Batch:
+def _collate(found: list[Sample | UserError]) -> Batch | UserError:
+    if mistake := next((each for each in found if isinstance(each, UserError)), None):
+        return mistake
+    samples = [each for each in found if isinstance(each, Sample)]
     frames = np.stack([sample.frame for sample in samples])
     return Batch(torch.from_numpy(frames), sum(sample.broken for sample in samples))
 

@@ -19,11 +19,13 @@ from megatron_nuwa.data.shards import CORPUS_FILE
 from megatron_nuwa.files import sha256_of
 from megatron_nuwa.ops.backends import explain_auto
 from megatron_nuwa.parallel.layout import Layout
+from megatron_nuwa.training.fused import find_apex
 from megatron_nuwa.training.processes import Processes
 from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.speed_probe import Speeds, measure_speeds, slow_parts
 
-_PACKAGES = ("torch", "deepspeed", "megatron-nuwa", "apex")
+_PACKAGES = ("torch", "deepspeed", "megatron-nuwa")
+_MISSING = "not installed"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CGROUP = Path("/sys/fs/cgroup")
 # Network file systems may show a new file a little later on other nodes.
@@ -76,7 +78,7 @@ def preflight(
     bytes_needed: int | None = None,
     host_bytes_needed: int | None = None,
 ) -> list[str]:
-    """Check all nodes of a run and return warnings about slow devices and links.
+    """Check all nodes of a run and return warnings about what only slows it.
 
     `bytes_needed` is the memory that one process needs on its device, `host_bytes_needed` what a
     GPU process needs beside it in its node's. Every process calls it. The first problem raises
@@ -133,7 +135,7 @@ def _report(recipe: Recipe, layout: Layout, processes: Processes) -> ProcessRepo
         rank=processes.rank,
         host=socket.gethostname(),
         device=torch.cuda.get_device_name(device) if on_gpu else "CPU",
-        versions=_versions(),
+        versions=_versions(recipe),
         attention=attention,
         attention_reason=reason,
         free_device_bytes=torch.cuda.mem_get_info(device)[0] if on_gpu else None,
@@ -151,14 +153,22 @@ def _attention(recipe: Recipe, layout: Layout, device: torch.device) -> tuple[st
     )
 
 
-def _versions() -> dict[str, str]:
+def _versions(recipe: Recipe) -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions |= {package: _version(package) for package in _PACKAGES}
+    adam, norm = recipe.optimizer.implementation, recipe.training.norm
+    if {adam, norm} & {"auto", "apex"}:
+        # PyPI's package of that name is another one.
+        is_there = find_apex("optimizers", "FusedAdam") is not None
+        versions["apex"] = _version("apex") if is_there else _MISSING
     return versions
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return _MISSING
 
 
 def free_host_bytes() -> int:

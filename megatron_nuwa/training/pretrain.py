@@ -208,6 +208,7 @@ class Pretraining:
                 raise
             if self.processes.is_first:
                 print(f"{request} received: saving step {self.step} and ending", flush=True)
+            warn_where_replicas_differ(self.engine, self.processes, self.step)
         self.saver.finish(self.step, self._texts())
 
     def _train(self, last: int, show_samples: ShowSamples | None) -> None:

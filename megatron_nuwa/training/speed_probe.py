@@ -74,7 +74,7 @@ def slow_parts(speeds: Speeds, hosts: Sequence[str], on_gpus: bool) -> list[str]
             where = "inside the nodes" if is_inside else "between the nodes"
             found.append(
                 f"the links {where} are slow, {usual / 1e9:.3g} GB/s at the median: see with "
-                "NCCL_DEBUG=INFO whether NCCL finds the fast ones"
+                "NCCL_DEBUG=INFO whether NCCL finds faster ones, if there are any"
             )
         for one, other in sorted(pairs):
             speed = speeds.links[one, other]

@@ -36,6 +36,7 @@ class VqganEvaluation(NamedTuple):
     used_fraction: float  # share of the codes that occur at least once
     perplexity: float
     frames: int
+    broken: int = 0  # items that could not be decoded; the ones after them were taken for them
 
     def figures(self) -> dict[str, float]:
         """All of them by name."""
@@ -64,11 +65,13 @@ def evaluate_vqgan(
     shape = (2,) if classes is None else (classes, classes)
     sums = torch.zeros(shape, dtype=torch.float64, device=device)
     counts = torch.zeros(model.config.codebook_size, device=device)
+    broken = torch.zeros((), dtype=torch.int64, device=device)
     starts = range(0, len(places), batch_size)
     draws = [[Draw(place, 0) for place in places[at : at + batch_size]] for at in starts]
     on_progress()
     for batch in load(dataset, draws, min(workers, len(draws))):
         on_progress()
+        broken += batch.broken
         frames = _centres(model, batch.frames, device)
         tokens = model.encode(network_input(model, frames))
         counts += torch.bincount(tokens.flatten(), minlength=counts.shape[0])
@@ -79,11 +82,13 @@ def evaluate_vqgan(
             sums += confusion_matrix(class_map(decoded), frames, classes)
     dist.all_reduce(sums)
     dist.all_reduce(counts)
+    dist.all_reduce(broken)
     if classes is None:
         quality = {"psnr_db": float(sums[0] / total), "ssim": float(sums[1] / total)}
     else:
         quality = {"pixel_accuracy": pixel_accuracy(sums), "fwiou": frequency_weighted_iou(sums)}
-    return VqganEvaluation(quality, float((counts > 0).double().mean()), perplexity(counts), total)
+    used = float((counts > 0).double().mean())
+    return VqganEvaluation(quality, used, perplexity(counts), total, int(broken))
 
 
 def held_out_frames(

@@ -45,6 +45,7 @@ from megatron_nuwa.training.vqgan_step import VqganStep
 from megatron_nuwa.training.watchdog import Watchdog, watched
 
 _SHOWN_RECONSTRUCTIONS = 8
+_EVALUATION_WORKERS = 4
 
 
 def train_vqgan(
@@ -190,7 +191,7 @@ class VqganTraining:
     def _batches(self) -> Iterator[Batch]:
         """The batches of the steps left; on the way, the codes are placed by k-means.
 
-        One loader at a time: each has its own workers.
+        One loader of training frames at a time: each has its own workers.
         """
         recipe, placed_at = self.recipe, self.recipe.codebook.start_step
         if recipe.codebook.kmeans and self.step <= placed_at < recipe.steps:
@@ -209,7 +210,9 @@ class VqganTraining:
         state, recipe, step = self.state, self.recipe, self.step
         device = self.processes.device
         per_process = max(1, recipe.batch_size // self.processes.world_size)
-        workers, beat = recipe.data.loading_workers, self.watchdog.beat
+        # Beside the training's own, which wait meanwhile.
+        workers = min(recipe.data.loading_workers, _EVALUATION_WORKERS)
+        beat = self.watchdog.beat
         found = evaluate_vqgan(state.tokenizer, held_out, per_process, device, workers, beat)
         if self.processes.is_first:
             total = len(held_out)  # type: ignore[arg-type]
@@ -219,7 +222,7 @@ class VqganTraining:
             )
             self.monitor.images("reconstructions", step, comparison(state.tokenizer, shown))
         figures = {f"eval/{name.removesuffix('_db')}": v for name, v in found.figures().items()}
-        del figures["eval/frames"]
+        del figures["eval/frames"], figures["eval/broken"]
         self.monitor.scalars(step, figures)
         self._say(_evaluation_line(step, found))
         return found
@@ -316,4 +319,5 @@ def _evaluation_line(step: int, found: VqganEvaluation) -> str:
     return (
         f"step {step}  held out: {quality}, codes used {found.used_fraction:.0%}, perplexity "
         f"{found.perplexity:.0f}, {found.frames} frames"
+        + (f", {found.broken} of them in place of broken ones" if found.broken else "")
     )

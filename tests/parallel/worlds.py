@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch.multiprocessing as mp
 from observed import observed
 
 from megatron_nuwa.generation.show import make_sample_shower
+from megatron_nuwa.training.launcher import free_port
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.processes import Processes, join_processes
 from megatron_nuwa.training.recipe import load_recipe
@@ -57,10 +57,7 @@ def layout(pipeline: int = 1, tensor: int = 1, zero: int = 1, **more: Any) -> di
 def run_world(recipe: Path, root: Path, processes: int, scenarios: Sequence[Scenario]) -> None:
     """Start processes once and let them carry out all runs, in `root`."""
     root.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    arguments = (processes, port, recipe, root, tuple(scenarios))
+    arguments = (processes, free_port(), recipe, root, tuple(scenarios))
     mp.spawn(_process, args=arguments, nprocs=processes, join=True)
 
 

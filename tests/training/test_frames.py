@@ -22,6 +22,7 @@ from megatron_nuwa.training.frames import (
     MediaFrames,
     Sample,
     batches,
+    load,
     to_bytes,
     to_images,
 )
@@ -223,18 +224,20 @@ def test_no_workers_are_started_for_no_step(
 
 
 class Signed(Dataset[Sample]):
-    """Frames that tell who loaded them."""
+    """Frames that tell who loaded them; those from `end` on cannot be."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, end: int = 10) -> None:
+        self._folder, self._end = folder, end
 
     def __len__(self) -> int:
         return 10
 
     def __getitem__(self, draw: Draw) -> Sample:
         (self._folder / str(os.getpid())).touch()
+        if draw.place >= self._end:
+            raise UserError("20 items in a row cannot be decoded")
         rng = np.random.default_rng(draw.place)
-        return Sample(rng.integers(0, 256, (10, 10, 3), np.uint8), 0)
+        return Sample(rng.integers(0, 256, (10, 10, 3), np.uint8), int(draw.place in (3, 7)))
 
 
 def test_held_out_frames_are_loaded_by_workers_and_judged_the_same(tmp_path: Path) -> None:
@@ -251,4 +254,15 @@ def test_held_out_frames_are_loaded_by_workers_and_judged_the_same(tmp_path: Pat
         loaded_here = [path.name == str(os.getpid()) for path in folder.iterdir()]
         assert loaded_here == [workers == 0]
     assert found[0] == found[1]
-    assert found[0].frames == 10
+    assert (found[0].frames, found[0].broken) == (10, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_cannot_be_loaded_is_one_sentence_from_a_worker_too(
+    tmp_path: Path, workers: int
+) -> None:
+    draws = [[Draw(0, 0), Draw(1, 0)], [Draw(1, 0), Draw(2, 0)]]
+    found = load(Signed(tmp_path, end=2), draws, workers)
+    assert next(found).frames.shape == (2, 10, 10, 3)
+    with pytest.raises(UserError, match=r"^20 items in a row cannot be decoded$"):
+        next(found)

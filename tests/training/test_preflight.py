@@ -17,15 +17,10 @@ import yaml
 from helpers import ROOT, SmallWorld
 from preflight_scenes import HOSTS, SCENES, Outcome, play
 
+from megatron_nuwa.training.launcher import free_port
 from megatron_nuwa.training.speed_probe import Speeds, link_rounds, slow_parts
 
 Outcomes = dict[str, list[Outcome]]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +133,7 @@ def test_gpus_without_their_fast_network_are_warned_of() -> None:
     assert slow_parts(speeds, hosts, on_gpus=False) == []
     assert slow_parts(speeds, hosts, on_gpus=True) == [
         "the links between the nodes are slow, 1.15 GB/s at the median: see with "
-        "NCCL_DEBUG=INFO whether NCCL finds the fast ones"
+        "NCCL_DEBUG=INFO whether NCCL finds faster ones, if there are any"
     ]
 
 

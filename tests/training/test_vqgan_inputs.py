@@ -85,7 +85,7 @@ def seen(item: SourceItem) -> tuple[object, ...]:
 def test_an_item_costs_every_worker_a_few_bytes(
     kind: str, size: int, manifests: dict[str, Path], command: Any
 ) -> None:
-    """Eight GPUs with twelve workers each hold them 104 times."""
+    """Eight GPUs with twelve workers each hold them more than a hundred times."""
     items = command.ManifestItems([manifests[kind]])
     sent = pickle.dumps(items)
     # A parquet's rows cannot be found again by a place in the file, so whole paths are sent.

@@ -17,9 +17,11 @@ from megatron_nuwa.training.roll_call import RollCall
 from megatron_nuwa.training.watchdog import Watchdog
 
 roll_call._TURN_SECONDS, roll_call._GRACE_SECONDS = 0.1, 0.5
-if os.environ["DISTURB"] in ("kill 1", "stop 0"):
-    # Nothing but the silence tells.
+if os.environ["DISTURB"] in ("kill 1", "stop 0", "leave"):
+    # Nothing but the silence tells; and who has left in order is not taken for silent.
     roll_call._SILENCE_SECONDS = 3.0
+# A busy machine may hold up the one who is to read.
+roll_call._FAREWELL_TURNS = 100
 # Without a process group, which takes seconds, nobody tells the others.
 Processes.first_tells = lambda _self, _work: "same"  # type: ignore[method-assign]
 
