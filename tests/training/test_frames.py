@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import lone_process
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
 from megatron_nuwa.training import frames as frames_room
+from megatron_nuwa.training import vqgan_evaluation as evaluation_room
 from megatron_nuwa.training.frame_cache import cache_frames
 from megatron_nuwa.training.frames import (
     CachedFrames,
@@ -239,10 +242,7 @@ class Signed(Dataset[Sample]):
 
 def test_held_out_frames_are_loaded_by_workers_and_judged_the_same(tmp_path: Path) -> None:
     lone_process()
-    config = VqganConfig(image_size=8, downsampling=4, base_channels=8, codebook_size=16)
-    torch.manual_seed(0)
-    model = Vqgan(config).eval()
-    found = []
+    model, found = small_vqgan(), []
     for workers in (0, 1):
         folder = tmp_path / str(workers)
         folder.mkdir()
@@ -252,3 +252,72 @@ def test_held_out_frames_are_loaded_by_workers_and_judged_the_same(tmp_path: Pat
         assert loaded_here == [workers == 0]
     assert found[0] == found[1]
     assert found[0].frames == 10
+
+
+def small_vqgan() -> Vqgan:
+    torch.manual_seed(0)
+    config = VqganConfig(image_size=8, downsampling=4, base_channels=8, codebook_size=16)
+    return Vqgan(config).eval()
+
+
+def test_processes_share_the_held_out_frames_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes its own, and what they add up to is what one finds alone."""
+    model, dataset, cpu = small_vqgan(), Signed(tmp_path), torch.device("cpu")
+
+    def sums(rank: int, world_size: int) -> tuple[list[Tensor], int]:
+        """What a process brings to the sums, and how often it says that it goes on."""
+        sent: list[Tensor] = []
+        heard: list[None] = []
+        monkeypatch.setattr(dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
+        monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.clone()))
+        found = evaluate_vqgan(model, dataset, 2, cpu, 0, lambda: heard.append(None))
+        assert found.frames == 10
+        return sent, len(heard)
+
+    alone, beats = sums(0, 1)
+    # Before each of five batches, and before the first is waited for.
+    assert beats == 6
+    three = [sums(rank, 3) for rank in range(3)]
+    assert [beats for _, beats in three] == [3, 3, 3]
+    for number, expected in enumerate(alone):
+        total = sum(sent[number] for sent, _ in three)
+        # Convolutions of another batch add up in another order.
+        torch.testing.assert_close(total, expected, rtol=1e-3, atol=0)
+
+
+def test_a_mean_is_over_the_frames_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, dataset, cpu = small_vqgan(), Signed(tmp_path), torch.device("cpu")
+    lone_process()
+    expected = evaluate_vqgan(model, dataset, 4, cpu, 0)
+    assert expected.quality["psnr_db"] < 30
+    assert 0 < expected.used_fraction < 1
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    # The other one has found as much in the other half.
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    found = evaluate_vqgan(model, dataset, 4, cpu, 0)
+    for name, value in expected.quality.items():
+        assert found.quality[name] == pytest.approx(value, rel=0.2)
+
+
+def test_what_is_judged_is_the_middle_of_a_frame() -> None:
+    frame = np.zeros((10, 10, 3), np.uint8)
+    frame[1:9, 1:9] = 255
+    images = evaluation_room._centres(
+        small_vqgan(), torch.from_numpy(frame)[None], torch.device("cpu")
+    )
+    assert images.shape == (1, 3, 8, 8)
+    assert images.eq(1).all()
+
+
+def test_a_batch_counts_all_that_its_frames_passed_over() -> None:
+    frames = np.zeros((3, 4, 4, 3), np.uint8)
+    samples = [Sample(frame, broken) for frame, broken in zip(frames, (2, 0, 5), strict=True)]
+    batch = frames_room._collate(samples)
+    assert batch.broken == 7
+    assert batch.frames.shape == (3, 4, 4, 3)
