@@ -171,9 +171,7 @@ def test_a_stage_announces_its_step_and_keeps_no_timer(stage: Any) -> None:
 
 
 @pytest.mark.parametrize("reads", [True, False])
-def test_all_stages_evaluate_as_many_micro_batches_as_one_has_read(
-    stage: Any, reads: bool
-) -> None:
+def test_all_stages_evaluate_as_many_micro_batches_as_one_has_read(stage: Any, reads: bool) -> None:
     losses = stage.evaluate(BATCHES if reads else [])
     unweighted = [2.0, 2.0, 2.0] if reads else []
     assert stage.deepspeed.calls == ["between", *unweighted, 3, "train"]
