@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from megatron_nuwa.training.frames import (
     to_images,
 )
 from megatron_nuwa.training.image_quality import psnr, ssim
+from megatron_nuwa.training.stopping import outlive_stop_signals
 from megatron_nuwa.training.vqgan_evaluation import evaluate_vqgan
 
 
@@ -321,3 +323,40 @@ def test_a_batch_counts_all_that_its_frames_passed_over() -> None:
     batch = frames_room._collate(samples)
     assert batch.broken == 7
     assert batch.frames.shape == (3, 4, 4, 3)
+
+
+@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "spawn")])
+def test_workers_are_no_copies_of_the_trainer_and_outlive_its_stop_signals(
+    monkeypatch: pytest.MonkeyPatch, workers: int, context: str | None
+) -> None:
+    """Decoders hang in a forked process; a signal to the whole group ends the trainer, not them."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(frames_room, "DataLoader", lambda _, **settings: given.update(settings))
+    frames_room.load(Signed(Path()), [], workers)
+    assert given["multiprocessing_context"] == context
+    assert given["num_workers"] == workers
+    assert given["worker_init_fn"] is outlive_stop_signals
+
+
+def test_frames_become_images_on_the_device() -> None:
+    batch = frames_room.Batch(torch.zeros(2, 4, 4, 3, dtype=torch.uint8), 0)
+    assert batch.images(torch.device("cpu")).eq(-1).all()
+    # "meta" stands for a GPU.
+    images = batch.images(torch.device("meta"))
+    assert (images.device.type, images.shape) == ("meta", (2, 3, 4, 4))
+
+
+def test_no_more_workers_are_started_than_have_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lone_process()
+    started: list[int] = []
+
+    def load(dataset: Signed, draws: Any, workers: int) -> Any:
+        started.append(workers)
+        return frames_room.load(dataset, draws, 0)
+
+    monkeypatch.setattr(evaluation_room, "load", load)
+    for workers in (2, 9):
+        evaluate_vqgan(small_vqgan(), Signed(tmp_path), 4, torch.device("cpu"), workers)
+    assert started == [2, 3]
