@@ -280,6 +280,8 @@ def test_processes_share_the_held_out_frames_out(
         return sent, len(heard)
 
     alone, beats = sums(0, 1)
+    # Qualities, and how often each code occurs.
+    assert [len(sent) for sent in alone] == [2, 16]
     # Before each of five batches, and before the first is waited for.
     assert beats == 6
     three = [sums(rank, 3) for rank in range(3)]
@@ -314,6 +316,10 @@ def test_what_is_judged_is_the_middle_of_a_frame() -> None:
         small_vqgan(), torch.from_numpy(frame)[None], torch.device("cpu")
     )
     assert images.shape == (1, 3, 8, 8)
+    there = evaluation_room._centres(
+        small_vqgan(), torch.from_numpy(frame)[None], torch.device("meta")
+    )
+    assert there.device.type == "meta"
     assert images.eq(1).all()
 
 
