@@ -97,6 +97,26 @@ def test_other_optimizers_are_left_alone() -> None:
     assert vars(engine) == {"optimizer": plain}
 
 
+@pytest.mark.parametrize("norm_at_once", [True, False])
+def test_gradients_are_summed_and_measured_where_they_lie(norm_at_once: bool) -> None:
+    flat, calls = [torch.zeros(4), torch.zeros(2)], []
+    optimizer: Any = SimpleNamespace(fp32_groups_gradients_flat=flat)
+    engine: Any = SimpleNamespace(
+        optimizer=optimizer, allreduce_bucket=lambda *call: calls.append(call)
+    )
+    streamline(engine, norm_at_once)
+    summed, of_experts = optimizer.get_grads_for_reduction()
+    assert (summed is flat, of_experts) == (True, {})
+    engine.allreduce_and_copy(flat, "group", 3)
+    assert [(tensor is flat[n], *more) for n, ([tensor], *more) in enumerate(calls)] == [
+        (True, "group", 3)
+    ] * 2
+    assert hasattr(optimizer, "get_grads_for_norm") == norm_at_once
+    if norm_at_once:
+        assert optimizer.get_grads_for_norm()[0] is flat
+        assert optimizer.get_grads_for_norm(for_clipping=True) is flat
+
+
 def summed_gradients(engine: Any, seed: int) -> Tensor:
     """The fp32 gradients after the last micro-batch of a step, summed over the replicas."""
     generator = torch.Generator().manual_seed(seed)
