@@ -366,3 +366,25 @@ def test_no_more_workers_are_started_than_have_a_batch(
     for workers in (2, 9):
         evaluate_vqgan(small_vqgan(), Signed(tmp_path), 4, torch.device("cpu"), workers)
     assert started == [2, 3]
+
+
+def test_crops_follow_from_step_and_process_alone(tmp_path: Path) -> None:
+    frame = np.arange(144, dtype=np.uint8).reshape(1, 12, 12, 1).repeat(3, axis=3)
+    np.save(tmp_path / "one.npy", frame)
+
+    def crops(rank: int, first_step: int) -> list[list[int]]:
+        options = {"image_size": 8, "flip": True, "seed": 0, "batch_size": 32, "workers": 0}
+        found = batches(
+            CachedFrames(tmp_path / "one.npy"),
+            rank=rank,
+            world_size=2,
+            first_step=first_step,
+            steps=3,
+            **options,  # type: ignore[arg-type]
+        )
+        return [batch.frames[:, 0, 0, 0].tolist() for batch in found]
+
+    steps = crops(0, 0) + crops(1, 0)
+    assert len({tuple(step) for step in steps}) == 6
+    # A run that continues cuts as the one that was not stopped.
+    assert crops(0, 2) == steps[2:3]
