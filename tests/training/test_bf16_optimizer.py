@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -92,6 +93,17 @@ def test_other_optimizers_are_left_alone() -> None:
     before = dict(vars(plain))
     streamline(plain, norm_at_once=True)
     assert vars(plain) == before
+
+
+@pytest.mark.parametrize("norm_at_once", [True, False])
+def test_gradients_are_measured_where_they_lie(norm_at_once: bool) -> None:
+    flat = [torch.zeros(4), torch.zeros(2)]
+    optimizer: Any = SimpleNamespace(fp32_groups_gradients_flat=flat)
+    streamline(optimizer, norm_at_once)
+    assert hasattr(optimizer, "get_grads_for_norm") == norm_at_once
+    if norm_at_once:
+        assert optimizer.get_grads_for_norm()[0] is flat
+        assert optimizer.get_grads_for_norm(for_clipping=True) is flat
 
 
 def summed_gradients(engine: Any, seed: int) -> Tensor:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import lone_process
-from torch.utils.data import Dataset
 
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.models.vqgan import Vqgan, VqganConfig
 from megatron_nuwa.training import frames as frames_room
 from megatron_nuwa.training.frame_cache import cache_frames
 from megatron_nuwa.training.frames import (
@@ -20,14 +16,11 @@ from megatron_nuwa.training.frames import (
     DecodedFrames,
     Draw,
     MediaFrames,
-    Sample,
     batches,
-    load,
     to_bytes,
     to_images,
 )
 from megatron_nuwa.training.image_quality import psnr, ssim
-from megatron_nuwa.training.vqgan_evaluation import evaluate_vqgan
 
 
 def media(items: list[int], key: str = "k") -> MediaFrames:
@@ -223,46 +216,23 @@ def test_no_workers_are_started_for_no_step(
     assert list(found) == []
 
 
-class Signed(Dataset[Sample]):
-    """Frames that tell who loaded them; those from `end` on cannot be."""
+def test_crops_follow_from_step_and_process_alone(tmp_path: Path) -> None:
+    frame = np.arange(144, dtype=np.uint8).reshape(1, 12, 12, 1).repeat(3, axis=3)
+    np.save(tmp_path / "one.npy", frame)
 
-    def __init__(self, folder: Path, end: int = 10) -> None:
-        self._folder, self._end = folder, end
+    def crops(rank: int, first_step: int) -> list[list[int]]:
+        options = {"image_size": 8, "flip": True, "seed": 0, "batch_size": 32, "workers": 0}
+        found = batches(
+            CachedFrames(tmp_path / "one.npy"),
+            rank=rank,
+            world_size=2,
+            first_step=first_step,
+            steps=3,
+            **options,  # type: ignore[arg-type]
+        )
+        return [batch.frames[:, 0, 0, 0].tolist() for batch in found]
 
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, draw: Draw) -> Sample:
-        (self._folder / str(os.getpid())).touch()
-        if draw.place >= self._end:
-            raise UserError("20 items in a row cannot be decoded")
-        rng = np.random.default_rng(draw.place)
-        return Sample(rng.integers(0, 256, (10, 10, 3), np.uint8), int(draw.place in (3, 7)))
-
-
-def test_held_out_frames_are_loaded_by_workers_and_judged_the_same(tmp_path: Path) -> None:
-    lone_process()
-    config = VqganConfig(image_size=8, downsampling=4, base_channels=8, codebook_size=16)
-    torch.manual_seed(0)
-    model = Vqgan(config).eval()
-    found = []
-    for workers in (0, 1):
-        folder = tmp_path / str(workers)
-        folder.mkdir()
-        cpu = torch.device("cpu")
-        found.append(evaluate_vqgan(model, Signed(folder), 4, cpu, workers))
-        loaded_here = [path.name == str(os.getpid()) for path in folder.iterdir()]
-        assert loaded_here == [workers == 0]
-    assert found[0] == found[1]
-    assert (found[0].frames, found[0].broken) == (10, 2)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_cannot_be_loaded_is_one_sentence_from_a_worker_too(
-    tmp_path: Path, workers: int
-) -> None:
-    draws = [[Draw(0, 0), Draw(1, 0)], [Draw(1, 0), Draw(2, 0)]]
-    found = load(Signed(tmp_path, end=2), draws, workers)
-    assert next(found).frames.shape == (2, 10, 10, 3)
-    with pytest.raises(UserError, match=r"^20 items in a row cannot be decoded$"):
-        next(found)
+    steps = crops(0, 0) + crops(1, 0)
+    assert len({tuple(step) for step in steps}) == 6
+    # A run that continues cuts as the one that was not stopped.
+    assert crops(0, 2) == steps[2:3]

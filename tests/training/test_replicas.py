@@ -119,14 +119,14 @@ def warned(
     ("own", "others", "told"),
     [
         ([], [0.0], None),
-        ([9e-5], [9e-5], None),
+        ([4e-4], [4e-4], None),
         (
             [1e-3, 2e-3, 1e-4],
             [1e-3],
             "own 0.002 differs by 2.0e-03 of its size among ranks 0 and 1",
         ),
         ([1e-3], [1e-4, 0.5], "their 0.5 differs by 5.0e-01 of its size among ranks 2 and 3"),
-        ([], [2e-4], "their 0.0002 differs by 2.0e-04 of its size among ranks 2 and 3"),
+        ([], [6e-4], "their 0.0006 differs by 6.0e-04 of its size among ranks 2 and 3"),
     ],
 )
 def test_the_worst_of_all_groups_is_told_once(

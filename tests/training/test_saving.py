@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training import pretrain as pretraining
+from megatron_nuwa.training import saving
 from megatron_nuwa.training.checkpoint import MANIFEST_FILE, Checkpoints, read_manifest, tag_of
 from megatron_nuwa.training.engine import WholeEngine
 from megatron_nuwa.training.monitor import Monitor
@@ -312,6 +314,34 @@ def test_copies_run_on_one_lasting_stream_that_nccl_does_not_work_on(
     saver._thread.shutdown()
     assert used == [1, 1]
     assert made == [(device, -1)]
+
+
+@pytest.mark.parametrize(("copy_bytes", "bound"), [(100, 50), (None, 75)])
+def test_memory_for_copies_is_shared_by_the_processes_of_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy_bytes: int | None, bound: int
+) -> None:
+    """Without a number it is half of what the node has free."""
+    processes: Any = SimpleNamespace(
+        device=torch.device("cpu"), gather=lambda host: [host, "another node", host]
+    )
+    monkeypatch.setattr(saving, "free_host_bytes", lambda: 300)
+    saver = Saver(Checkpoints(tmp_path, keep=1), None, processes, copy_bytes)  # type: ignore[arg-type]
+    saver._thread.shutdown()
+    assert saver._bound() == bound
+
+
+def test_a_save_begins_when_the_gpu_has_computed_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies run on another stream than the step did."""
+    awaited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", awaited.append)
+    monkeypatch.setattr(saving, "deepspeed_parts", lambda _: [])
+    monkeypatch.setattr(saving, "random_state", dict)
+    engine = SimpleNamespace(deepspeed=None, is_whole=True, model=torch.nn.Linear(1, 1))
+    for device in (torch.device("cpu"), torch.device("cuda", 3)):
+        processes = SimpleNamespace(rank=3, is_first=False, device=device)
+        saver: Any = SimpleNamespace(_processes=processes, _engine=engine)
+        assert [part.name for part in Saver._parts(saver, {})] == ["random/rank_00003.pt"]
+    assert awaited == [torch.device("cuda", 3)]
 
 
 def evaluating(world: SmallWorld) -> tuple[str, str]:

@@ -110,6 +110,20 @@ def test_a_stage_packs_the_same_seeds_and_scales() -> None:
     assert [flow.seed for flow in announced] == [100, 101, 102]
 
 
+def test_a_stage_has_its_step_on_the_device_before_it_begins() -> None:
+    """`meta` stands for a GPU."""
+    engine = object.__new__(StageEngine)
+    engine.device = torch.device("meta")
+    announced: list[Flow] = []
+    traffic: Any = SimpleNamespace(announce=lambda flows, _count: announced.extend(flows))
+    engine._traffic = traffic
+    micro_batches = engine._begin(BATCHES, [1.0, 2.0, 3.0], 100, 3)
+    tensors = [t for packed, labels in micro_batches for t in (*packed, *labels)]
+    assert len(tensors) == 12
+    assert {t.device.type for t in tensors} == {"meta"}
+    assert {flow.x.device.type for flow in announced} == {"meta"}
+
+
 class FakeStages:
     """DeepSpeed's engine of a pipeline of three micro-batches, of which this stage is the last."""
 
