@@ -49,7 +49,8 @@ def state_bytes(
     if layout.zero_stage == 1 and _is_bf16_optimizer(layout, accumulator):
         # Its fp32 gradients are not divided, and every half gradient is widened on its way there.
         # It may stay until the next backward pass or not.
-        stays = 0 if (deepspeed.get("bf16") or {}).get("immediate_grad_update") else unit
+        bf16 = deepspeed.get("bf16") or deepspeed.get("bfloat16") or {}
+        stays = 0 if bf16.get("immediate_grad_update") else unit
         return StateBytes(
             unit * parameters,
             (stays + _FULL) * parameters,
