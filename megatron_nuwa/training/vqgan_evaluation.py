@@ -39,8 +39,9 @@ class VqganEvaluation(NamedTuple):
     broken: int = 0  # items that could not be decoded; the ones after them were taken for them
 
     def figures(self) -> dict[str, float]:
-        """All of them by name."""
-        return {**self.quality, **{name: getattr(self, name) for name in self._fields[1:]}}
+        """All of the VQ-GAN, by name."""
+        names = ("used_fraction", "perplexity", "frames")
+        return {**self.quality, **{name: getattr(self, name) for name in names}}
 
 
 @torch.no_grad()

@@ -222,7 +222,7 @@ class VqganTraining:
             )
             self.monitor.images("reconstructions", step, comparison(state.tokenizer, shown))
         figures = {f"eval/{name.removesuffix('_db')}": v for name, v in found.figures().items()}
-        del figures["eval/frames"], figures["eval/broken"]
+        del figures["eval/frames"]
         self.monitor.scalars(step, figures)
         self._say(_evaluation_line(step, found))
         return found

@@ -13,6 +13,7 @@ import torch
 from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.training import preflight as room
 from megatron_nuwa.training.preflight import Findings, ProcessReport, examine, free_host_bytes
+from megatron_nuwa.training.recipe import Recipe
 from megatron_nuwa.training.speed_probe import Speeds
 
 GIB = 2**30
@@ -84,7 +85,16 @@ def test_one_node_without_apex_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     other = report(2, versions={"python": "3.11", "apex": "not installed"})
     [problem] = found(monkeypatch, report(0), report(1), other).problems
     assert problem.startswith("apex is 0.1 on a (process 0) but not installed on b (process 2)")
-    assert room._versions()["apex"]
+
+
+def test_apex_counts_where_it_may_be_taken_and_is_nvidias(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(name="any")
+    monkeypatch.setattr(room, "_version", lambda package: f"{package}'s")
+    assert room._versions(recipe)["apex"] == "not installed"
+    monkeypatch.setattr(room, "find_apex", lambda part, name: object())
+    assert room._versions(recipe)["apex"] == "apex's"
+    plain = Recipe(name="any", optimizer={"implementation": "torch"}, training={"norm": "torch"})
+    assert "apex" not in room._versions(plain)
 
 
 @pytest.mark.parametrize("slow", [0, 2])
