@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.mistakes import explain
 from megatron_nuwa.parallel.groups import import_deepspeed
+from megatron_nuwa.parallel.layout import bf16_settings
 
 # DeepSpeed's words for `data_types.grad_accum_dtype`.
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
@@ -73,8 +74,7 @@ def communication_dtype(config: Mapping[str, Any]) -> str | None:
         return str(chosen).lower()
     zero = config.get("zero_optimization") or {}
     accumulated = (config.get("data_types") or {}).get("grad_accum_dtype")
-    # DeepSpeed reads both names.
-    is_bf16 = any((config.get(key) or {}).get("enabled") for key in ("bf16", "bfloat16"))
+    is_bf16 = bf16_settings(config).get("enabled")
     offload = (zero.get("offload_optimizer") or {}).get("device")
     is_once = zero.get("stage") == 1 and offload in (None, "none")
     return "fp32" if is_bf16 and is_once and accumulated in FP32_NAMES else None

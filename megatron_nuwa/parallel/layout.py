@@ -135,6 +135,12 @@ def check_layout(
     )
 
 
+def bf16_settings(deepspeed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """DeepSpeed's section about bf16, under the first of its names; empty where there is none."""
+    there = (key for key in _BF16_KEYS if deepspeed.get(key) is not None)
+    return next((_section(deepspeed, key) for key in there), {})
+
+
 def nearest_layouts(
     settings: ParallelSettings, deepspeed: Mapping[str, Any], model: NuwaConfig, ranks: int
 ) -> list[tuple[int, int, int]]:
@@ -174,7 +180,7 @@ class _State:
         return _State(
             stage,
             offload=any(device not in (None, "none") for device in devices),
-            bf16=any(_section(deepspeed, key).get("enabled") is True for key in _BF16_KEYS),
+            bf16=bf16_settings(deepspeed).get("enabled") is True,
             fp16=_section(deepspeed, "fp16").get("enabled") is True,
         )
 

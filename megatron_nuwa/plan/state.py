@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_nuwa.parallel.deepspeed_config import FP32_NAMES
-from megatron_nuwa.parallel.layout import Layout
+from megatron_nuwa.parallel.layout import Layout, bf16_settings
 
 # DeepSpeed's defaults, in elements.
 _REDUCE_BUCKET = 500_000_000
@@ -49,8 +49,7 @@ def state_bytes(
     if layout.zero_stage == 1 and _is_bf16_optimizer(layout, accumulator):
         # Its fp32 gradients are not divided, and every half gradient is widened on its way there.
         # It may stay until the next backward pass or not.
-        bf16 = deepspeed.get("bf16") or deepspeed.get("bfloat16") or {}
-        stays = 0 if bf16.get("immediate_grad_update") else unit
+        stays = 0 if bf16_settings(deepspeed).get("immediate_grad_update") else unit
         return StateBytes(
             unit * parameters,
             (stays + _FULL) * parameters,

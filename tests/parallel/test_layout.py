@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config, communication_dtype
+from megatron_nuwa.parallel.groups import import_deepspeed
 from megatron_nuwa.parallel.layout import (
     ParallelSettings,
+    bf16_settings,
     check_layout,
     nearest_layouts,
     read_layout,
@@ -152,6 +154,21 @@ def test_every_layout_file_is_what_its_name_says_and_deepspeed_takes_it(path: Pa
     assert path.stem == "_".join(part for part in parts if not part.startswith("dp"))
     check_deepspeed_config(deepspeed, str(path))
     assert communication_dtype(deepspeed) == ("fp32" if "zero1_bf16" in path.stem else None)
+
+
+def test_bf16_is_read_as_deepspeed_reads_it() -> None:
+    """Where both of its names are there, the newer one counts, whatever it holds."""
+    import_deepspeed()
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    off, on = {"enabled": False}, {"enabled": True}
+    for config in ({"bf16": off, "bfloat16": on}, {"bf16": on, "bfloat16": off}):
+        layout = {**config, "zero_optimization": {"stage": 1}}
+        assert bf16_settings(layout) == config["bf16"]
+        read = DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **layout})
+        assert read.bfloat16_config.enabled == config["bf16"]["enabled"]
+    assert bf16_settings({"bf16": None, "bfloat16": on}) == on
+    assert bf16_settings({}) == {}
 
 
 def test_a_layout_may_choose_in_what_gradients_are_summed() -> None:
