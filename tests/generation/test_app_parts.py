@@ -247,6 +247,19 @@ def test_a_drawn_sketch_becomes_the_classes_of_its_colours(generator: Generator)
     assert (drawing.blank_sketch(16) == coloured(np.zeros((1, 1), int), 5)).all()
 
 
+def test_what_an_uploaded_sketch_leaves_transparent_is_class_0(generator: Generator) -> None:
+    maps = np.random.default_rng(1).integers(1, 5, (16, 16)).astype(np.uint8)
+    there = np.random.default_rng(2).random((16, 16)) < 0.5
+    alpha = np.where(there, 255, 0).astype(np.uint8)[..., None]
+    # Programs leave white, black or what was there before under what is transparent.
+    pixels = np.where(there[..., None], coloured(maps, 5), 255).astype(np.uint8)
+    canvas = drawing.enlarged(np.concatenate([pixels, alpha], axis=-1))
+    whole = {"background": canvas, "layers": [], "composite": canvas}
+    made = read(generator, "s2i", sketch=whole)
+    assert made.sketch is not None
+    assert np.array_equal(made.sketch[0], np.where(there, maps, 0))
+
+
 def test_colours_tell_classes_apart() -> None:
     assert len(set(colours(64))) == 64
     assert len(colour_names(64)) == 64

@@ -105,7 +105,15 @@ def _read_sketch(generator: Generator, sketch: Drawing | None) -> np.ndarray:
     if sketch is None or sketch["composite"] is None:
         raise UserError("draw a sketch first")
     config = generator.sketch_vqgan.config
-    maps = classes_of(np.asarray(sketch["composite"])[..., :3], config.classes or 0)
+    maps = classes_of(_over_class_0(np.asarray(sketch["composite"])), config.classes or 0)
     side = (config.image_size, config.image_size)
     fitted = ImageOps.fit(Image.fromarray(maps), side, Image.Resampling.NEAREST)
     return np.asarray(fitted)[None]
+
+
+def _over_class_0(pixels: np.ndarray) -> np.ndarray:
+    """What is seen of (rows, columns, 3 or 4) over an empty sketch: (rows, columns, 3)."""
+    # What is fully transparent has any colour, mostly black, which is nobody's choice.
+    alpha = pixels[..., 3:] / 255 if pixels.shape[-1] == 4 else 1.0
+    seen = alpha * pixels[..., :3] + (1 - alpha) * coloured(np.zeros((1, 1), np.uint8), 1)
+    return np.rint(seen).astype(np.uint8)
