@@ -6,8 +6,16 @@ import time
 
 import torch
 
-# Dense bf16 peaks that the makers publish, FLOP/s.
-_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "A10": 125e12}
+# Dense bf16 peaks that the makers publish, FLOP/s. A name holds the first that is found in it.
+_PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "A10": 125e12,
+}
 _MATMUL_SIDE = 1024
 # Long enough that another program's burst does not pass for a slow machine.
 _SECONDS, _REPEATS = 0.5, 16
