@@ -23,21 +23,30 @@ from benchmarks.harness.options import CPU, add_output, benchmark_parser, positi
 from benchmarks.harness.report import write_json
 from launch.demo.catalogue import load_catalogue
 from launch.workflow.media import find_package_file
+from megatron_nuwa.command_line import number
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.decoders import DecodeSettings, decode, guard
 from megatron_nuwa.errors import run_command
 
-# The aim: no more than this times the CPU time of bare ffmpeg.
-AIM = 1.10
-BARE, PROJECT, PYAV = "bare ffmpeg", "ffmpeg-python", "PyAV"
+BARE, PLAIN, PROJECT, PYAV = "bare ffmpeg", "its own scaling", "ffmpeg-python", "PyAV"
+# What makes the same pixels on every processor, and in PyAV as well.
+EXACT = "bicubic+accurate_rnd+full_chroma_int+bitexact"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
+    """Command line; 1 where ffmpeg-python takes more than the limit."""
     parser = benchmark_parser("decoding", __doc__)
     parser.add_argument("--rounds", type=positive, default=5, help="times each clip is decoded")
     parser.add_argument("--image-size", type=int, default=336, help="side of a frame in pixels")
     parser.add_argument("--frames", type=int, default=10, help="frames of a clip")
+    parser.add_argument(
+        "--limit",
+        type=number(least=0),
+        default=1.1,
+        metavar="TIMES",
+        help=f"exit with 1 where {PROJECT} takes more than this times bare ffmpeg's CPU time for "
+        "the same pixels (default: 1.1)",
+    )
     add_output(parser, CPU)
     options = parser.parse_args(arguments)
     asked = {name: getattr(options, name) for name in ("image_size", "frames")}
@@ -47,10 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = {path.name: measure(path, settings, options.rounds) for path in demo_videos()}
     ratios = {name: overall(rows, name) for name in next(iter(rows.values()))}
     Console().print(table(rows, ratios))
-    verdict = "reached" if ratios[PROJECT] <= AIM else "missed"
-    print(f"the aim of {AIM:g} times bare ffmpeg is {verdict}: {ratios[PROJECT]:.3f}")
-    write_json(options.output, {"milliseconds": rows, "ratios": ratios, "aim": AIM})
-    return 0
+    good = ratios[PROJECT] <= options.limit
+    verdict = "reached" if good else "missed"
+    print(f"the aim of {options.limit:g} times bare ffmpeg is {verdict}: {ratios[PROJECT]:.3f}")
+    write_json(options.output, {"milliseconds": rows, "ratios": ratios, "aim": options.limit})
+    return 0 if good else 1
 
 
 def demo_videos() -> list[Path]:
@@ -62,28 +72,32 @@ def measure(path: Path, settings: DecodeSettings, rounds: int) -> dict[str, floa
     """Median CPU milliseconds, children's included, of each way to decode a clip."""
     pyav = settings.model_copy(update={"backend": "pyav"})
     ways: dict[str, Callable[[], object]] = {
-        BARE: lambda: bare_ffmpeg(path, settings),
+        BARE: lambda: bare_ffmpeg(path, settings, EXACT),
+        PLAIN: lambda: bare_ffmpeg(path, settings, "bicubic"),
         PROJECT: lambda: decode(path, settings),
     }
     if find_spec("av") is not None:
         ways[PYAV] = lambda: decode(path, pyav)
     times: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
+    for trial in range(rounds + 1):
         for name, way in ways.items():
             seconds = cpu_seconds(way)
-            if number:
+            if trial:
                 # The first round warms the disk cache and starts PyAV's worker.
                 times[name].append(seconds)
     return {name: 1000 * statistics.median(found) for name, found in times.items()}
 
 
-def bare_ffmpeg(path: Path, settings: DecodeSettings) -> np.ndarray:
-    """The same frames by a command typed by hand, without limits or checks."""
+def bare_ffmpeg(path: Path, settings: DecodeSettings, scaling: str) -> np.ndarray:
+    """The same frames by a command typed by hand, without limits or checks.
+
+    With ffmpeg's own flags for `scaling` their pixels may differ in the last bits.
+    """
     side = settings.image_size
     graph = (
         f"fps={settings.frames_per_second:g}:round=up:start_time=0,"
         f"scale=w='max({side},round({side}*dar))':h='max({side},round({side}/dar))'"
-        f":flags=bicubic+accurate_rnd+full_chroma_int+bitexact,crop={side}:{side}"
+        f":flags={scaling},crop={side}:{side}"
     )
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-threads", "1"]
     command += ["-i", str(path), "-an", "-vf", graph, "-filter_threads", "1"]

@@ -26,6 +26,7 @@ from megatron_nuwa.command_line import number
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.models.flops import encoding_flops
 from megatron_nuwa.models.vqgan import Vqgan
+from megatron_nuwa.parallel.accelerator import default_device
 from megatron_nuwa.plan.devices import DEVICES
 from megatron_nuwa.training.recipe import load_recipe
 from preprocessing.encoder import EncoderSettings, FrameEncoder, Precision
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     options = _parser().parse_args(arguments)
     began = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     cuda = device.type == "cuda"
     batches = options.batch_sizes or ([64, 128, 16] if cuda else [2])
     stand = Stand(options.recipe, device, batches, options.window)

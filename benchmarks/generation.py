@@ -28,6 +28,7 @@ from megatron_nuwa.generation.drawing import SamplingSettings, uniform_numbers
 from megatron_nuwa.generation.sampling import Sampler
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
+from megatron_nuwa.parallel.accelerator import default_device
 from megatron_nuwa.training.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,7 +81,7 @@ class Measure:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     options = _parser().parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     if options.clock == "cpu" and (device.type != "cpu" or torch.get_num_threads() > 1):
         raise UserError("--clock cpu is for one thread of a CPU: set OMP_NUM_THREADS=1")
     config, grid = _model(options, device)

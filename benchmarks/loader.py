@@ -20,7 +20,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness.loaders import LOADERS, NAIVE, OURS, PACKED, Batch, Tokens
+from benchmarks.harness.loaders import (
+    LITDATA,
+    LOADERS,
+    NAIVE,
+    OURS,
+    PACKED,
+    STREAMING,
+    Batch,
+    Tokens,
+)
 from benchmarks.harness.options import CPU, add_output, benchmark_parser, positive
 from benchmarks.harness.report import device_name, write_json
 from benchmarks.harness.unavailable import UnavailableError
@@ -95,6 +104,21 @@ def show(console: Console, kind: str, tokens: Tokens, rates: Sequence[Rate]) -> 
     console.print(table)
 
 
+def verdicts(rates: Sequence[Rate], limit: float) -> Generator[tuple[str, bool], None, None]:
+    """For each loader with an aim, a sentence and whether nothing is wrong with it."""
+    ours = next(rate.samples_per_second for rate in rates if rate.loader == OURS) or 0.0
+    for rate in rates:
+        aim = {NAIVE: limit, STREAMING: 1.0, LITDATA: 1.0}.get(rate.loader)
+        if aim is None:
+            continue
+        if rate.samples_per_second is None:
+            yield f"{rate.loader}: not compared", True
+            continue
+        ratio = ours / rate.samples_per_second
+        verdict = "reached" if ratio >= aim else "missed"
+        yield f"{rate.loader}: the aim of {aim:g} times is {verdict}: {ratio:.2f}", ratio >= aim
+
+
 def kind_json(kind: str, tokens: Tokens, rates: Sequence[Rate]) -> dict[str, object]:
     """One kind of item in the file."""
     ours = next(rate.samples_per_second for rate in rates if rate.loader == OURS) or 0.0
@@ -116,12 +140,12 @@ def kind_json(kind: str, tokens: Tokens, rates: Sequence[Rate]) -> dict[str, obj
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
+    """Command line; 1 where an aim is missed."""
     options = _options(arguments)
     # Loaders that copy with several threads would be compared by their threads.
     torch.set_num_threads(1)
     random.seed(0)
-    console, kinds = Console(), []
+    console, kinds, good = Console(), [], True
     for kind in options.kinds:
         grid = _KINDS[kind]
         tokens = Tokens.random(grid, max(options.items // grid.s, 2 * options.batch))
@@ -129,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.loaders:
             rates.append(measure(name, tokens, options.batch, options.seconds, options.repeats))
         show(console, kind, tokens, rates)
+        for sentence, is_good in verdicts(rates, options.limit):
+            console.print(sentence, highlight=False)
+            good &= is_good
         kinds.append(kind_json(kind, tokens, rates))
     if options.output:
         cpu = torch.device("cpu")
@@ -141,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         write_json(options.output, report)
         console.print(f"written to {options.output}")
-    return 0
+    return 0 if good else 1
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -164,6 +191,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=list(LOADERS),
         default=list(LOADERS),
         help=f"{OURS!r} is always among them; default: all, {NAIVE!r} and {PACKED!r} too",
+    )
+    parser.add_argument(
+        "--limit",
+        type=number(least=0),
+        default=20.0,
+        metavar="TIMES",
+        help=f"exit with 1 where {OURS!r} is not as many times as fast as {NAIVE!r} (default: 20), "
+        f"or slower than {STREAMING!r} or {LITDATA!r}",
     )
     add_output(parser, CPU)
     options = parser.parse_args(arguments)

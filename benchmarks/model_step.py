@@ -29,6 +29,7 @@ from megatron_nuwa.models import attention
 from megatron_nuwa.models.nuwa import Context, Nuwa
 from megatron_nuwa.ops import Backend, nearby_attention
 from megatron_nuwa.ops.tables import Geometry
+from megatron_nuwa.parallel.accelerator import default_device
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 
 _LARGEST_LOSS_DIFFERENCE = 1e-4
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     recipe = load_recipe(options.recipe)
     recipe.require("model", "data")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     batches = _batches(recipe, device)
     fused: Backend = "cuda" if device.type == "cuda" else "cpu"
     backends: tuple[Backend, ...] = ("reference", fused)

@@ -28,6 +28,7 @@ from benchmarks.harness.report import (
 from benchmarks.harness.timing import clock_of, copy_bandwidth
 from megatron_nuwa.command_line import output_file
 from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.parallel.accelerator import default_device
 from megatron_nuwa.training.progress import track
 
 RESULTS = Path(__file__).parent / "results"
@@ -36,7 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; 1 when a backend of this project gave a wrong result."""
     options = _parser().parse_args(arguments)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(options.device) if options.device else default_device()
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here")
     chosen_cases = _chosen("--cases", options.cases, {c.name: c for c in cases(options.quick)})

@@ -31,6 +31,7 @@ from megatron_nuwa.errors import run_command
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.ops import nearby_attention
+from megatron_nuwa.parallel.accelerator import default_device
 from megatron_nuwa.training.recipe import load_recipe
 
 PACKED = "text attention, flash, packed"
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     recipe.require("model")
     assert recipe.model is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     clock = clock_of(device)
     table = Table(title=f"Parts of a layer, {options.clips} clips, {device_name(device)}")
     for column in ("part", "forward ms", "backward ms", "TFLOP/s forward", "backward"):

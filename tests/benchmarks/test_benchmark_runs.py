@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -10,17 +11,21 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import run_command_line
 
-from benchmarks import nearby_attention
+from benchmarks import decoding, nearby_attention
 from benchmarks.harness import peers as peers_module
 from benchmarks.harness.cases import Load, cases
 from benchmarks.harness.layouts import GridFirst, HeadsFirst, Layout, Strips, TokensFirst
 from benchmarks.harness.peers import all_peers
 from benchmarks.harness.timing import CpuClock, time_forward
+from megatron_nuwa.decoders import DecodeSettings, decode_clip
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
+from megatron_nuwa.parallel import accelerator
 
 CPU = torch.device("cpu")
 
@@ -157,3 +162,32 @@ def test_times_of_kernels_need_a_gpu_and_say_so(tmp_path: Path, name: str) -> No
     assert done.returncode == 2
     assert f"{name} needs a GPU" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
+@pytest.mark.parametrize(
+    "name", ["encoding", "generation", "model_step", "nearby_attention", "step_parts"]
+)
+def test_a_gpu_that_does_not_work_is_not_measured_as_a_cpu(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(accelerator, "_NVIDIA_DRIVER", tmp_path)
+    with pytest.raises(UserError, match=r"an NVIDIA driver is here .* but CUDA does not work"):
+        importlib.import_module(f"benchmarks.{name}").main([])
+
+
+def test_decoding_is_held_against_the_same_pixels_of_bare_ffmpeg(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = decoding.demo_videos()[-1]
+    monkeypatch.setattr(decoding, "demo_videos", lambda: [video])
+    quick = ["--rounds", "1", "--image-size", "32", "--frames", "2"]
+    output = tmp_path / "decoding.json"
+    assert decoding.main([*quick, "--limit", "100", "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    assert set(report["ratios"]) >= {decoding.BARE, decoding.PLAIN, decoding.PROJECT}
+    assert decoding.main([*quick, "--limit", "0"]) == 1
+    settings = DecodeSettings(image_size=32, frames=2, short_clips="pad")
+    frames, _ = decode_clip(video, settings)
+    assert np.array_equal(decoding.bare_ffmpeg(video, settings, decoding.EXACT), frames)
