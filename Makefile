@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo digits test test-slow test-gpu bench bench-gpu lint format clean
+.PHONY: help install torch demo digits test test-slow test-gpu bench bench-gpu lint format clean clean-runs
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -17,10 +17,13 @@ install: $(STAMP) ## create .venv and install everything that the demo and the t
 # Everything that decides what is installed, the kernels' sources included.
 NATIVE := setup.py megatron_nuwa/ops/build.py $(wildcard megatron_nuwa/ops/csrc/*/*)
 
-$(STAMP): pyproject.toml constraints.txt demo-media.txt $(NATIVE)
+torch: ## create .venv with PyTorch alone
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first: the kernels are compiled against the torch that is installed.
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt setuptools wheel torch
+
+# torch first: the kernels are compiled against the torch that is installed.
+$(STAMP): pyproject.toml constraints.txt demo-media.txt $(NATIVE)
+	$(MAKE) torch
 	$(BIN)/pip install --disable-pip-version-check -c constraints.txt --no-build-isolation \
 		-e '.[mpi,parquet,demo,app,dev]'
 	$(BIN)/pip install --disable-pip-version-check --no-deps -r demo-media.txt
@@ -47,10 +50,12 @@ test-slow: install ## tests of minutes
 test-gpu: install ## tests of the CUDA kernels, on a machine with a GPU
 	$(BIN)/python -m pytest -m gpu
 
-bench: install ## nearby attention against its peers, a training step with and without it, and overheads
+bench: install ## nearby attention, training steps, loader, decoding and the farm, against their peers
 	OMP_NUM_THREADS=2 $(BIN)/python -W ignore -m benchmarks.nearby_attention
 	OMP_NUM_THREADS=2 $(BIN)/python -m benchmarks.model_step
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step_overhead
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.decoding
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.farm
 
 bench-gpu: install ## on a GPU: encoding, sampling, a step of 870 M, the kernels, the operator against its peers
@@ -74,6 +79,9 @@ format: install ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove what the commands above made
+clean: ## remove .venv, the compiled kernels and caches; runs/ stays
 	rm -f megatron_nuwa/ops/_native_*
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+clean-runs: ## remove what demo, digits and bench-gpu left in runs/, and nothing else there
+	rm -rf runs/demo runs/moving_digits runs/moving_digits_gpu runs/bench-gpu
