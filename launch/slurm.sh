@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A Slurm job of 8 nodes × 8 GPUs, submitted from the repository's root:
-#   sbatch launch/slurm.sh launch/recipes/nuwa_870m.yaml --deepspeed_config ds_configs/pp4_tp2_zero1_bf16.json
+#   sbatch launch/slurm.sh launch/recipes/nuwa_870m.yaml
 # SCRIPT=launch/preflight.py sbatch launch/slurm.sh RECIPE checks the nodes only.
 # SCRIPT=launch/train_vqgan.py sbatch launch/slurm.sh RECIPE trains the recipe's VQ-GAN.
 # RESTARTS (default 10) says how often the run is started again inside the job after a fault.
