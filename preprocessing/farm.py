@@ -178,7 +178,8 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
     # read the plan of a shard at a time.
     is_first = communicator.rank == 0
     source = on_every_rank(
-        communicator, lambda: read_source(options.source, checked=False) if is_first else None
+        communicator,
+        lambda: read_source(options.source, checked=False, is_shown=True) if is_first else None,
     )
 
     def settled() -> CorpusSettings:
@@ -268,8 +269,8 @@ def _begin(
             attempts.forget(folder.attempts)
         _note_engines(folder, engines, new)
         pending = ledger.pending()
-        if pending and plan.planned_items(key) is None:
-            plan.write(source, key)
+        if pending and plan.stamp(key) is None:
+            plan.write(source, key, ledger.settings.manifest_items)
         counts = attempts.collect(folder.attempts)
     return Work(
         pending,
