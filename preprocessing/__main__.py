@@ -14,6 +14,7 @@ from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.shards import CorpusManifest
 from megatron_nuwa.data.text import train_bpe
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.progress import track
 from preprocessing.command_line import parser
 from preprocessing.communicator import Communicator, join_ranks, on_every_rank, run_ranks
 from preprocessing.farm import tokenize
@@ -116,8 +117,9 @@ def _train_bpe(options: argparse.Namespace) -> None:
 
 
 def _captions(sources: Sequence[str]) -> Iterator[str]:
-    for source in sources:
-        for item in read_source(source):
+    for name in sources:
+        source = read_source(name, is_shown=True)
+        for item in track(source, f"items of {name} read"):
             yield from item.captions
 
 

@@ -30,6 +30,7 @@ class _Made:
     text: np.ndarray
     real: int
     hashes: np.ndarray | None
+    rate: float | None
 
 
 class ShardAssembly:
@@ -69,7 +70,7 @@ class ShardAssembly:
             self._frames[index] = decoded.frames
             if decoded.maps is not None:
                 self._maps[index] = decoded.maps
-            self._made[index] = _Made(decoded.text, decoded.real, decoded.hashes)
+            self._made[index] = _Made(decoded.text, decoded.real, decoded.hashes, decoded.rate)
         batch = index // self._settings.items_per_batch
         self._missing[batch] -= 1
         return None if self._missing[batch] else batch
@@ -132,6 +133,7 @@ class ShardAssembly:
             provenance=item.provenance,
             perceptual_hashes=None if made.hashes is None else hashes_as_text(made.hashes),
             sketch=sketch,
+            frames_per_second=made.rate,
         )
 
 

@@ -54,6 +54,8 @@ def parser() -> CommandParser:
         type=whole_number(SMALLEST_VOCABULARY, LARGEST_VOCABULARY),
         required=True,
         metavar="N",
+        help=f"tokens to learn, {SMALLEST_VOCABULARY:,} to {LARGEST_VOCABULARY:,}; they are fewer "
+        "where the captions hold too few pairs",
     )
     bpe.add_argument("--overwrite", action="store_true", help="replace the file where it exists")
     return whole
@@ -88,8 +90,14 @@ def _add_split(commands: argparse._SubParsersAction[CommandParser]) -> None:
         metavar="SHARE",
         help="share of the media files that is held out (default: 0.05)",
     )
-    for side in ("train", "heldout"):
-        parser.add_argument(f"--output-{side}", type=Path, required=True, metavar="FOLDER")
+    for side, what in (("train", "to train on"), ("heldout", "that is held out")):
+        parser.add_argument(
+            f"--output-{side}",
+            type=Path,
+            required=True,
+            metavar="FOLDER",
+            help=f"folder of the new corpus {what}",
+        )
 
 
 def _add_shots(commands: argparse._SubParsersAction[CommandParser]) -> None:
@@ -166,7 +174,11 @@ def _add_tokenize(commands: argparse._SubParsersAction[CommandParser]) -> None:
         "at a higher rate (default: skip)",
     )
     parser.add_argument(
-        "--items-per-shard", type=int, default=4096, metavar="N", help="default: 4096"
+        "--items-per-shard",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="items of the source that a shard is made of (default: 4096)",
     )
     parser.add_argument(
         "--batch-size",

@@ -42,6 +42,7 @@ class Decoded:
     `maps`, uint8 (frames, H, W), are those of its sketch where sketches are asked for. `seconds`
     were spent on decoding. `filter` names the filter that left the item out. `hashes`,
     uint64 (3,), are there where near-duplicates are looked for. `host` is the decoding machine.
+    `rate`, in frames a second, is there where it is not the one that was asked for.
     """
 
     ticket: int
@@ -54,6 +55,7 @@ class Decoded:
     hashes: np.ndarray | None = None
     maps: np.ndarray | None = None
     host: str = ""
+    rate: float | None = None
 
 
 class ItemDecoder:
@@ -77,7 +79,7 @@ class ItemDecoder:
         planned = task.planned
         try:
             text = self._text(planned)
-            frames, real, maps = self._frames(task, journal)
+            frames, real, maps, rate = self._frames(task, journal)
             hashes = None
             if self._demands.filters.near_duplicates is not None:
                 hashes = perceptual_hashes(frames, real)
@@ -87,7 +89,11 @@ class ItemDecoder:
             return Decoded(task.ticket, None, None, 0, str(error), seconds, rule, host=_HOST)
         seconds = time.perf_counter() - began
         return Decoded(
-            task.ticket, frames, text, real, None, seconds, hashes=hashes, maps=maps, host=_HOST
+            *(task.ticket, frames, text, real, None, seconds),
+            hashes=hashes,
+            maps=maps,
+            host=_HOST,
+            rate=rate,
         )
 
     def _text(self, planned: PlannedItem) -> np.ndarray:

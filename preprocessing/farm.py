@@ -38,7 +38,7 @@ from preprocessing.options import (
     plan_key,
     settle,
 )
-from preprocessing.plan import Plan
+from preprocessing.plan import Plan, PlanStamp
 from preprocessing.remote_decoders import RemoteDecoders, serve_encode_rank
 from preprocessing.report import write_report
 from preprocessing.roles import Roles, agree_on_roles
@@ -178,7 +178,8 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
     # read the plan of a shard at a time.
     is_first = communicator.rank == 0
     source = on_every_rank(
-        communicator, lambda: read_source(options.source, checked=False) if is_first else None
+        communicator,
+        lambda: read_source(options.source, checked=False, is_shown=True) if is_first else None,
     )
 
     def settled() -> CorpusSettings:
@@ -211,9 +212,13 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
         rule = settings.filters.near_duplicates
         if rule is not None:
             take_out_duplicates(options.output, folder.looks, settings.shards, rule, communicator)
-        on_first_rank(
-            communicator, lambda: _finish(ledger, options, folder, work.pending, watch, farm)
-        )
+
+        def finish() -> None:
+            assert source is not None
+            planned = plan.stamp(plan_key(options, source))
+            _finish(ledger, options, folder, work.pending, watch, farm, planned)
+
+        on_first_rank(communicator, finish)
 
 
 def _check_ranks(options: TokenizeOptions, ranks: int) -> None:
@@ -268,8 +273,8 @@ def _begin(
             attempts.forget(folder.attempts)
         _note_engines(folder, engines, new)
         pending = ledger.pending()
-        if pending and plan.planned_items(key) is None:
-            plan.write(source, key)
+        if pending and plan.stamp(key) is None:
+            plan.write(source, key, ledger.settings.manifest_items)
         counts = attempts.collect(folder.attempts)
     return Work(
         pending,
@@ -323,6 +328,7 @@ def _finish(
     made: Sequence[int],
     watch: Watch | None,
     farm: _Farm,
+    planned: PlanStamp | None,
 ) -> None:
     """Commit the corpus and say what became of the items."""
     assert watch is not None
@@ -355,6 +361,7 @@ def _finish(
             farm.encoders,
             watch,
             folder.engines(),
+            planned,
         )
         print(told, flush=True)
 

@@ -59,12 +59,14 @@ class Demands:
 class Frames(NamedTuple):
     """Frames uint8 (frames, H, W, 3) of an item, and how many are real.
 
-    `maps` are those of its sketch, uint8 (frames, H, W), where sketches are asked for.
+    `maps` are those of its sketch, uint8 (frames, H, W), where sketches are asked for. `rate`, in
+    frames a second, is there where it is not the one that was asked for.
     """
 
     frames: np.ndarray
     real: int
     maps: np.ndarray | None
+    rate: float | None
 
 
 def decode_item(item: SourceItem, demands: Demands) -> Frames:
@@ -79,7 +81,9 @@ def decode_item(item: SourceItem, demands: Demands) -> Frames:
             raise UserError(f"item {item.id!r} has no sketch, which --sketch-vqgan asks for")
         decoded = decode_copy(item, candidate.path, demands.settings, demands.limits)
         maps = None if demands.sketch is None else _maps(item, demands, demands.sketch, decoded)
-        return Frames(decoded.frames, decoded.real, maps)
+        rate = decoded.frames_per_second
+        own = None if rate == demands.settings.frames_per_second else rate
+        return Frames(decoded.frames, decoded.real, maps, own)
 
 
 def _maps(
@@ -127,7 +131,7 @@ def decode_alone(item: SourceItem, demands: Demands) -> Frames:
         if "reason" in answer:
             raise DecodeError(answer["reason"])
         frames, *maps = (np.load(stream, allow_pickle=False) for _ in range(answer["arrays"]))
-        return Frames(frames, int(answer["real"]), maps[0] if maps else None)
+        return Frames(frames, int(answer["real"]), maps[0] if maps else None, answer["rate"])
     raise DecodeError(
         f"{item.media} ends the process that decodes it (exit code {done.returncode})"
     )
@@ -148,7 +152,7 @@ def main() -> int:
     )
     out = sys.stdout.buffer
     try:
-        frames, real, maps = decode_item(item, demands)
+        frames, real, maps, rate = decode_item(item, demands)
     except FilteredError as error:
         answer = {"filter": error.filter, "reason": error.reason}
         out.write(json.dumps(answer).encode() + b"\n")
@@ -157,7 +161,7 @@ def main() -> int:
         out.write(json.dumps({"reason": str(error)}).encode() + b"\n")
         return 0
     arrays = [frames] if maps is None else [frames, maps]
-    out.write(json.dumps({"real": real, "arrays": len(arrays)}).encode() + b"\n")
+    out.write(json.dumps({"real": real, "rate": rate, "arrays": len(arrays)}).encode() + b"\n")
     for array in arrays:
         np.save(out, array, allow_pickle=False)
     return 0

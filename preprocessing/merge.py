@@ -22,6 +22,7 @@ from megatron_nuwa.data.shards import (
 )
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sync
+from megatron_nuwa.training.progress import track
 from preprocessing.ledger import FAILURES_FILE
 from preprocessing.repeated_ids import collected_ids
 from preprocessing.whole_corpus import check_output, commit, made_whole, sound_manifest
@@ -50,7 +51,8 @@ def merge(corpora: Sequence[Path], output: Path) -> CorpusManifest:
                 f"corpora {corpora[0]} and {folder} differ in {field}; only corpora of the same "
                 f"settings can be merged"
             )
-    if sum(len(manifest.shards) for manifest in manifests) > MOST_SHARDS:
+    count = sum(len(manifest.shards) for manifest in manifests)
+    if count > MOST_SHARDS:
         raise UserError(f"the corpora have more than {MOST_SHARDS:,} shards together")
     _check_ids(corpora)
     with made_whole([output]) as [draft]:
@@ -59,6 +61,7 @@ def merge(corpora: Sequence[Path], output: Path) -> CorpusManifest:
             for folder, manifest in zip(corpora, manifests, strict=True)
             for entry in manifest.shards
         )
+        shards = track(shards, f"shards of {output} made", total=count)
         entries = (
             _take_over(folder, name, draft, number) for number, (folder, name) in enumerate(shards)
         )
@@ -109,10 +112,10 @@ def _check_ids(folders: Sequence[Path]) -> None:
         number, index = place(row)
         return str(corpora[number].item(index)["id"])
 
+    lines = (line for corpus in corpora for line in corpus.lines())
     with collected_ids() as ids:
-        for corpus in corpora:
-            for line in corpus.lines():
-                ids.add(line["id"])
+        for line in track(lines, "ids compared", total=ends[-1]):
+            ids.add(line["id"])
         pair = ids.first_repeat(name_of)
     if pair is not None:
         one, other = (folders[place(row)[0]] for row in pair)

@@ -17,10 +17,11 @@ from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.shards import read_json, shard_name, write_settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import written_atomically
+from megatron_nuwa.training.progress import track
 from preprocessing.item_json import item_of_tree, tree_of_item
 from preprocessing.sources import SourceItem
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 _STAMP = "plan.json"
 
 
@@ -47,6 +48,9 @@ class PlanStamp(Settings):
 
     key: PlanKey
     items: int = Field(ge=1)
+    # How many of the items are shots, and of how many clips.
+    shots: int = Field(ge=0)
+    films: int = Field(ge=0)
 
 
 class Plan:
@@ -64,20 +68,25 @@ class Plan:
             for entry in map(json.loads, lines)
         ]
 
-    def planned_items(self, key: PlanKey) -> int | None:
-        """How many items a whole plan for the same manifest has, or None where there is none."""
+    def stamp(self, key: PlanKey) -> PlanStamp | None:
+        """What a whole plan for the same manifest says of itself; None where there is none."""
         try:
             stamp = parse_settings(PlanStamp, read_json(self._folder / _STAMP), "the plan")
         except UserError:
             return None
-        return stamp.items if stamp.key == key else None
+        return stamp if stamp.key == key else None
 
-    def write(self, items: Iterable[SourceItem], key: PlanKey) -> None:
-        """Write the plan anew. Raises `OSError` where the disk does."""
+    def write(self, items: Iterable[SourceItem], key: PlanKey, total: int | None = None) -> None:
+        """Write the plan anew, of `total` items if that is known. Raises `OSError` as the disk."""
         if self._folder.exists():
             shutil.rmtree(self._folder)
         self._folder.mkdir(parents=True)
-        hashes = array("Q", (_hash(item.id) for item in self._written(items, frozenset())))
+        hashes, films = array("Q"), array("Q")
+        items = track(items, "rows cut into shards", total=total)
+        for item in self._written(items, frozenset()):
+            hashes.append(_hash(item.id))
+            if item.shot is not None:
+                films.append(_hash(item.uncut_id))
         values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
         suspects = frozenset(values[counts > 1].tolist())
         if suspects:
@@ -86,9 +95,16 @@ class Plan:
                 for shard in range(-(-len(hashes) // self._items_per_shard))
                 for entry in self.items(shard)
             )
+            planned = track(planned, "repeated ids looked for", total=len(hashes))
             for _ in self._written(planned, suspects):
                 pass
-        write_settings(self._folder / _STAMP, PlanStamp(key=key, items=len(hashes)))
+        stamp = PlanStamp(
+            key=key,
+            items=len(hashes),
+            shots=len(films),
+            films=len(np.unique(np.array(films, np.uint64))),
+        )
+        write_settings(self._folder / _STAMP, stamp)
 
     def _written(
         self, items: Iterable[SourceItem], suspects: frozenset[int]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,29 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_nuwa.data.corpus import Corpus
-from megatron_nuwa.data.text import text_mask
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.generation.palette import coloured
 from megatron_nuwa.models.segmentation import class_map
 from megatron_nuwa.pages import render_page
 from preprocessing.encode_loop import Sample
 from preprocessing.encoder import Encoders, FrameEncoder
-from preprocessing.stats import codebook_use, failure_kinds
+from preprocessing.histograms import Counted, failure_bars, histogram, outcome_bars, shot_bars
+from preprocessing.plan import PlanStamp
+from preprocessing.stats import codebook_use
 from preprocessing.watch import Watch
-
-# Of a large corpus the first groups of up to 1,024 items stand for all.
-_GROUPS = 64
-_BARS = 32
-_REASONS = 20
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One bar of a histogram; `share` is its height beside the highest."""
-
-    label: str
-    count: int
-    share: float
 
 
 def write_report(
@@ -49,25 +34,35 @@ def write_report(
     encoders: Encoders,
     watch: Watch,
     engines: Sequence[str],
+    plan: PlanStamp | None = None,
 ) -> str:
-    """Write the page and say where it is, or why there is none."""
+    """Write the page and say where it is, or why there is none.
+
+    `plan` says what the source's items are, where it is still there.
+    """
     corpus = Corpus(corpus_folder)
-    lengths, codes = _sums(corpus)
-    perplexity, used = codebook_use(codes)
+    manifest, counted = corpus.manifest, Counted.of(corpus)
+    perplexity, used = codebook_use(counted.codes)
+    frames = corpus.grid.s
     page = render_page(
         Path(__file__).with_name("report.html.j2"),
         corpus=corpus_folder,
-        manifest=corpus.manifest,
+        manifest=manifest,
         cards=_cards(watch),
         roles=watch.roles,
         engines=engines,
         samples=[_pictures(sample, encoders) for sample in samples],
-        lengths=_histogram(lengths),
-        codes=_histogram(np.sort(codes)[::-1]),
+        outcome=outcome_bars(manifest),
+        shots=shot_bars(plan),
+        sampled=counted.items,
+        captions=histogram(counted.lengths),
+        clips=histogram(counted.real_frames(frames), first=1) if frames > 1 else [],
+        padded=counted.facts.padded(frames),
+        faster=counted.facts.faster,
+        codes=histogram(np.sort(counted.codes)[::-1]),
         perplexity=perplexity,
         used=used,
-        sampled=sum(itertools.islice(_group_sizes(corpus), _GROUPS)),
-        reasons=failure_kinds(corpus_folder).most_common(_REASONS),
+        failures=failure_bars(corpus_folder),
     )
     try:
         write_text_atomically(path, page)
@@ -79,7 +74,6 @@ def write_report(
 def _cards(watch: Watch) -> list[tuple[str, str, str]]:
     figures, seconds = watch.figures, max(watch.seconds, 1e-9)
     items = max(1, figures.items)
-    busy = figures.encode_seconds + figures.write_seconds + figures.starved_seconds
     return [
         ("items a second", f"{figures.items / seconds:,.1f}", f"{figures.items:,} in this run"),
         ("frames a second", f"{figures.frames / seconds:,.1f}", "encoded"),
@@ -88,40 +82,9 @@ def _cards(watch: Watch) -> list[tuple[str, str, str]]:
         ("encoding", f"{figures.encode_seconds / items * 1e3:,.1f} ms", "an item"),
         (
             "encoders starved",
-            f"{figures.starved_seconds / max(busy, 1e-9):.0%}",
-            f"queue {figures.queue_fill / max(1, figures.queue_samples):.0%} full on average",
+            f"{figures.starved:.0%}",
+            f"queue {figures.fill:.0%} full on average",
         ),
-    ]
-
-
-def _sums(corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
-    """How many captions have each number of tokens, and how often each code occurs."""
-    lengths = np.zeros(1, np.int64)
-    codes = np.zeros(corpus.manifest.codebook_size, np.int64)
-    for visual, text in itertools.islice(corpus.groups(), _GROUPS):
-        found = text_mask(text).sum(-1)
-        lengths = np.resize(lengths, text.shape[-1] + 1) if lengths.size == 1 else lengths
-        lengths += np.bincount(found, minlength=len(lengths))
-        codes += np.bincount(visual.ravel(), minlength=len(codes))
-    return lengths, codes
-
-
-def _group_sizes(corpus: Corpus) -> Any:
-    return (len(visual) for visual, _ in corpus.groups())
-
-
-def _histogram(counts: np.ndarray) -> list[Bar]:
-    """Counts by number, neighbours put together where there are too many for bars."""
-    width = -(-len(counts) // _BARS)
-    sums = [int(counts[start : start + width].sum()) for start in range(0, len(counts), width)]
-    highest = max(*sums, 1)
-    return [
-        Bar(
-            label=f"{place * width}" + (f"–{(place + 1) * width - 1}" if width > 1 else ""),
-            count=count,
-            share=count / highest,
-        )
-        for place, count in enumerate(sums)
     ]
 
 

@@ -30,6 +30,7 @@ def shard_item(
         provenance=None if provenance is None else tuple(provenance),
         perceptual_hashes=None if hashes is None else tuple(hashes),
         sketch=sketch,
+        frames_per_second=line.get("frames_per_second"),
     )
 
 

@@ -15,6 +15,7 @@ from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shard_list import ShardEntry
 from megatron_nuwa.data.shards import CorpusManifest, write_shard
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.progress import track
 from preprocessing.shard_items import shard_item
 from preprocessing.whole_corpus import check_output, commit, made_whole, sound_manifest
 
@@ -39,9 +40,8 @@ def split(
     check_output(output_heldout, "--output-heldout")
     manifest = sound_manifest(folder)
     corpus = Corpus(folder)
-    is_held = np.fromiter(
-        (is_held_out(line["media"], held_out) for line in corpus.lines()), bool, len(corpus)
-    )
+    lines = track(corpus.lines(), f"items of {folder} divided", total=len(corpus))
+    is_held = np.fromiter((is_held_out(line["media"], held_out) for line in lines), bool)
     for name, side in (("training", ~is_held), ("held-out", is_held)):
         if not side.any():
             raise UserError(
@@ -49,9 +49,10 @@ def split(
                 f"it takes whole media files, and the corpus has too few"
             )
     with made_whole([output_train, output_heldout]) as drafts:
+        sides = zip(drafts, (output_train, output_heldout), (~is_held, is_held), strict=True)
         train, held = (
-            commit(draft, manifest, _write_side(draft, corpus, side))
-            for draft, side in zip(drafts, (~is_held, is_held), strict=True)
+            commit(draft, manifest, _write_side(draft, corpus, side, f"items of {output} written"))
+            for draft, output, side in sides
         )
         return train, held
 
@@ -62,7 +63,9 @@ def is_held_out(media: str, share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * (1 << 64)
 
 
-def _write_side(folder: Path, corpus: Corpus, side: np.ndarray) -> Iterator[ShardEntry]:
+def _write_side(
+    folder: Path, corpus: Corpus, side: np.ndarray, description: str
+) -> Iterator[ShardEntry]:
     items_per_shard = int(corpus.shard_sizes.max())
     items = (
         shard_item(
@@ -74,6 +77,7 @@ def _write_side(folder: Path, corpus: Corpus, side: np.ndarray) -> Iterator[Shar
         for start in range(0, len(side), _AT_ONCE)
         for index in (start + np.flatnonzero(side[start : start + _AT_ONCE])).tolist()
     )
+    items = track(items, description, total=int(side.sum()))
     for number in itertools.count():
         part = list(islice(items, items_per_shard))
         if not part:

@@ -26,11 +26,12 @@ from megatron_nuwa.data.shards import (
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sha256_of
 from megatron_nuwa.grid import Grid
+from megatron_nuwa.training.progress import track
 from preprocessing.ledger import FAILURES_FILE
 from preprocessing.repeated_ids import collected_ids
 
 ITEM_FIELDS = {"id", "captions", "first_caption", "frames", "media", "start", "end"}
-OPTIONAL_FIELDS = {"provenance", "perceptual_hashes"}
+OPTIONAL_FIELDS = {"provenance", "perceptual_hashes", "frames_per_second"}
 
 
 def find_damage(folder: Path, full: bool = False) -> list[str]:
@@ -48,7 +49,7 @@ def find_damage(folder: Path, full: bool = False) -> list[str]:
             raise
         return [str(error) if isinstance(error, UserError) else f"{folder / CORPUS_FILE}: {error}"]
     damage = [*_sums(folder, manifest), *_other_files(folder, manifest)]
-    for entry in manifest.shards:
+    for entry in track(manifest.shards, f"shards of {folder} checked"):
         try:
             sidecar = check_shard(folder / f"{entry.name}.tar", entry, manifest, grid)
             if full:
@@ -133,7 +134,7 @@ def _item_damage(folder: Path) -> Iterator[str]:
     corpus = Corpus(folder)
     with collected_ids() as ids:
         lines = corpus.lines()
-        for index in range(len(corpus)):
+        for index in track(range(len(corpus)), f"items of {folder} checked"):
             try:
                 item = next(lines)
             except (UserError, json.JSONDecodeError) as error:

@@ -1,9 +1,13 @@
-"""The farm's progress: a live table on a terminal, plain lines in a log, TensorBoard scalars."""
+"""The farm's progress: a live table on a terminal, plain lines in a log, TensorBoard scalars.
+
+Rates are those of the last minute: averages over hours would hide that the work stands still.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -14,25 +18,42 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from preprocessing.figures import Figures
+from preprocessing.figures import Figures, History, Span
 
 SHOWN_EVERY_SECONDS = 0.25
 SCALARS_EVERY_SECONDS = 10.0
+# The rate of so short a time says nothing.
+FEWEST_SCALAR_SECONDS = 1.0
 LINES_IN_A_LOG = 10
+LINE_EVERY_SECONDS = 600.0
+NOTED_EVERY_SECONDS = 1.0
+RECENT_SECONDS = 60.0
+# The time left is told by a longer past, so that it does not leap.
+LEFT_SECONDS = 300.0
 
 
 class Watch:
     """Adds up the ranks' figures and shows them; only the first rank has one."""
 
-    def __init__(self, total: int, frames: int, tensorboard: Path, roles: str = "") -> None:
-        """`roles` says which ranks encode and which decode."""
+    def __init__(
+        self,
+        total: int,
+        frames: int,
+        tensorboard: Path,
+        roles: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`roles` says which ranks encode and which decode; `clock` counts seconds."""
         self.figures = Figures()
         self.roles = roles
         self._total = total
         self._frames = frames
         self._folder = tensorboard
-        self._began = time.monotonic()
-        self._last_shown = self._last_scalars = self._began
+        self._clock = clock
+        self._began = clock()
+        self._last_shown = self._last_line = self._last_scalars = self._began
+        self._written = Figures()
+        self._history = History(self._began, LEFT_SECONDS, NOTED_EVERY_SECONDS)
         self._told = 0
         self._writer: Any = None
         self._live: Live | None = None
@@ -64,36 +85,48 @@ class Watch:
 
     def tick(self) -> None:
         """Show how far the work is, where it is time to."""
-        now = time.monotonic()
+        now = self._clock()
+        self._history.note(now, self.figures)
         if now - self._last_shown >= SHOWN_EVERY_SECONDS:
             self._last_shown = now
             self._show()
         if now - self._last_scalars >= SCALARS_EVERY_SECONDS:
-            self._last_scalars = now
             self._write_scalars()
 
     @property
     def seconds(self) -> float:
         """Seconds since the work began."""
-        return time.monotonic() - self._began
+        return self._clock() - self._began
 
     def _show(self) -> None:
         if self._live is not None:
             self._live.update(self._table(), refresh=True)
             return
         tenth = self.figures.items * LINES_IN_A_LOG // self._total if self._total else 0
-        if tenth > self._told:
-            self._told = tenth
+        now = self._clock()
+        # Also where no tenth is reached, for then one wants to know.
+        if tenth > self._told or now - self._last_line >= LINE_EVERY_SECONDS:
+            self._told, self._last_line = tenth, now
+            recent = self._recent(RECENT_SECONDS)
             print(
                 f"tokenize: {self.figures.items}/{self._total}, "
-                f"{self._rate(self.figures.items)} items/s, {self.figures.failed} failed, "
+                f"{recent.rate(recent.figures.items):,.1f} items/s, {self.figures.failed} failed, "
                 f"{self._left()} left",
                 flush=True,
             )
 
+    def _recent(self, seconds: float) -> Span:
+        return self._history.span(seconds, self._clock(), self.figures)
+
     def _table(self) -> Table:
-        figures = self.figures
-        table = Table(title="tokenize", show_header=False, min_width=60)
+        figures, recent = self.figures, self._recent(RECENT_SECONDS)
+        new = recent.figures
+        table = Table(
+            title="tokenize",
+            caption="speed, times and queue over the last minute",
+            show_header=False,
+            min_width=60,
+        )
         table.add_column(style="bold")
         table.add_column(ratio=1)
         if self.roles:
@@ -103,52 +136,54 @@ class Watch:
         unit = "clips" if self._frames > 1 else "images"
         table.add_row(
             "speed",
-            f"{self._rate(figures.items)} items/s, "
-            f"{self._rate(figures.items - figures.failed - figures.left_out)} {unit}/s, "
-            f"{self._rate(figures.frames)} frames/s",
+            f"{recent.rate(new.items):,.1f} items/s, {recent.rate(new.encoded):,.1f} {unit}/s, "
+            f"{recent.rate(new.frames):,.1f} frames/s",
         )
         table.add_row(
             "decode · encode · write",
-            f"{_milliseconds(figures.decode_seconds, figures.items)} · "
-            f"{_milliseconds(figures.encode_seconds, figures.items)} · "
-            f"{_milliseconds(figures.write_seconds, figures.items)} an item",
+            f"{_milliseconds(new.decode_seconds, new.items)} · "
+            f"{_milliseconds(new.encode_seconds, new.items)} · "
+            f"{_milliseconds(new.write_seconds, new.items)} an item",
         )
-        table.add_row("queue", f"{self._fill():.0%} full, encoders starved {self._starved():.0%}")
+        table.add_row("queue", f"{new.fill:.0%} full, encoders starved {new.starved:.0%}")
         table.add_row("failed", f"{figures.failed:,}, and {figures.left_out:,} left out by filters")
+        whole = Span(self.seconds, figures)
+        table.add_row(
+            "since the start",
+            f"{timedelta(seconds=round(whole.seconds))}, {whole.rate(figures.items):,.1f} items/s",
+        )
         table.add_row("time left", self._left())
         return table
 
-    def _rate(self, count: int) -> str:
-        return f"{count / max(self.seconds, 1e-9):,.1f}"
-
     def _left(self) -> str:
-        if not self.figures.items:
+        rest = self._total - self.figures.items
+        recent = self._recent(LEFT_SECONDS)
+        if rest and not recent.figures.items:
             return "?"
-        rest = (self._total - self.figures.items) * self.seconds / self.figures.items
-        return str(timedelta(seconds=round(rest)))
-
-    def _fill(self) -> float:
-        return self.figures.queue_fill / max(1, self.figures.queue_samples)
-
-    def _starved(self) -> float:
-        """Share of the encode ranks' time in which there was nothing to encode."""
-        busy = self.figures.encode_seconds + self.figures.write_seconds
-        return self.figures.starved_seconds / max(1e-9, self.figures.starved_seconds + busy)
+        rate = recent.rate(max(1, recent.figures.items))
+        return str(timedelta(seconds=round(rest / rate)))
 
     def _write_scalars(self) -> None:
+        """Write the totals, and the rates since the last time."""
+        is_first = self._writer is None
         if self._writer is None:
             # A second of importing, which a short run is spared until its end.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(self._folder))
-        seconds = max(self.seconds, 1e-9)
-        scalars = {
-            "farm/items_per_second": self.figures.items / seconds,
-            "farm/frames_per_second": self.figures.frames / seconds,
-            "farm/queue_fill": self._fill(),
-            "farm/encoders_starved": self._starved(),
-            **{f"farm/{name}": float(value) for name, value in asdict(self.figures).items()},
-        }
+        now = self._clock()
+        span = Span(now - self._last_scalars, self.figures.since(self._written))
+        # A sum of shares says nothing by itself, and has the name of their average.
+        totals = {name: value for name, value in vars(self.figures).items() if name != "queue_fill"}
+        scalars = {f"farm/{name}": float(value) for name, value in totals.items()}
+        if is_first or span.seconds >= FEWEST_SCALAR_SECONDS:
+            scalars |= {
+                "farm/items_per_second": span.rate(span.figures.items),
+                "farm/frames_per_second": span.rate(span.figures.frames),
+                "farm/queue_fill": span.figures.fill,
+                "farm/encoders_starved": span.figures.starved,
+            }
+            self._last_scalars, self._written = now, replace(self.figures)
         for tag, value in scalars.items():
             self._writer.add_scalar(tag, value, self.figures.items)
 

@@ -51,6 +51,7 @@ BENCHMARKS = (
     "step_parts",
     "tokenizers",
 )
+CORPUS_COMMANDS = ("tokenize", "shots", "verify", "stats", "merge", "split", "train-bpe")
 COMMANDS = {
     **SCRIPTS,
     **{f"{name}.__main__": f"python -m {name}" for name in PACKAGES},
@@ -77,6 +78,16 @@ def test_help_says_how_it_is_typed_with_an_example(
     assert told.startswith(f"usage: {typed} [-h]")
     name = typed.rpartition(" ")[2]
     assert name in told.split("example:\n")[1]
+
+
+@pytest.mark.parametrize("command", CORPUS_COMMANDS)
+def test_help_of_a_corpus_command_says_how_it_is_typed_with_an_example(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("preprocessing.__main__", monkeypatch, command, "--help") == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: python -m preprocessing {command} [-h]")
+    assert f"python -m preprocessing {command} " in told.split("example:\n")[1]
 
 
 @pytest.mark.parametrize("module", COMMANDS)

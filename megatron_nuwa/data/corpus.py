@@ -9,7 +9,7 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +35,7 @@ _REMOTE_MAPS = 16
 _BOUNDS_BYTES = 256 << 20
 _ARRIVALS = 4
 _open_corpora: weakref.WeakSet[Corpus] = weakref.WeakSet()
+Tell = Callable[[int], object]
 # Inside a caption the quotation marks are escaped, so that this finds the field alone.
 _FIRST_CAPTION = re.compile(rb'"first_caption": (\d+)')
 
@@ -153,7 +154,8 @@ class Corpus:
     def item(self, index: int) -> dict[str, Any]:
         """An item's metadata: id, captions, first_caption, frames, media, start, end.
 
-        Where the source told it, also provenance: who wrote each caption.
+        Where the source told it, also provenance: who wrote each caption; where a short clip was
+        sampled faster than the corpus is, also frames_per_second.
         """
         group, row = self._locate(index)
         if self._lines[0] != group:
@@ -174,13 +176,17 @@ class Corpus:
             text = self._tokens(group, Column.TEXT, 0, captions * TEXT_TOKENS)
             yield visual.reshape(items, -1), text.reshape(captions, -1)
 
-    def visual_counts(self) -> np.ndarray:
-        """How often each code occurs in the whole corpus: int64 (codebook_size,)."""
-        return self._counts(Column.VISUAL, self.manifest.codebook_size, "visual")
+    def visual_counts(self, tell: Tell = lambda items: None) -> np.ndarray:
+        """How often each code occurs in the whole corpus: int64 (codebook_size,).
 
-    def sketch_counts(self) -> np.ndarray:
+        `tell` is told again and again how many more items have been counted.
+        """
+        return self._counts(Column.VISUAL, self.manifest.codebook_size, "visual", tell)
+
+    def sketch_counts(self, tell: Tell = lambda items: None) -> np.ndarray:
         """The same of the sketches' codes: int64 (sketch_codebook_size,)."""
-        return self._counts(self._sketches(), self.manifest.sketch_codebook_size or 0, "sketch")
+        codes = self.manifest.sketch_codebook_size or 0
+        return self._counts(self._sketches(), codes, "sketch", tell)
 
     def expect(self, items: np.ndarray) -> None:
         """Have the shards of items that will be read soon brought here meanwhile.
@@ -201,11 +207,11 @@ class Corpus:
             raise ValueError(f"corpus {self.address} has no sketches")
         return Column.SKETCH
 
-    def _counts(self, kind: Column, codes: int, noun: str) -> np.ndarray:
+    def _counts(self, kind: Column, codes: int, noun: str, tell: Tell) -> np.ndarray:
         counts = np.zeros(codes, np.int64)
         for group in self._group_numbers():
-            cells = self._of(group, Column.ITEMS) * self.grid.cells
-            tokens = self._tokens(group, kind, 0, cells)
+            items = self._of(group, Column.ITEMS)
+            tokens = self._tokens(group, kind, 0, items * self.grid.cells)
             found = np.bincount(tokens, minlength=codes)
             if len(found) > codes:
                 raise UserError(
@@ -213,6 +219,7 @@ class Corpus:
                     f"codebook has {codes} codes"
                 )
             counts += found
+            tell(items)
         return counts
 
     def _cells(self, index: int, kind: Column) -> np.ndarray:

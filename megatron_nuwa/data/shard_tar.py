@@ -47,6 +47,7 @@ class ShardItem:
     `provenance` says of each caption who wrote it: "original", the name of a captioning model, or
     None where nobody knows; it is None as a whole where the manifest says nothing.
     `perceptual_hashes`, 64 bits in hex, are kept where near-duplicates are looked for.
+    `frames_per_second` is there where the frames were taken at another rate than the corpus's.
     """
 
     id: str
@@ -60,6 +61,7 @@ class ShardItem:
     provenance: tuple[str | None, ...] | None = None
     perceptual_hashes: tuple[str, ...] | None = None
     sketch: np.ndarray | None = None
+    frames_per_second: float | None = None
 
 
 def check_item(item: ShardItem, first: ShardItem) -> None:
@@ -152,6 +154,8 @@ def _item_lines(group: Sequence[ShardItem]) -> bytes:
             line["provenance"] = list(item.provenance)
         if item.perceptual_hashes is not None:
             line["perceptual_hashes"] = list(item.perceptual_hashes)
+        if item.frames_per_second is not None:
+            line["frames_per_second"] = item.frames_per_second
         # ASCII only: some readers would split a line at Unicode's other line separators.
         lines.append(json.dumps(line) + "\n")
         first_caption += len(item.captions)

@@ -42,7 +42,9 @@ def take_over(engine: Engine, saved: SavedState, step: int) -> None:
     if hasattr(optimizer, "checkpoint_event_prologue"):
         optimizer.checkpoint_event_prologue()
     weights = [(n, p) for n, p in engine.model.named_parameters() if not p.is_meta]
-    for name, parameter in track(weights, "weights taken over") if _is_first() else weights:
+    # Every tenth is told at once: a start that ends amid this has shown how far it came.
+    told = track(weights, "weights taken over", quiet_seconds=0)
+    for name, parameter in told if _is_first() else weights:
         whole = saved.whole(name, "fp32") if name in saved.trained else saved.frozen(name)
         _set_weight(optimizer, parameter, _part_of(whole, parameter))
         slots = dict(_slots(optimizer, parameter)) if parameter.requires_grad else {}

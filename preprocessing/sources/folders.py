@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_nuwa.training.progress import track
 from preprocessing.sources.items import Source, SourceItem, Texts, hash_of_id
 from preprocessing.sources.locations import Location, file_system, join, open_binary, readable
 from preprocessing.sources.samples import CAPTIONS, MEDIA, SKETCHES, sample_item
@@ -17,13 +18,14 @@ from preprocessing.sources.samples import CAPTIONS, MEDIA, SKETCHES, sample_item
 class FolderSource(Source):
     """All media below a folder, by name; an id is the path without suffixes."""
 
-    def __init__(self, folder: Location) -> None:
+    def __init__(self, folder: Location, is_shown: bool = False) -> None:
         super().__init__(array("Q"))
         self.folder = folder
         self._media = Texts()
         self._sidecars = Texts()
         digest = hashlib.sha256()
-        for name, sidecars in _groups(folder):
+        groups = track(_groups(folder), f"media of {folder}") if is_shown else _groups(folder)
+        for name, sidecars in groups:
             self._media.append(name)
             self._sidecars.append(" ".join(sidecars))
             item, contents = self._read(len(self))

@@ -37,6 +37,8 @@ class SourceItem:
 
     Media and sketch are local paths, fsspec addresses (str) or members of tars. `provenance` says
     who wrote each caption: "original", the name of a captioning model, or None where nobody knows.
+    `shot` is the number of a shot within the clip that `shots` has cut it from; None where the item
+    is no such shot.
     """
 
     id: str
@@ -46,6 +48,12 @@ class SourceItem:
     end: float | None = None
     sketch: Media | None = None
     provenance: tuple[str | None, ...] | None = None
+    shot: int | None = None
+
+    @property
+    def uncut_id(self) -> str:
+        """The id of what the item is a shot of; its own where it is none."""
+        return self.id if self.shot is None else self.id.removesuffix(f"#{self.shot}")
 
 
 class Source(Sequence[SourceItem]):

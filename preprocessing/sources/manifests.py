@@ -9,14 +9,17 @@ import json
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.progress import track
 from preprocessing.sources.items import Source, SourceItem, hash_of_id
 from preprocessing.sources.locations import Location, RandomReader, open_binary, parent, readable
 from preprocessing.sources.rows import FIELDS, check_row, item_of_row
+
+T = TypeVar("T")
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -24,14 +27,16 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 class Manifest(Source):
     """A file whose rows are checked whole when the first of them, or their number, is asked for.
 
-    Its fingerprint, the sha256 of its bytes, is to be had for much less.
+    Its fingerprint, the sha256 of its bytes, is to be had for much less. Where it `is_shown`, a
+    person can follow how many rows have been checked.
     """
 
-    def __init__(self, location: Location) -> None:
+    def __init__(self, location: Location, is_shown: bool = False) -> None:
         super().__init__(array("Q"))
         self.folder = parent(location)
         self._location = location
         self._name = f"manifest {location}"
+        self._is_shown = is_shown
         self._is_checked = False
 
     @property
@@ -59,6 +64,9 @@ class Manifest(Source):
     def _check_rows(self) -> None:
         """Read all rows, note their hashes and places, and the fingerprint."""
 
+    def _followed(self, rows: Iterator[T], total: int | None = None) -> Iterator[T]:
+        return track(rows, f"rows of {self._name}", total=total) if self._is_shown else rows
+
     def _changed(self) -> UserError:
         return UserError(f"{self._name} has changed while it was read; repeat the command")
 
@@ -66,13 +74,13 @@ class Manifest(Source):
 class TextManifest(Manifest):
     """What JSON-lines and CSV have in common: a row is a piece of the file."""
 
-    def __init__(self, location: Location) -> None:
-        super().__init__(location)
+    def __init__(self, location: Location, is_shown: bool = False) -> None:
+        super().__init__(location, is_shown)
         self._reader = RandomReader(location)
         self._starts, self._sizes = array("q"), array("l")
 
     def _check_rows(self) -> None:
-        for where, start, size, row in self._read():
+        for where, start, size, row in self._followed(self._read()):
             self._starts.append(start)
             self._sizes.append(size)
             self._id_hashes.append(hash_of_id(check_row(row, where).id))
@@ -180,23 +188,26 @@ class CsvManifest(TextManifest):
 class ParquetManifest(Manifest):
     """A parquet file, one row group of which is held at a time."""
 
-    def __init__(self, location: Location) -> None:
-        super().__init__(location)
+    def __init__(self, location: Location, is_shown: bool = False) -> None:
+        super().__init__(location, is_shown)
         self._group: tuple[int, Any] = (-1, None)
 
     def _check_rows(self) -> None:
-        sizes = []
-        row_number = 0
+        sizes: list[int] = []
         with _parquet(self._location, self._name) as file:
-            for number in range(file.num_row_groups):
-                table = self._table(file, number)
-                sizes.append(table.num_rows)
-                for batch in table.to_batches(max_chunksize=1024):
-                    for row in batch.to_pylist():
-                        where = f"{self._name}, row {row_number}"
-                        self._id_hashes.append(hash_of_id(check_row(row, where).id))
-                        row_number += 1
+            rows = self._followed(self._rows(file, sizes), file.metadata.num_rows)
+            for number, row in enumerate(rows):
+                where = f"{self._name}, row {number}"
+                self._id_hashes.append(hash_of_id(check_row(row, where).id))
         self._starts = np.cumsum([0, *sizes])
+
+    def _rows(self, file: Any, sizes: list[int]) -> Iterator[dict[str, Any]]:
+        """All rows; the sizes of their row groups are put into `sizes`."""
+        for number in range(file.num_row_groups):
+            table = self._table(file, number)
+            sizes.append(table.num_rows)
+            for batch in table.to_batches(max_chunksize=1024):
+                yield from batch.to_pylist()
 
     def item(self, row: int) -> SourceItem:
         """The item of a row."""

@@ -18,7 +18,7 @@ from preprocessing.sources.manifests import (
 )
 from preprocessing.sources.tars import TarSource
 
-MANIFESTS: dict[str, Callable[[Location], Manifest]] = {
+MANIFESTS: dict[str, Callable[[Location, bool], Manifest]] = {
     ".jsonl": JsonLinesManifest,
     ".ndjson": JsonLinesManifest,
     ".csv": CsvManifest,
@@ -27,18 +27,19 @@ MANIFESTS: dict[str, Callable[[Location], Manifest]] = {
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def read_source(name: str | Path, checked: bool = True) -> Source:
+def read_source(name: str | Path, checked: bool = True, is_shown: bool = False) -> Source:
     """Items of a manifest, of tars (`x.tar`, `x-{000..041}.tar`, a folder of tars) or of a folder.
 
     A local path or any fsspec address. Empty captions, repeated ids and absent media are left for
     the farm, which records them item by item. Raises `UserError` naming the file and the place;
-    of the rows of a manifest that is not `checked` only when they are asked for.
+    of the rows of a manifest that is not `checked` only when they are asked for. Where it
+    `is_shown`, a person can follow the reading, which of several processes one should ask for.
     """
     location = locate(name)
     if suffix(location) in MANIFESTS:
-        return read_manifest(name, checked)
+        return read_manifest(name, checked, is_shown)
     if suffix(location) == ".tar":
-        return _with_items(TarSource(_expanded(location)), f"tar {location}")
+        return _with_items(TarSource(_expanded(location), is_shown), f"tar {location}")
     if not _is_folder(location):
         raise UserError(
             f"source {location} must be a folder, a .tar, or a manifest that ends in .jsonl, .csv "
@@ -46,11 +47,11 @@ def read_source(name: str | Path, checked: bool = True) -> Source:
         )
     tars = _tars_in(location)
     if tars:
-        return _with_items(TarSource(tars), f"folder {location}")
-    return _with_items(FolderSource(location), f"folder {location}")
+        return _with_items(TarSource(tars, is_shown), f"folder {location}")
+    return _with_items(FolderSource(location, is_shown), f"folder {location}")
 
 
-def read_manifest(path: str | Path, checked: bool = True) -> Source:
+def read_manifest(path: str | Path, checked: bool = True, is_shown: bool = False) -> Source:
     """Items of a JSON-lines, CSV or parquet manifest; media are named relative to its folder.
 
     Every row is checked now (where not `checked`, when the first is asked for) and read again when
@@ -63,7 +64,7 @@ def read_manifest(path: str | Path, checked: bool = True) -> Source:
         raise UserError(f"manifest {path} must end in .jsonl, .csv or .parquet")
     if isinstance(location, Path) and not location.is_file():
         raise UserError(f"manifest {path} does not exist")
-    manifest = kind(location)
+    manifest = kind(location, is_shown)
     if checked:
         manifest.check()
     return manifest

@@ -12,7 +12,7 @@ from megatron_nuwa.errors import UserError
 from preprocessing.sources.items import SourceItem
 from preprocessing.sources.locations import Location, join
 
-FIELDS = ("id", "media", "captions", "start", "end", "sketch", "provenance")
+FIELDS = ("id", "media", "captions", "start", "end", "sketch", "provenance", "shot")
 
 _REQUIRED = FIELDS[:3]
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -30,6 +30,7 @@ def item_of_row(row: Mapping[str, Any], folder: Location, where: str) -> SourceI
         end=item.end,
         sketch=None if sketch is None else join(folder, sketch),
         provenance=item.provenance,
+        shot=_shot(row.get("shot"), item.id),
     )
 
 
@@ -101,6 +102,16 @@ def _provenance(value: Any, captions: int, where: str) -> tuple[str | None, ...]
             f"with one of these or null for each of the {captions} captions, not {value!r}"
         )
     return tuple(writers)
+
+
+def _shot(value: Any, name: str) -> int | None:
+    """The number that `shots` has given an item; no error where others mean another thing by it."""
+    if value is None:
+        return None
+    number = str(value)
+    # `shots` ends the item's id in it, too.
+    is_given = name.endswith(f"#{number}") and number.isdecimal() and len(number) < 10
+    return int(number) if is_given else None
 
 
 def _seconds(value: Any, field: str, where: str) -> float | None:

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from megatron_nuwa.errors import UserError
+from megatron_nuwa.training.progress import track
 from preprocessing.sources.items import Source, SourceItem, TarMember, Texts, hash_of_id
 from preprocessing.sources.locations import (
     Location,
@@ -25,7 +26,7 @@ Members = dict[str, tuple[int, int]]
 class TarSource(Source):
     """The samples of several tars, in order; an id is the tar's name and the sample's key."""
 
-    def __init__(self, tars: Sequence[Location]) -> None:
+    def __init__(self, tars: Sequence[Location], is_shown: bool = False) -> None:
         super().__init__(array("Q"))
         self.folder = parent(tars[0])
         self._tars = list(tars)
@@ -35,14 +36,16 @@ class TarSource(Source):
         self._suffixes = Texts()
         self._places = array("q")
         digest = hashlib.sha256()
-        for number, tar in enumerate(tars):
-            for key, members in _samples(tar):
-                self._append(number, key, members)
-                item, sidecars = self._read(len(self))
-                self._id_hashes.append(hash_of_id(item.id))
-                medium = item.media
-                assert isinstance(medium, TarMember)
-                digest.update(repr((item.id, medium.name, medium.size, sidecars)).encode())
+        samples = ((number, *each) for number, tar in enumerate(tars) for each in _samples(tar))
+        if is_shown:
+            samples = track(samples, f"samples of {tars[0]}" + " and others" * (len(tars) > 1))
+        for number, key, members in samples:
+            self._append(number, key, members)
+            item, sidecars = self._read(len(self))
+            self._id_hashes.append(hash_of_id(item.id))
+            medium = item.media
+            assert isinstance(medium, TarMember)
+            digest.update(repr((item.id, medium.name, medium.size, sidecars)).encode())
         self._fingerprint = digest.hexdigest()
 
     def item(self, row: int) -> SourceItem:

@@ -101,9 +101,7 @@ def _odd_but_good(folder: Path) -> list[Hostile]:
         "turned.jpg": halves(BLUE, RED, tolerance=60),
     }
     good = [
-        Hostile(name, None, special.get(name, plain(RED, tolerance=12)))
-        for name, _, _ in saved
-        if "\n" not in name
+        Hostile(name, None, special.get(name, plain(RED, tolerance=12))) for name, _, _ in saved
     ]
     return [
         *good,

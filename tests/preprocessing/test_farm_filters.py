@@ -112,7 +112,9 @@ def test_filters_are_counted_apart_from_failures(
         "flat": "aspect_ratio",
         "corrupt": None,
     }
-    assert "Left out by filters" in FarmFolder(output).report.read_text(encoding="utf-8")
+    page = FarmFolder(output).report.read_text(encoding="utf-8")
+    for name in counts.left_out:
+        assert f"left out by the filter {name}" in page
     assert main(["verify", str(output), "--full"]) == 0
     capsys.readouterr()
     assert main(["stats", str(output)]) == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from farm_media import CAPTIONS, WriteClip, tokenize_command, write_manifest
+from farm_runs import run_farm
 from hostile_clips import LEVELS, clip_bomb, hostile_clips
 from hostile_images import hostile_images, scan_bomb
 from hostile_media import FRAMES, RATE, SIDE, Hostile
@@ -19,6 +20,7 @@ from PIL import Image
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings, decode
 from preprocessing.__main__ import main
+from preprocessing.verify import find_damage
 
 IMAGES = DecodeSettings(image_size=SIDE)
 CLIPS = DecodeSettings(image_size=SIDE, frames=FRAMES, frames_per_second=RATE)
@@ -57,6 +59,11 @@ def clips(
     return folder, hostile_clips(folder, visits[0])
 
 
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clip_bomb(tmp_path_factory.mktemp("bomb") / "bomb.mkv")
+
+
 def outcome(folder: Path, item: Hostile, settings: DecodeSettings) -> np.ndarray | str:
     start, end = (item.row.get(name) for name in ("start", "end"))
     try:
@@ -91,10 +98,29 @@ def test_clips_get_their_reason_or_right_frames(
     assert len(visits) == 1, "a playlist has opened an address"
 
 
-@pytest.mark.parametrize("kind", ["images", "clips"])
+@pytest.mark.parametrize(
+    ("kind", "decoder", "ranks"),
+    [
+        ("images", "ffmpeg", 1),
+        ("clips", "ffmpeg", 1),
+        ("clips", "pyav", 1),
+        pytest.param("images", "ffmpeg", 2, marks=pytest.mark.slow),
+        pytest.param("clips", "ffmpeg", 2, marks=pytest.mark.slow),
+        pytest.param("clips", "pyav", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_farm_records_them_and_shifts_no_other_item(
-    kind: str, request: pytest.FixtureRequest, tools: Path, tmp_path: Path, write_clip: WriteClip
+    kind: str,
+    decoder: str,
+    ranks: int,
+    request: pytest.FixtureRequest,
+    visits: list[object],
+    tools: Path,
+    tmp_path: Path,
+    write_clip: WriteClip,
 ) -> None:
+    if decoder == "pyav":
+        pytest.importorskip("av")
     folder, items = request.getfixturevalue(kind)
     good = good_rows(kind, tmp_path, write_clip)
     bad: list[dict[str, object]] = [
@@ -103,11 +129,17 @@ def test_farm_records_them_and_shifts_no_other_item(
     ]
     mixed = sorted(good + bad, key=lambda row: hash_of(str(row["id"])))
     alone = [row for row in mixed if row in good]
+    frames = ["1"] if kind == "images" else [str(FRAMES), "--fps", str(RATE)]
+    more = ("--frames", *frames, "--items-per-shard", "16", "--decoder", decoder)
     for name, rows in (("mixed", mixed), ("alone", alone)):
         manifest = write_manifest(tmp_path / f"{name}.jsonl", rows)
-        frames = ["1"] if kind == "images" else [str(FRAMES), "--fps", str(RATE)]
-        more = ("--frames", *frames, "--items-per-shard", "16")
-        assert main(tokenize_command(manifest, tmp_path / name, tools, *more)) == 0
+        command = tokenize_command(manifest, tmp_path / name, tools, *more)
+        # A lone process needs no launcher, and so no second start of Python.
+        if ranks == 1:
+            assert main(command) == 0
+        else:
+            done = run_farm(ranks, command)
+            assert done.returncode == 0, done.stderr
     assert_same_items(Corpus(tmp_path / "mixed"), Corpus(tmp_path / "alone"))
     reasons = read_failures(tmp_path / "mixed")
     for number, item in enumerate(items):
@@ -115,6 +147,36 @@ def test_farm_records_them_and_shifts_no_other_item(
             assert item.complaint(folder, reasons[f"bad{number}"]) is None
         if item.reason is None:
             assert f"bad{number}" not in reasons
+    assert len(visits) == 1, "a playlist has opened an address"
+    assert find_damage(tmp_path / "mixed", full=True) == []
+
+
+@pytest.mark.parametrize(
+    ("decoder", "gib", "reason"),
+    [("ffmpeg", "4", "has 1 frames"), ("pyav", "0.2", "more memory than is allowed")],
+)
+def test_farm_records_a_clip_bomb_and_goes_on(
+    decoder: str,
+    gib: str,
+    reason: str,
+    bomb: Path,
+    tools: Path,
+    tmp_path: Path,
+    write_clip: WriteClip,
+) -> None:
+    if decoder == "pyav":
+        pytest.importorskip("av")
+    rows = good_rows("clips", tmp_path, write_clip)
+    rows.insert(5, {"id": "bomb", "media": str(bomb), "captions": ["x"]})
+    manifest = write_manifest(tmp_path / "bombed.jsonl", rows)
+    frames = ("--frames", str(FRAMES), "--fps", str(RATE), "--decoder", decoder)
+    limits = ("--decode-memory-gib", gib, "--attempts", "1")
+    assert main(tokenize_command(manifest, tmp_path / "corpus", tools, *frames, *limits)) == 0
+    assert len(Corpus(tmp_path / "corpus")) == 12
+    reasons = read_failures(tmp_path / "corpus")
+    assert reasons.keys() == {"bomb"}
+    assert reasons["bomb"].startswith(str(bomb))
+    assert reason in reasons["bomb"]
 
 
 def good_rows(kind: str, folder: Path, write_clip: WriteClip) -> list[dict[str, object]]:
@@ -169,12 +231,12 @@ def test_image_beyond_the_memory_limit_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["ffmpeg", pytest.param("pyav", marks=pytest.mark.slow)])
-def test_clip_beyond_the_memory_limit_is_refused(tmp_path: Path, backend: str) -> None:
+def test_clip_beyond_the_memory_limit_is_refused(bomb: Path, backend: str) -> None:
     if backend == "pyav":
         pytest.importorskip("av")
     settings = CLIPS.model_copy(update={"backend": backend})
     with pytest.raises(DecodeError, match=r"bomb\.mkv .*more memory than is allowed"):
-        decode(clip_bomb(tmp_path / "bomb.mkv"), settings, limits=DecodeLimits(memory_gib=0.2))
+        decode(bomb, settings, limits=DecodeLimits(memory_gib=0.2))
 
 
 def test_damage_after_the_window_gives_the_same_frames_every_time(

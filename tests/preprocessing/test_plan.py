@@ -37,10 +37,12 @@ def test_later_rows_of_an_id_are_marked_across_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [key("1"), key(size=4)])
 def test_plan_of_another_manifest_or_size_is_not_taken(tmp_path: Path, other: PlanKey) -> None:
     plan = Plan(tmp_path / "plan", 3)
-    assert plan.planned_items(key()) is None
+    assert plan.stamp(key()) is None
     plan.write(items("a", "b", "c", "d"), key())
-    assert plan.planned_items(key()) == 4
-    assert plan.planned_items(other) is None
+    stamp = plan.stamp(key())
+    assert stamp is not None
+    assert (stamp.items, stamp.shots, stamp.films) == (4, 0, 0)
+    assert plan.stamp(other) is None
 
 
 def test_torn_plan_is_not_taken(tmp_path: Path) -> None:
@@ -53,4 +55,18 @@ def test_torn_plan_is_not_taken(tmp_path: Path) -> None:
     plan.write(items("a"), key())
     with pytest.raises(KeyboardInterrupt):
         plan.write(broken(), key())
-    assert plan.planned_items(key()) is None
+    assert plan.stamp(key()) is None
+
+
+def test_shots_are_counted_by_what_they_are_shots_of_in_any_order(tmp_path: Path) -> None:
+    shots = [
+        SourceItem(f"{film}#{n}", Path("f.mp4"), ("a",), shot=n) for n in range(3) for film in "xyz"
+    ]
+    # Cut again: a shot of a shot.
+    again = [SourceItem(f"w#0#{n}", Path("f.mp4"), ("a",), shot=n) for n in range(2)]
+    plan = Plan(tmp_path / "plan", 2)
+    plan.write([*items("a", "b"), *shots[1:], *again], key(size=2), total=12)
+    stamp = plan.stamp(key(size=2))
+    assert stamp is not None
+    assert (stamp.items, stamp.shots, stamp.films) == (12, 10, 4)
+    assert plan.items(1)[0].item == shots[1]

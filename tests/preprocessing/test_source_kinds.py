@@ -209,6 +209,63 @@ def check_remote(files: Path, tmp_path: Path, address: str) -> None:
     assert media_name(near.media, f"{address}") == "folder/a.mp4"
 
 
+def check_remote_parquet(files: Path, tmp_path: Path, address: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = {
+        "id": ["a", "b", "c"],
+        "media": ["folder/a.mp4", f"{address}/folder/b.mp4", "folder/sub/c.mp4"],
+        "captions": [["one", "two"], ["three"], []],
+        "start": [None, 0.2, None],
+        "end": [None, 0.6, None],
+        "sketch": [None, "folder/b.sketch.png", None],
+    }
+    # Rows are found again in the second group, too.
+    parquet.write_table(pyarrow.table(table), tmp_path / "m.parquet", row_group_size=2)
+    upload(files, f"{address}/folder")
+    upload(tmp_path, address)
+    source = read_source(f"{address}/m.parquet")
+    local = read_source(tmp_path / "m.parquet")
+    assert source.fingerprint == local.fingerprint
+    assert len(source) == len(local) == 3
+    items = list(source)
+    assert source[2] == items[2]
+    assert [(item.id, item.captions, item.start, item.end) for item in items] == [
+        (item.id, item.captions, item.start, item.end) for item in local
+    ]
+    assert [media_name(item.media, source.folder) for item in items] == [
+        *("folder/a.mp4", "folder/b.mp4", "folder/sub/c.mp4")
+    ]
+    assert [levels(decode_item(item, CLIP).frames) for item in items] == [
+        *([20, 30], [90, 100], [140, 150])
+    ]
+    assert items[1].sketch is not None
+    with local_copy(items[1].sketch) as path:
+        assert Image.open(path).size == (8, 8)
+    assert list(pickle.loads(pickle.dumps(source))) == items
+    assert list(read_source(f"{address}/m.parquet", checked=False)) == items
+    upload_text(f"{address}/broken.parquet", "PAR1 no")
+    for name, sentence in (
+        ("broken", "is not a readable parquet file"),
+        ("gone", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=rf"{address}/{name}\.parquet {sentence}"):
+            read_source(f"{address}/{name}.parquet")
+
+
+def upload_text(address: str, text: str) -> None:
+    system, path = fsspec.core.url_to_fs(address)
+    system.pipe_file(path, text.encode())
+
+
+def test_parquet_at_an_fsspec_address(files: Path, tmp_path: Path) -> None:
+    check_remote_parquet(files, tmp_path, "memory://bucket/parquet")
+
+
+def test_parquet_in_an_object_store(files: Path, tmp_path: Path, object_store: str) -> None:
+    check_remote_parquet(files, tmp_path, object_store)
+
+
 def test_fsspec_addresses(files: Path, tmp_path: Path) -> None:
     check_remote(files, tmp_path, "memory://bucket/set")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow
@@ -114,3 +115,40 @@ def test_missing_manifest_is_named(tmp_path: Path) -> None:
 def test_bad_captions_are_left_to_the_farm(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('{"id": "a", "media": "a.png", "captions": ["", "x"]}\n' * 2)
     assert [item.captions for item in read_manifest(tmp_path / "m.jsonl")] == [("", "x")] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shot"),
+    [
+        ("a#3", 3, 3),
+        ("a#3", "3", 3),
+        ("a#3", 4, None),
+        ("a", 3, None),
+        ("a#close-up", "close-up", None),
+        ("a#True", True, None),
+        ("a#1.5", 1.5, None),
+        ("a#" + "9" * 5000, "9" * 5000, None),
+        ("a#3", None, None),
+    ],
+)
+def test_shots_are_known_by_their_number_and_their_id(
+    name: str, value: object, shot: int | None, tmp_path: Path
+) -> None:
+    (tmp_path / "m.jsonl").write_text(
+        json.dumps({"id": name, "media": "a.mp4", "captions": "x", "shot": value})
+    )
+    (item,) = read_manifest(tmp_path / "m.jsonl")
+    assert item.shot == shot
+    assert item.uncut_id == (name if shot is None else "a")
+
+
+def test_three_formats_know_shots(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text(
+        '{"id": "a#1", "media": "a", "captions": "x", "shot": 1}\n'
+        '{"id": "b", "media": "a", "captions": "x"}\n'
+    )
+    (tmp_path / "m.csv").write_text("id,media,captions,shot\na#1,a,x,1\nb,a,x,\n")
+    table = {"id": ["a#1", "b"], "media": ["a"] * 2, "captions": ["x"] * 2, "shot": [1, None]}
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "m.parquet")
+    for name in ("m.jsonl", "m.csv", "m.parquet"):
+        assert [item.shot for item in read_manifest(tmp_path / name)] == [1, None], name

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 from farm_media import CAPTIONS, write_manifest
 
+from megatron_nuwa.command_line import CommandParser
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import (
     CorpusManifest,
@@ -20,6 +23,7 @@ from megatron_nuwa.data.shards import (
 )
 from megatron_nuwa.data.text import TextTokenizer
 from preprocessing.__main__ import main
+from preprocessing.command_line import parser
 from preprocessing.stats import codebook_use
 from preprocessing.verify import find_damage
 
@@ -186,12 +190,37 @@ def test_train_bpe_replaces_no_file_unless_told_to(
     assert TextTokenizer.load(output).encode("a zebra").any()
 
 
-@pytest.mark.parametrize("command", ["tokenize", "shots", "verify", "stats", "train-bpe"])
-def test_help_shows_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def commands() -> dict[str, CommandParser]:
+    """The parser of each command by its name."""
+    whole = parser()._actions
+    (choice,) = (action for action in whole if isinstance(action, argparse._SubParsersAction))
+    return dict(choice.choices)
+
+
+def test_all_commands_are_there() -> None:
+    expected = {"tokenize", "shots", "verify", "stats", "merge", "split", "train-bpe"}
+    assert commands().keys() == expected
+
+
+@pytest.mark.parametrize("command", commands())
+def test_help_shows_an_example_that_is_right(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
     assert caught.value.code == 0
-    assert f"python -m preprocessing {command}" in capsys.readouterr().out.split("example:")[1]
+    typed = f"python -m preprocessing {command} "
+    start, _, arguments = capsys.readouterr().out.split("example:")[1].partition(typed)
+    assert start.strip() in ("", "mpirun -n 8")
+    commands()[command].parse_args(shlex.split(arguments))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_argument_has_a_help_text(command: str) -> None:
+    for action in commands()[command]._actions:
+        name = action.option_strings or action.dest
+        assert action.help, f"{name} of {command}"
+        assert " " in action.help, f"{name} of {command} has no more than {action.help!r}"
 
 
 def test_corpus_of_the_fixture_reads_back(folder: Path) -> None:
