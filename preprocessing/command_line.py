@@ -105,7 +105,7 @@ def _add_shots(commands: argparse._SubParsersAction[CommandParser]) -> None:
         commands,
         "shots",
         "write a manifest whose items are the shots of another source's clips",
-        "mpirun -n 8 python -m preprocessing shots films.jsonl --output shots.jsonl",
+        "mpirun -n 8 --bind-to none python -m preprocessing shots films.jsonl --output shots.jsonl",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("--output", type=Path, required=True, help="manifest to write, .jsonl")
@@ -130,8 +130,8 @@ def _add_tokenize(commands: argparse._SubParsersAction[CommandParser]) -> None:
         commands,
         "tokenize",
         "turn media and captions into a token corpus; a repeated command completes what is missing",
-        "mpirun -n 8 python -m preprocessing tokenize vatex.jsonl --output corpora/vatex "
-        "--vqgan runs/vqgan --bpe bpe.json --frames 10 --fps 2.5",
+        "mpirun -n 8 --bind-to none python -m preprocessing tokenize vatex.jsonl "
+        "--output corpora/vatex --vqgan runs/vqgan --bpe bpe.json --frames 10 --fps 2.5",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
     parser.add_argument("--output", type=Path, required=True, help="folder of the corpus")
