@@ -62,7 +62,7 @@ def named_as_source(media: Media, path: Path) -> Iterator[None]:
         yield
     except DecodeError as error:
         # A copy has a name that differs from run to run.
-        raise DecodeError(str(error).replace(str(path), str(media))) from error
+        raise type(error)(str(error).replace(str(path), str(media))) from error
 
 
 @contextmanager
@@ -84,6 +84,9 @@ def local_copy(media: Media, limits: DecodeLimits = DEFAULT_LIMITS) -> Iterator[
             raise
         except UserError as error:
             raise DecodeError(str(error)) from error
+        except OSError as error:
+            reason = f"{error.strerror or error} in {tempfile.gettempdir()}"
+            raise DecodeError(f"{media} cannot be copied: {reason}") from error
         yield path
 
 
@@ -92,7 +95,10 @@ def _copy(media: TarMember | str, path: Path, limits: DecodeLimits) -> None:
         if media.size < 0:
             raise DecodeError(f"{media} has neither an image nor a video")
         _check_size(media, media.size, limits)
-        path.write_bytes(reader_of(media.tar).read(media.offset, media.size))
+        reader = reader_of(media.tar)
+        with path.open("wb") as copy:
+            for done in range(0, media.size, _CHUNK):
+                copy.write(reader.read(media.offset + done, min(_CHUNK, media.size - done)))
         return
     written = 0
     with readable(media), open_binary(media) as stream, path.open("wb") as copy:

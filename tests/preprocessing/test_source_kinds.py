@@ -125,6 +125,33 @@ def test_many_tars_take_few_open_files(tmp_path: Path) -> None:
     assert sum(place.startswith(str(tmp_path)) for place in places) <= 16
 
 
+def test_a_film_in_a_tar_is_copied_without_being_held(tmp_path: Path) -> None:
+    content = np.random.default_rng(0).bytes(30_000_001)
+    (tmp_path / "film.mp4").write_bytes(content)
+    pack(tmp_path, tmp_path / "films.tar")
+    (item,) = read_source(tmp_path / "films.tar")
+    tracemalloc.start()
+    with local_copy(item.media) as path:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert path.read_bytes() == content
+    assert peak < 10_000_000
+
+
+def test_a_disk_without_room_for_the_copy_is_the_items_reason(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    (tmp_path / "film.mp4").write_bytes(bytes(100_000))
+    pack(tmp_path, tmp_path / "films.tar")
+    (item,) = read_source(tmp_path / "films.tar")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(DecodeError, match=r"film\.mp4.* cannot be copied: File too large in "):
+            local_copy(item.media).__enter__()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_members_of_a_tar_cannot_be_links_and_damage_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "link.tar", "w") as archive:
         link = tarfile.TarInfo("a.jpg")
