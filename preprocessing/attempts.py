@@ -8,13 +8,20 @@ import os
 import socket
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+from megatron_nuwa.decoders import DecodeError
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sync, write_text_atomically
+from preprocessing.sources.items import Media
 
+T = TypeVar("T")
+
+# A rank may die for another reason than the item it was at, so deaths weigh less than failures.
+DEATHS_PER_ATTEMPT = 2
 _COUNTS = "attempts.json"
 _JOURNALS = "journal-*"
 # The first line of a journal is the row under work, of fixed width, so that it is overwritten.
@@ -65,9 +72,7 @@ class Journal:
     def close(self) -> None:
         """Forget the row under work: the rank ends in good order."""
         self._write(b"", 0)
-        with self._lock:
-            self._is_open = False
-            os.close(self._file)
+        self._let_go()
 
     def sync(self) -> None:
         """Have what was noted on the disk; a disk that refuses shows at the next note."""
@@ -84,8 +89,17 @@ class Journal:
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *reason: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None or issubclass(kind, (UserError, KeyboardInterrupt)):
+            self.close()
+        else:
+            # What nobody foresaw, such as memory that runs out, is the end of a rank like another.
+            self._let_go()
+
+    def _let_go(self) -> None:
+        with self._lock:
+            self._is_open = False
+            os.close(self._file)
 
     def _write(self, text: bytes, offset: int) -> None:
         try:
@@ -133,6 +147,40 @@ class Journals:
                     sync(self._folder)
             for journal in journals:
                 journal.sync()
+
+
+class Trial(NamedTuple):
+    """An item to be tried: its row, its medium, what became of it before, how often it may fail."""
+
+    row: int
+    media: Media
+    before: Attempts
+    most: int
+
+
+def try_item(trial: Trial, journal: Journal, here: Callable[[], T], alone: Callable[[], T]) -> T:
+    """What one of two ways to work at an item gives; its last `DecodeError` where none does.
+
+    It is the one in a process of its own where the item was at work when a rank died.
+    """
+    if trial.before.deaths >= DEATHS_PER_ATTEMPT * trial.most:
+        raise DecodeError(f"{trial.media} was at work each time that the farm's ranks died")
+    action = alone if trial.before.deaths else here
+    # The last attempt is always made again: its reason belongs into the corpus.
+    left = max(1, trial.most - trial.before.failed)
+    while True:
+        journal.begin(trial.row)
+        try:
+            result = action()
+        except DecodeError as error:
+            journal.fail(trial.row)
+            left -= 1
+            # A decoder may know of an error that no further attempt can mend.
+            if not left or getattr(error, "permanent", False):
+                raise
+        else:
+            journal.succeed()
+            return result
 
 
 def collect(folder: Path) -> dict[int, Attempts]:

@@ -6,23 +6,19 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer
-from megatron_nuwa.decoders import DecodeError
 from megatron_nuwa.errors import UserError
-from preprocessing.attempts import Attempts, Journal, Journals
+from preprocessing.attempts import Attempts, Journal, Journals, Trial, try_item
 from preprocessing.filters import FilteredError, perceptual_hashes
 from preprocessing.isolation import Demands, Frames, decode_alone, decode_item
 from preprocessing.plan import PlannedItem
-from preprocessing.sources import SourceItem
 
-# A rank may die for another reason than the item it was at, so deaths weigh less than failures.
-DEATHS_PER_ATTEMPT = 2
 _HOST = socket.gethostname()
 
 
@@ -107,27 +103,13 @@ class ItemDecoder:
         return np.stack([self._bpe.encode(text, truncate=self._truncate) for text in item.captions])
 
     def _frames(self, task: Task, journal: Journal) -> Frames:
-        item, before = task.planned.item, task.before
-        if before.deaths >= DEATHS_PER_ATTEMPT * self._attempts:
-            raise DecodeError(f"{item.media} was at work each time that the farm's ranks died")
-        action: Callable[[SourceItem, Demands], Frames] = (
-            decode_alone if before.deaths else decode_item
+        item = task.planned.item
+        return try_item(
+            Trial(task.planned.row, item.media, task.before, self._attempts),
+            journal,
+            lambda: decode_item(item, self._demands),
+            lambda: decode_alone(item, self._demands),
         )
-        # The last attempt is always made again: its reason belongs into the corpus.
-        left = max(1, self._attempts - before.failed)
-        while True:
-            journal.begin(task.planned.row)
-            try:
-                result = action(item, self._demands)
-            except DecodeError as error:
-                journal.fail(task.planned.row)
-                left -= 1
-                # A decoder may know of an error that no further attempt can mend.
-                if not left or getattr(error, "permanent", False):
-                    raise
-            else:
-                journal.succeed()
-                return result
 
 
 class DecodeThreads:

@@ -5,15 +5,11 @@ The parent learns that the item is to blame, and goes on.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import signal
-import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +20,7 @@ from megatron_nuwa.decoders import Decoded, DecodeError, DecodeLimits, DecodeSet
 from megatron_nuwa.errors import UserError
 from preprocessing.filters import Candidate, FilteredError, FilterSettings, apply_filters
 from preprocessing.item_json import item_of_tree, tree_of_item
+from preprocessing.lone_process import ask_alone, read_request
 from preprocessing.sources import SourceItem, decode_copy, decode_item_sketch
 
 # Far above a decoder's own limit: it only ends what no limit of a decoder's ends.
@@ -109,40 +106,19 @@ def decode_alone(item: SourceItem, demands: Demands) -> Frames:
         "sketch": None if demands.sketch is None else demands.sketch.model_dump(mode="json"),
     }
     timeout = max(TIMEOUT_SECONDS, TIMEOUT_LIMITS * demands.limits.seconds)
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "preprocessing.isolation"],
-            input=json.dumps(request).encode(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            timeout=timeout,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise DecodeError(f"{item.media} took longer than {timeout:g} s to decode") from error
-    if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise DecodeError(f"{item.media} ends the process that decodes it ({name})")
-    if done.returncode == 0:
-        stream = io.BytesIO(done.stdout)
-        answer = json.loads(stream.readline())
-        if "filter" in answer:
-            raise FilteredError(answer["filter"], answer["reason"])
-        if "reason" in answer:
-            raise DecodeError(answer["reason"])
-        frames, *maps = (np.load(stream, allow_pickle=False) for _ in range(answer["arrays"]))
-        return Frames(frames, int(answer["real"]), maps[0] if maps else None, answer["rate"])
-    raise DecodeError(
-        f"{item.media} ends the process that decodes it (exit code {done.returncode})"
-    )
+    stream = io.BytesIO(ask_alone("preprocessing.isolation", request, item.media, timeout))
+    answer = json.loads(stream.readline())
+    if "filter" in answer:
+        raise FilteredError(answer["filter"], answer["reason"])
+    if "reason" in answer:
+        raise DecodeError(answer["reason"])
+    frames, *maps = (np.load(stream, allow_pickle=False) for _ in range(answer["arrays"]))
+    return Frames(frames, int(answer["real"]), maps[0] if maps else None, answer["rate"])
 
 
 def main() -> int:
     """Decode the item that stands on the standard input as JSON."""
-    # Where memory runs out, the system should end this process and not the farm.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    request = json.load(sys.stdin)
+    request = read_request()
     item = item_of_tree(request["item"])
     demands = Demands(
         DecodeSettings.model_validate(request["settings"]),

@@ -64,6 +64,22 @@ def test_journals_tell_failures_and_deaths(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("end", "deaths"), [(MemoryError, 1), (SystemError, 1), (KeyboardInterrupt, 0), (UserError, 0)]
+)
+def test_an_end_that_nobody_foresaw_is_held_against_the_row_under_work(
+    tmp_path: Path, end: type[BaseException], deaths: int
+) -> None:
+    def work() -> None:
+        with Journal(tmp_path) as journal:
+            journal.begin(7)
+            raise end
+
+    with pytest.raises(end):
+        work()
+    assert collect(tmp_path).get(7, Attempts()) == Attempts(deaths=deaths)
+
+
 def test_journal_that_was_counted_but_not_removed_is_not_counted_again(tmp_path: Path) -> None:
     killed = Journal(tmp_path)
     killed.begin(7)
