@@ -9,7 +9,8 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from enum import IntEnum
 from typing import Any, TypeVar, cast
 
@@ -280,6 +281,19 @@ def on_first_rank(communicator: Communicator, action: Callable[[], T]) -> T:
     return communicator.broadcast(
         on_every_rank(communicator, lambda: cast(T, action() if first else None))
     )
+
+
+@contextmanager
+def held_on_first_rank(
+    communicator: Communicator, lock: AbstractContextManager[object]
+) -> Iterator[None]:
+    """Hold a lock on the first rank, while all of them work; every rank must make this call."""
+    own = lock if communicator.rank == 0 else nullcontext()
+    on_every_rank(communicator, own.__enter__)
+    try:
+        yield
+    finally:
+        own.__exit__(None, None, None)
 
 
 def run_ranks(communicator: Communicator, main: Callable[[], int | None]) -> int:

@@ -21,6 +21,7 @@ from preprocessing.communicator import (
     Claims,
     Communicator,
     MessageKind,
+    held_on_first_rank,
     on_every_rank,
     on_first_rank,
 )
@@ -192,7 +193,7 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
         if communicator.rank == 0:
             print(f"corpus {options.output} is finished already", flush=True)
         return
-    with _only_farm(folder, communicator):
+    with held_on_first_rank(communicator, folder.locked()):
         roles = agree_on_roles(communicator, settings.encoder, options.decode_ranks_per_encoder)
         engines = _engines(communicator, roles, settings.encoder)
         work = on_first_rank(
@@ -234,17 +235,6 @@ def _is_finished(ledger: Ledger, options: TokenizeOptions) -> bool:
     with writing(options.output):
         ledger.check()
         return ledger.is_finished() and not (options.retry_failed and ledger.has_failed())
-
-
-@contextmanager
-def _only_farm(folder: FarmFolder, communicator: Communicator) -> Iterator[None]:
-    """Hold the farm's lock, on the first rank."""
-    lock = folder.locked() if communicator.rank == 0 else nullcontext()
-    on_every_rank(communicator, lock.__enter__)
-    try:
-        yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _begin(

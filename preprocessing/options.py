@@ -30,7 +30,25 @@ CLIP_FRAMES_PER_SECOND = 2.5
 BATCH_SIZES = {"cpu": 32, "cuda": 64}
 
 
-class TokenizeOptions(Settings):
+class LimitOptions(Settings):
+    """What one item may cost: not part of what is made, so that it can be raised."""
+
+    attempts: int = Field(default=3, ge=1)
+    decode_seconds: float = Field(default=DEFAULT_LIMITS.seconds, gt=0)
+    decode_memory_gib: float = Field(default=DEFAULT_LIMITS.memory_gib, gt=0)
+    download_gib: float = Field(default=DEFAULT_LIMITS.download_gib, gt=0)
+
+    @property
+    def limits(self) -> DecodeLimits:
+        """The same for decoders."""
+        return DecodeLimits(
+            seconds=self.decode_seconds,
+            memory_gib=self.decode_memory_gib,
+            download_gib=self.download_gib,
+        )
+
+
+class TokenizeOptions(LimitOptions):
     """What `tokenize` is asked for; `frames` None follows the manifest's first item."""
 
     source: str | Path
@@ -48,7 +66,6 @@ class TokenizeOptions(Settings):
     device: DeviceChoice = "auto"
     precision: Precision | None = None
     compiled: bool | None = None
-    attempts: int = Field(default=3, ge=1)
     most_failures: float = Field(default=MOST_FAILURES, gt=0, le=1)
     retry_failed: bool = False
     decode_ranks_per_encoder: int = Field(default=0, ge=0)
@@ -56,18 +73,6 @@ class TokenizeOptions(Settings):
     report: bool = True
     filters: Path | None = None
     decoder: Literal["ffmpeg", "pyav"] = "ffmpeg"
-    decode_seconds: float = Field(default=DEFAULT_LIMITS.seconds, gt=0)
-    decode_memory_gib: float = Field(default=DEFAULT_LIMITS.memory_gib, gt=0)
-    download_gib: float = Field(default=DEFAULT_LIMITS.download_gib, gt=0)
-
-    @property
-    def limits(self) -> DecodeLimits:
-        """What one item may cost; not part of the corpus's settings, so that it can be raised."""
-        return DecodeLimits(
-            seconds=self.decode_seconds,
-            memory_gib=self.decode_memory_gib,
-            download_gib=self.download_gib,
-        )
 
 
 def load_tools(options: TokenizeOptions) -> tuple[Vqgan, TextTokenizer]:
