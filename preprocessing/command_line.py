@@ -104,7 +104,8 @@ def _add_shots(commands: argparse._SubParsersAction[CommandParser]) -> None:
     parser = _add(
         commands,
         "shots",
-        "write a manifest whose items are the shots of another source's clips",
+        "write a manifest whose items are the shots of another source's clips; a repeated command "
+        "completes what is missing",
         "mpirun -n 8 --bind-to none python -m preprocessing shots films.jsonl --output shots.jsonl",
     )
     parser.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
@@ -116,13 +117,47 @@ def _add_shots(commands: argparse._SubParsersAction[CommandParser]) -> None:
         metavar="P",
         help="probability above which a frame is taken for a cut (default: 0.5)",
     )
-    parser.add_argument(
-        "--decode-seconds",
-        type=float,
-        default=120.0,
-        metavar="S",
-        help="time that decoding one item may take, in seconds (default: 120)",
+    _add_attempts(parser)
+    _add_limits(
+        parser, "time that decoding an item, or each minute of a longer one, may take, in seconds"
     )
+    parser.add_argument(
+        "--film-hours",
+        type=float,
+        default=24.0,
+        metavar="H",
+        help="length of a film, above which the item fails, since most such files only have a "
+        "wrong time stamp (default: 24)",
+    )
+
+
+def _add_attempts(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--attempts",
+        type=int,
+        default=3,
+        metavar="N",
+        help="how often a media file is tried before its item counts as failed (default: 3)",
+    )
+
+
+def _add_limits(
+    parser: argparse._ActionsContainer,
+    seconds: str = "time that decoding one item may take, in seconds",
+) -> None:
+    """What one item may cost; `seconds` says what is timed."""
+    for name, limit, unit, what in (
+        ("--decode-seconds", "120", "S", seconds),
+        ("--decode-memory-gib", "4", "GIB", "memory that decoding one item may take"),
+        ("--download-gib", "4", "GIB", "size of a remote or packed medium"),
+    ):
+        parser.add_argument(
+            name,
+            type=float,
+            default=float(limit),
+            metavar=unit,
+            help=f"{what}, before the item fails (default: {limit})",
+        )
 
 
 def _add_tokenize(commands: argparse._SubParsersAction[CommandParser]) -> None:
@@ -226,13 +261,7 @@ def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
         dest="compiled",
         help="compile the VQ-GAN (default: on GPUs)",
     )
-    group.add_argument(
-        "--attempts",
-        type=int,
-        default=3,
-        metavar="N",
-        help="how often a media file is tried before its item counts as failed (default: 3)",
-    )
+    _add_attempts(group)
     group.add_argument(
         "--most-failures",
         type=float,
@@ -241,18 +270,7 @@ def _add_farm_arguments(group: argparse._ArgumentGroup) -> None:
         help="stop where a rank fails at more of 2,000 items in a row, as one without its media "
         f"does (default: {MOST_FAILURES}; 1 never stops)",
     )
-    for name, limit, unit, what in (
-        ("--decode-seconds", "120", "S", "time that decoding one item may take, in seconds"),
-        ("--decode-memory-gib", "4", "GIB", "memory that decoding one item may take"),
-        ("--download-gib", "4", "GIB", "size of a remote or packed medium"),
-    ):
-        group.add_argument(
-            name,
-            type=float,
-            default=float(limit),
-            metavar=unit,
-            help=f"{what}, before the item fails (default: {limit})",
-        )
+    _add_limits(group)
     group.add_argument(
         "--retry-failed", action="store_true", help="try the failed items of a corpus again"
     )

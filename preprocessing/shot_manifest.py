@@ -6,10 +6,10 @@ only what is missing, and the manifest is the same for every number of ranks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,74 +17,86 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from megatron_nuwa.config import Settings
-from megatron_nuwa.decoders import DecodeError, DecodeLimits, media_kind
+from megatron_nuwa.decoders import DecodeError
 from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import written_atomically
 from megatron_nuwa.parallel.accelerator import default_device
-from preprocessing.communicator import Communicator, on_every_rank, on_first_rank
-from preprocessing.shots import Network, find_shots, load_network
-from preprocessing.sources import (
-    Source,
-    SourceItem,
-    TarMember,
-    local_copy,
-    media_name,
-    named_as_source,
-    read_source,
+from preprocessing.attempts import Attempts, Journal, Journals, Trial, try_item
+from preprocessing.communicator import (
+    Claims,
+    Communicator,
+    held_on_first_rank,
+    on_every_rank,
+    on_first_rank,
 )
+from preprocessing.film_progress import FilmProgress
+from preprocessing.options import LimitOptions
+from preprocessing.shot_items import ShotDemands, Window, shots_alone, shots_of_item
+from preprocessing.shot_parts import Parts, only_command
+from preprocessing.shots import Network, load_network
+from preprocessing.sources import Source, SourceItem, TarMember, media_name, read_source
 from preprocessing.sources.items import Media
 from preprocessing.state import writing
 
-# Small parts keep many ranks busy and lose little where one dies; a folder holds so many files.
-ITEMS_A_PART = 16
-MOST_PARTS = 1 << 16
-RULES_VERSION = 1
+SHOWN_FAILURES = 5
 
 
-class ShotOptions(Settings):
+class ShotOptions(LimitOptions):
     """What `shots` is asked for."""
 
     source: str
     output: Path
     threshold: float = Field(default=0.5, gt=0, lt=1)
-    decode_seconds: float = Field(default=DEFAULT_LIMITS.seconds, gt=0)
+    film_hours: float = Field(default=DEFAULT_LIMITS.film_hours, gt=0, le=1e6)
+
+    @property
+    def demands(self) -> ShotDemands:
+        """What is asked of every item."""
+        limits = self.limits.model_copy(update={"film_hours": self.film_hours})
+        return ShotDemands(threshold=self.threshold, limits=limits)
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The parts of a manifest in the making, in a hidden folder beside it."""
+class _Finder:
+    """Finds the shots of rows, on one rank."""
 
-    folder: Path
-    items: int
-    size: int
+    source: Source
+    options: ShotOptions
+    network: Network
+    device: torch.device
+    before: Mapping[int, Attempts]
 
-    @classmethod
-    def of(cls, options: ShotOptions, source: Source) -> _Parts:
-        """The folder's name holds all that the rows depend on."""
-        key = f"{RULES_VERSION} {source.fingerprint} {options.threshold} {options.source}"
-        digest = hashlib.sha256(f"{key} {Path.cwd()}".encode()).hexdigest()[:16]
-        folder = options.output.with_name(f".{options.output.name}.{digest}.parts")
-        items = len(source)
-        return cls(folder, items, max(ITEMS_A_PART, -(-items // MOST_PARTS)))
+    def lines(self, row: int, journal: Journal) -> Iterator[dict[str, Any]]:
+        """What becomes of a row: a line a shot, or itself where there is one or it has failed."""
+        item = self.source.item(row)
+        line = _line_of(item, self.options.output)
+        try:
+            shots = self._shots(row, item, journal)
+        except DecodeError as error:
+            # Not left out: the farm takes less of it, and knows what to do if that is too much.
+            yield {**line, "not_cut": str(error)}
+            return
+        if len(shots) == 1:
+            yield line
+            return
+        for number, (start, end) in enumerate(shots):
+            if number:
+                # A sketch's first map is that of the item's first frame.
+                line.pop("sketch", None)
+            times = {"start": start, "end": end}
+            own = {name: value for name, value in times.items() if value is not None}
+            others = {name: value for name, value in line.items() if name not in times}
+            yield {**others, "id": f"{item.id}#{number}", **own, "shot": number}
 
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return -(-self.items // self.size)
-
-    def rows(self, part: int) -> range:
-        """The source's rows of one part."""
-        return range(part * self.size, min((part + 1) * self.size, self.items))
-
-    def path(self, part: int) -> Path:
-        """The file of one part."""
-        return self.folder / f"{part:08d}.jsonl"
-
-    def missing(self) -> list[int]:
-        """The parts that are not there."""
-        return [part for part in range(self.count) if not self.path(part).exists()]
+    def _shots(self, row: int, item: SourceItem, journal: Journal) -> list[Window]:
+        demands = self.options.demands
+        return try_item(
+            Trial(row, item.media, self.before.get(row, Attempts()), self.options.attempts),
+            journal,
+            lambda: shots_of_item(item, self.network, demands),
+            lambda: shots_alone(item, self.device, demands),
+        )
 
 
 def write_shots(options: ShotOptions, communicator: Communicator) -> None:
@@ -97,23 +109,18 @@ def write_shots(options: ShotOptions, communicator: Communicator) -> None:
     source = on_every_rank(communicator, lambda: read_source(options.source))
     beside = communicator.gather_everywhere(communicator.machine)[: communicator.rank]
     number = beside.count(communicator.machine)
-    network = on_every_rank(communicator, lambda: load_network(device_of(number)))
-    parts = _Parts.of(options, source)
-    missing = on_first_rank(communicator, lambda: _begin(parts, options.output))
-    claims = communicator.claims()
-
-    def work() -> None:
-        while (claim := claims.claim()) < len(missing):
-            if communicator.is_asked_to_stop():
-                return
-            with writing(options.output), written_atomically(parts.path(missing[claim])) as stream:
-                for row in parts.rows(missing[claim]):
-                    for line in _lines(source.item(row), network, options):
-                        stream.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-
-    on_every_rank(communicator, work)
-    claims.close()
-    on_first_rank(communicator, lambda: _finish(parts, options))
+    device, network = on_every_rank(communicator, lambda: _network_of(number))
+    key = f"{source.fingerprint} {options.threshold} {options.source}"
+    parts = Parts.of(options.output, len(source), key)
+    with held_on_first_rank(communicator, only_command(options.output)):
+        missing, before = on_first_rank(communicator, lambda: _begin(parts, options.output))
+        claims = communicator.claims()
+        finder = _Finder(source, options, network, device, before)
+        is_first = communicator.rank == 0
+        with FilmProgress(parts.done, parts.items) if is_first else nullcontext():
+            on_every_rank(communicator, lambda: _find(finder, parts, missing, claims, communicator))
+        claims.close()
+        on_first_rank(communicator, lambda: _finish(parts, options))
 
 
 def device_of(number: int) -> torch.device:
@@ -124,6 +131,11 @@ def device_of(number: int) -> torch.device:
     return torch.device("cuda", number % torch.cuda.device_count())
 
 
+def _network_of(number: int) -> tuple[torch.device, Network]:
+    device = device_of(number)
+    return device, load_network(device)
+
+
 def _check_output(output: Path) -> None:
     if output.suffix != ".jsonl":
         raise UserError(f"--output {output} must end in .jsonl")
@@ -131,50 +143,48 @@ def _check_output(output: Path) -> None:
         raise UserError(f"--output {output} exists already; remove it or name another file")
 
 
-def _begin(parts: _Parts, output: Path) -> list[int]:
+def _begin(parts: Parts, output: Path) -> tuple[list[int], dict[int, Attempts]]:
+    # Once more, now that no other command can finish it.
+    _check_output(output)
     with writing(output):
-        for other in output.parent.glob(f".{output.name}.*.parts"):
-            if other != parts.folder:
-                shutil.rmtree(other)
-        parts.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in parts.folder.glob(".*"):
-            unfinished.unlink()
-        return parts.missing()
+        return parts.begin(output)
 
 
-def _lines(item: SourceItem, network: Network, options: ShotOptions) -> Iterator[dict[str, Any]]:
-    """An item's rows: one a shot; itself where there is one, or where it cannot be read."""
-    limits = DecodeLimits(seconds=options.decode_seconds)
-    row = {
+def _find(
+    finder: _Finder, parts: Parts, missing: list[int], claims: Claims, communicator: Communicator
+) -> None:
+    """This rank's share of the missing parts."""
+    output = finder.options.output
+    journals = Journals(parts.attempts)
+    try:
+        with journals.open() as journal:
+            while (claim := claims.claim()) < len(missing):
+                if communicator.is_asked_to_stop():
+                    return
+                part = missing[claim]
+                lines = [
+                    json.dumps(line, ensure_ascii=False).encode() + b"\n"
+                    for row in parts.rows(part)
+                    for line in finder.lines(row, journal)
+                ]
+                with writing(output), written_atomically(parts.path(part)) as stream:
+                    stream.writelines(lines)
+    finally:
+        journals.close()
+
+
+def _line_of(item: SourceItem, output: Path) -> dict[str, Any]:
+    """An item as a line of the manifest."""
+    line = {
         "id": item.id,
-        "media": _name(item.media, options.output),
+        "media": _name(item.media, output),
         "captions": list(item.captions),
         "start": item.start,
         "end": item.end,
-        "sketch": None if item.sketch is None else _name(item.sketch, options.output),
+        "sketch": None if item.sketch is None else _name(item.sketch, output),
         "provenance": None if item.provenance is None else list(item.provenance),
     }
-    row = {name: value for name, value in row.items() if value is not None}
-    try:
-        with local_copy(item.media, limits) as path, named_as_source(item.media, path):
-            shots = [(item.start, item.end)]
-            if media_kind(path) == "clip":
-                shots = find_shots(network, path, item.start, item.end, options.threshold, limits)
-    except DecodeError:
-        # The farm will meet the same error, and knows what to do with it.
-        yield row
-        return
-    if len(shots) == 1:
-        yield row
-        return
-    for number, (start, end) in enumerate(shots):
-        if number:
-            # A sketch's first map is that of the item's first frame.
-            row.pop("sketch", None)
-        times = {"start": start, "end": end}
-        own = {name: value for name, value in times.items() if value is not None}
-        others = {name: value for name, value in row.items() if name not in times}
-        yield {**others, "id": f"{item.id}#{number}", **own, "shot": number}
+    return {name: value for name, value in line.items() if value is not None}
 
 
 def _name(media: Media, output: Path) -> str:
@@ -187,20 +197,28 @@ def _name(media: Media, output: Path) -> str:
     return media_name(media, output.absolute().parent)
 
 
-def _finish(parts: _Parts, options: ShotOptions) -> None:
-    rows = cut = shots = 0
+def _finish(parts: Parts, options: ShotOptions) -> None:
+    """Put the parts together and say what became of the items."""
+    rows = cut = shots = failed = 0
+    shown: list[str] = []
     with writing(options.output), written_atomically(options.output) as stream:
         for part in range(parts.count):
             content = parts.path(part).read_bytes()
             stream.write(content)
-            for line in content.splitlines():
+            for line in map(json.loads, content.splitlines()):
                 rows += 1
-                shot = json.loads(line).get("shot")
-                cut += shot == 0
-                shots += shot is not None
+                cut += line.get("shot") == 0
+                shots += "shot" in line
+                if "not_cut" in line:
+                    failed += 1
+                    if failed <= SHOWN_FAILURES:
+                        shown.append(f"  failed {line['id']}: {line['not_cut']}")
     shutil.rmtree(parts.folder, ignore_errors=True)
-    print(
+    told = [
         f"manifest {options.output}: {rows - shots + cut:,} items, {cut:,} of them cut into "
-        f"{shots:,} shots",
-        flush=True,
-    )
+        f"{shots:,} shots, {failed:,} failed",
+        *shown,
+    ]
+    if failed > len(shown):
+        told.append(f"  and {failed - len(shown):,} more, whose rows say why in not_cut")
+    print("\n".join(told), flush=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_nuwa.decoders import DecodeError, DecodeLimits
+from megatron_nuwa.decoders.clips import in_window
 from megatron_nuwa.decoders.ffmpeg_backend import read_scaled
 from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
@@ -46,20 +48,40 @@ def load_network(device: torch.device) -> Network:
     return logits
 
 
-def cut_probabilities(network: Network, frames: np.ndarray) -> np.ndarray:
-    """How likely each frame, uint8 (frames, 27, 48, 3), is the last before a cut: (frames,)."""
-    count = len(frames)
-    after = MARGIN + -count % STEP
-    padded = np.concatenate(
-        [np.repeat(frames[:1], MARGIN, axis=0), frames, np.repeat(frames[-1:], after, axis=0)]
-    )
-    found = [
-        network(torch.from_numpy(padded[None, start : start + WINDOW])).sigmoid()[
-            0, MARGIN:-MARGIN, 0
-        ]
-        for start in range(0, count, STEP)
-    ]
-    return torch.cat(found)[:count].numpy()
+def cut_probabilities(network: Network, pieces: Iterable[np.ndarray]) -> np.ndarray:
+    """How likely each frame of a film is the last before a cut: (frames,).
+
+    The film comes in pieces, uint8 (frames, 27, 48, 3) each, of which few are held at a time.
+    """
+    found = array("f")
+    before, judged = None, np.empty(0, np.float32)
+    for window, frames in _windows(pieces):
+        # The pictures of a talk, or a gap between time stamps, give one window over and over.
+        if before is None or not np.array_equal(window, before):
+            logits = network(torch.from_numpy(window[None]))
+            before, judged = window, logits.sigmoid()[0, MARGIN:-MARGIN, 0].numpy()
+        found.frombytes(judged[:frames].tobytes())
+    return np.frombuffer(found, np.float32)
+
+
+def _windows(pieces: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    """Each window of a film, and how many of those in its middle are frames of the film.
+
+    The film is continued beyond its ends with its first and its last frame.
+    """
+    held = None
+    for piece in pieces:
+        before = np.repeat(piece[:1], MARGIN, axis=0) if held is None else held
+        held = np.concatenate([before, piece])
+        while len(held) >= WINDOW:
+            yield held[:WINDOW], STEP
+            held = held[STEP:]
+    if held is None:
+        return
+    left = len(held) - MARGIN
+    held = np.concatenate([held, np.repeat(held[-1:], STEP + MARGIN, axis=0)])
+    for start in range(0, left, STEP):
+        yield held[start : start + WINDOW], min(STEP, left - start)
 
 
 def shots_of(probabilities: np.ndarray, threshold: float) -> list[tuple[int, int]]:
@@ -89,11 +111,12 @@ def find_shots(
 
     The first keeps the window's start, the last its end. Raises `DecodeError` naming the file.
     """
-    rate = Fraction(FRAMES_PER_SECOND)
-    frames = read_scaled(path, start or 0.0, end, rate, (WIDTH, HEIGHT), limits)
-    if not len(frames):
-        raise DecodeError(f"{path} has no video frame")
-    shots = shots_of(cut_probabilities(network, frames), threshold)
+    rate, size = Fraction(FRAMES_PER_SECOND), (WIDTH, HEIGHT)
+    with closing(read_scaled(path, start or 0.0, end, rate, size, STEP, limits)) as pieces:
+        probabilities = cut_probabilities(network, pieces)
+    if not len(probabilities):
+        raise DecodeError(f"{path} has no video frame{in_window(start, end)}")
+    shots = shots_of(probabilities, threshold)
 
     def at(frame: int) -> float:
         return (start or 0.0) + frame / FRAMES_PER_SECOND
@@ -102,7 +125,7 @@ def find_shots(
     return [
         (
             round(at(first), 6) if first else start,
-            round(at(last) + 0.001, 6) if last < len(frames) - 1 else end,
+            round(at(last) + 0.001, 6) if last < len(probabilities) - 1 else end,
         )
         for first, last in shots
     ]

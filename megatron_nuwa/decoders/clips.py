@@ -59,12 +59,12 @@ def sample_clip(
     frames = backend.frames(path, settings, start or 0.0, wanted, rate, limits)
     real = len(frames)
     if real == 0:
-        raise DecodeError(f"{path} has no video frame{_window(start, end)}")
+        raise DecodeError(f"{path} has no video frame{in_window(start, end)}")
     if real == settings.frames:
         return Decoded(frames, real, settings.frames_per_second)
     if settings.short_clips == "skip":
         raise DecodeError(
-            f"{path} has {real} frames{_window(start, end)} at {settings.frames_per_second:g} "
+            f"{path} has {real} frames{in_window(start, end)} at {settings.frames_per_second:g} "
             f"frames a second, and {settings.frames} are needed"
         )
     if settings.short_clips == "faster":
@@ -87,7 +87,7 @@ def _sample_faster(
     shown = [frame for frame in shown if frame.time + frame.duration > 0]
     if len(shown) < settings.frames:
         raise DecodeError(
-            f"{path} has only {len(shown)} frames{_window(start, end)} at any rate, and "
+            f"{path} has only {len(shown)} frames{in_window(start, end)} at any rate, and "
             f"{settings.frames} are needed"
         )
     length = shown[-1].time + shown[-1].duration
@@ -98,13 +98,14 @@ def _sample_faster(
     frames = backend.frames(path, settings, start or 0.0, settings.frames, rate, limits)
     if len(frames) != settings.frames:
         raise DecodeError(
-            f"{path} has {len(frames)} frames{_window(start, end)} at {float(rate):g} frames a "
+            f"{path} has {len(frames)} frames{in_window(start, end)} at {float(rate):g} frames a "
             f"second, and {settings.frames} are needed"
         )
     return Decoded(frames, settings.frames, float(rate))
 
 
-def _window(start: float | None, end: float | None) -> str:
+def in_window(start: float | None, end: float | None) -> str:
+    """What is said after a number of frames; nothing where the window is the whole clip."""
     if start is None and end is None:
         return ""
     if end is None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,14 @@ from megatron_nuwa.decoders.backends import (
     shape_filters,
     window_filters,
 )
+from megatron_nuwa.decoders.ffmpeg_process import BrokenVideoError, written_by
 from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
 
 
-class BrokenVideoError(DecodeError):
-    """ffmpeg has met something that it cannot decode."""
+class TooLongFilmError(DecodeError):
+    """A film of more frames than are allowed, which no further attempt can mend."""
+
+    permanent = True
 
 
 class FfmpegBackend(ClipBackend):
@@ -83,32 +85,64 @@ def read_scaled(
     end: float | None,
     rate: Fraction,
     size: tuple[int, int],
+    at_once: int,
     limits: DecodeLimits,
-) -> np.ndarray:
-    """All frames shown at `start + k / rate` seconds, before `end`: uint8 (frames, H, W, 3).
+) -> Generator[np.ndarray, None, None]:
+    """All frames shown at `start + k / rate` seconds, before `end`: uint8 (frames, H, W, 3) each.
 
-    They are stretched to `size` (W, H). Raises `DecodeError` naming the file.
+    They are stretched to `size` (W, H) and come `at_once` at a time, fewer at the end. Of
+    `limits`, `seconds` holds for each minute of the film. A caller that leaves before the end must
+    close the iterator. Raises `DecodeError` naming the file.
     """
     width, height = size
-    filters = [*window_filters(start), *sampling_filters(rate), ("scale", f"{width}:{height}")]
-    output: dict[str, Any] = {"pix_fmt": "rgb24", "format": "rawvideo"}
+    # Small before they are many: where time stamps lie far apart, the same frame comes again and
+    # again.
+    scale = ("scale", f"{width}:{height}")
+    filters = [*window_filters(start), scale, *sampling_filters(rate)]
+    # One time stamp far in the future makes endless frames of a small file.
+    most = math.floor(limits.film_hours * 3600 * rate)
+    wanted = most + 1
     if end is not None:
-        output["frames"] = max(1, math.ceil(round((end - start) * float(rate), 6)))
-    raw = run_ffmpeg(path, _filtered(path, start, filters), limits, **output)
-    return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+        wanted = min(wanted, max(1, math.ceil(round((end - start) * float(rate), 6))))
+    output = {"pix_fmt": "rgb24", "format": "rawvideo", "frames": wanted}
+    command = _command(_filtered(path, start, filters), **output)
+    frame = width * height * 3
+    count = 0
+    with closing(written_by(path, command, limits, minute=math.ceil(60 * rate) * frame)) as pieces:
+        for part in _in_parts_of(at_once * frame, pieces):
+            count += len(part) // frame
+            if count > most:
+                raise TooLongFilmError(
+                    f"{path} is longer than the {limits.film_hours:g} hours that are allowed, or "
+                    "has a time stamp that is wrong"
+                )
+            yield np.frombuffer(part, np.uint8).reshape(-1, height, width, 3)
+
+
+def _in_parts_of(size: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes cut anew; the last part is what is left."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        while len(held) >= size:
+            yield bytes(held[:size])
+            del held[:size]
+    if held:
+        yield bytes(held)
 
 
 def run_ffmpeg(path: Path, video: Any, limits: DecodeLimits, **output: Any) -> bytes:
     """What ffmpeg writes for a graph of ffmpeg-python; `DecodeError` where it cannot."""
-    command = (
+    return b"".join(written_by(path, _command(video, **output), limits))
+
+
+def _command(video: Any, **output: Any) -> list[str]:
+    command: list[str] = (
         video.output("pipe:", **{"fps_mode": "passthrough", "filter_threads": 1, **output})
         .global_args("-nostdin", "-v", "error", "-xerror", "-copyts", "-start_at_zero")
         .compile(cmd=imageio_ffmpeg.get_ffmpeg_exe())
     )
-    code, written, said = _run_limited(path, command, limits)
-    if code != 0:
-        raise BrokenVideoError(f"{path} cannot be decoded as a video: {_complaint(code, said)}")
-    return written
+    return command
 
 
 def open_video(path: Path, start: float = 0.0, **options: Any) -> Any:
@@ -149,52 +183,6 @@ def _filtered(path: Path, start: float, filters: Sequence[Filter], **options: An
                 placed.append(argument)
         video = video.filter(name, *placed, **named)
     return video
-
-
-def _run_limited(
-    path: Path, command: Sequence[str], limits: DecodeLimits
-) -> tuple[int, bytes, bytes]:
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        _limit(process.pid, limits)
-        try:
-            written, said = process.communicate(timeout=limits.seconds)
-        except subprocess.TimeoutExpired as error:
-            process.kill()
-            process.communicate()
-            raise DecodeError(f"{path} took longer than {limits.seconds:g} s to decode") from error
-        except BaseException:
-            process.kill()
-            raise
-    return process.returncode, written, said
-
-
-def _limit(process: int, limits: DecodeLimits) -> None:
-    """Bound a process that has just started; a no-op where the system has no prlimit."""
-    with contextlib.suppress(ImportError, AttributeError, ProcessLookupError):
-        # Set from outside: a function run between fork and exec would forbid the cheap vfork,
-        # and copying the page tables of a process that holds a VQ-GAN costs milliseconds.
-        import resource
-
-        memory = limits.memory_bytes
-        resource.prlimit(process, resource.RLIMIT_AS, (memory, memory))
-        # For an ffmpeg whose parent was killed and cannot end it.
-        seconds = math.ceil(limits.seconds) + 5
-        resource.prlimit(process, resource.RLIMIT_CPU, (seconds, seconds))
-
-
-def _complaint(code: int, said: bytes) -> str:
-    """What ffmpeg said first, in words that are the same in every run."""
-    lines = said.decode(errors="replace").strip().splitlines()
-    if any("Cannot allocate memory" in line or "get_buffer() failed" in line for line in lines):
-        return "it needs more memory than is allowed"
-    if not lines:
-        return f"ffmpeg ended with code {code}"
-    if "matches no streams" in lines[0]:
-        return "it holds no video stream"
-    # In front stands the part of ffmpeg that speaks, with its address in memory.
-    return re.sub(r"^(\[[^]]*\] )+", "", lines[0]).rstrip(".")
 
 
 def _frames_of_ppm(raw: bytes) -> np.ndarray:

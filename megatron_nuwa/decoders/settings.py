@@ -62,11 +62,16 @@ class DecodeSettings(Settings):
 
 
 class DecodeLimits(Settings):
-    """What one item may cost before it is given up; it does not change the pixels of the others."""
+    """What one item may cost before it is given up; it does not change the pixels of the others.
+
+    Where all of a film is read, `seconds` holds for each minute of it, and it may have
+    `film_hours`.
+    """
 
     seconds: float = Field(default=120.0, gt=0)
     memory_gib: float = Field(default=4.0, gt=0)
     download_gib: float = Field(default=4.0, gt=0)
+    film_hours: float = Field(default=24.0, gt=0, le=1e6)
 
     @property
     def memory_bytes(self) -> int:

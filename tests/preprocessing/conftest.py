@@ -17,9 +17,11 @@ import pytest
 import torch
 from farm_media import CAPTIONS, WriteClip
 from PIL import Image
+from shot_films import changes
 
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
+from preprocessing import shot_manifest
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +70,12 @@ def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bpe(tools: Path) -> TextTokenizer:
     return TextTokenizer.load(tools / "bpe.json")
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `shots` take a network that needs no weights."""
+    monkeypatch.setattr(shot_manifest, "load_network", lambda device: changes)
 
 
 @pytest.fixture(scope="session")

@@ -200,3 +200,11 @@ def clip_bomb(path: Path) -> Path:
     _ffmpeg("-i", picture, "-c", "copy", path)
     picture.unlink()
     return path
+
+
+def time_gap(path: Path, seconds: int) -> Path:
+    """A clip of 1 kB with two frames, black and white, the second of which comes much later."""
+    grey = "color=s=64x48:r=10:d=0.2,format=gray,geq=lum='255*N'"
+    times = ("-vf", f"settb=1/1000,setpts=N*{seconds}*1000", "-enc_time_base", "1:1000")
+    _ffmpeg("-f", "lavfi", "-i", grey, *times, *_LOSSLESS, "-fps_mode", "vfr", path)
+    return path

