@@ -211,7 +211,7 @@ def test_help_shows_an_example_that_is_right(
     assert caught.value.code == 0
     typed = f"python -m preprocessing {command} "
     start, _, arguments = capsys.readouterr().out.split("example:")[1].partition(typed)
-    assert start.strip() in ("", "mpirun -n 8")
+    assert start.strip() in ("", "mpirun -n 8 --bind-to none")
     commands()[command].parse_args(shlex.split(arguments))
 
 
