@@ -20,7 +20,7 @@ from preprocessing.figures import Figures
 from preprocessing.health import MOST_FAILURES, Health
 from preprocessing.ledger import CorpusSettings
 from preprocessing.plan import Plan
-from preprocessing.sources import SourceItem
+from preprocessing.shown_samples import Samples
 from preprocessing.sources.locations import Location
 
 # The queue: batches that are complete, in the making or on the GPU, and items that decode threads
@@ -31,7 +31,6 @@ QUEUE_BYTES = 2**30
 # While the GPU is at one batch, the next is on its way there.
 BATCHES_AT_ONCE = 2
 IDLE_SECONDS = 0.002
-SAMPLES = 6
 
 
 class Decoder(Protocol):
@@ -42,18 +41,6 @@ class Decoder(Protocol):
 
     def collect(self) -> Decoded | None:
         """A result that is ready, or None."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An item as the report shows it: first, middle and last frame, uint8 (frames, H, W, 3).
-
-    `maps`, uint8 (frames, H, W), are of the same moments of its sketch, if it has one.
-    """
-
-    item: SourceItem
-    frames: np.ndarray
-    maps: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +110,7 @@ class EncodeLoop:
         self._last_finish = 0.0
         self.capacity = queue_capacity(work.settings, decode_threads)
         self.figures = Figures()
-        self.samples: list[Sample] = []
+        self.samples = Samples()
 
     def take_figures(self) -> Figures:
         """What has been counted since the last call."""
@@ -196,8 +183,9 @@ class EncodeLoop:
         self.figures.failed += decoded.frames is None and decoded.filter is None
         self.figures.left_out += decoded.filter is not None
         self.figures.decode_seconds += decoded.seconds
-        if decoded.frames is not None and len(self.samples) < SAMPLES:
-            self.samples.append(_sample(assembly.planned[index].item, decoded.frames, decoded.maps))
+        if decoded.frames is not None:
+            planned = assembly.planned[index]
+            self.samples.offer(planned.row, planned.item, decoded.frames, decoded.maps)
         batch = assembly.take(index, decoded)
         if batch is not None:
             self._ready.append((assembly, batch))
@@ -243,8 +231,3 @@ class EncodeLoop:
         assembly.write(self._work.output)
         self.figures.write_seconds += time.perf_counter() - began
         self.figures.shards += 1
-
-
-def _sample(item: SourceItem, frames: np.ndarray, maps: np.ndarray | None) -> Sample:
-    picks = sorted({0, len(frames) // 2, len(frames) - 1})
-    return Sample(item, frames[picks], None if maps is None else maps[picks])

@@ -347,7 +347,7 @@ def _finish(
         told = write_report(
             folder.report,
             options.output,
-            farm.loop.samples,
+            farm.loop.samples.in_order(),
             farm.encoders,
             watch,
             folder.engines(),

@@ -19,10 +19,10 @@ from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.generation.palette import coloured
 from megatron_nuwa.models.segmentation import class_map
 from megatron_nuwa.pages import render_page
-from preprocessing.encode_loop import Sample
 from preprocessing.encoder import Encoders, FrameEncoder
 from preprocessing.histograms import Counted, failure_bars, histogram, outcome_bars, shot_bars
 from preprocessing.plan import PlanStamp
+from preprocessing.shown_samples import Sample
 from preprocessing.stats import codebook_use
 from preprocessing.watch import Watch
 
