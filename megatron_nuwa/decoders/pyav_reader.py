@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -57,10 +58,10 @@ def _filtered(path: Path, start: float, filters: list[Filter]) -> Iterator[Any]:
             f"file:{path}",
             options={"format_whitelist": CONTAINERS, "protocol_whitelist": PROTOCOLS},
         ) as container:
-            source = _decoded(path, container, start)
             # Known before a frame is decoded, and not told by the frames that PyAV gives.
             ratio = container.streams.video[0].sample_aspect_ratio if container.streams.video else 0
-            yield from _through_graph(path, source, filters, Fraction(ratio or 0))
+            with closing(_decoded(path, container, start)) as source:
+                yield from _through_graph(path, source, filters, Fraction(ratio or 0))
     except av.error.MemoryError as error:
         raise DecodeError(
             f"{path} cannot be decoded as a video: it needs more memory than is allowed"
@@ -70,7 +71,7 @@ def _filtered(path: Path, start: float, filters: list[Filter]) -> Iterator[Any]:
         raise DecodeError(f"{path} cannot be decoded as a video: {reason}") from error
 
 
-def _decoded(path: Path, container: Any, start: float) -> Iterator[Any]:
+def _decoded(path: Path, container: Any, start: float) -> Generator[Any, None, None]:
     """The frames of the first video stream, their times counted from the file's own start."""
     import av
 
@@ -83,17 +84,19 @@ def _decoded(path: Path, container: Any, start: float) -> Iterator[Any]:
     if entry:
         container.seek(int(entry * av.time_base) + origin)
     shift = round(Fraction(origin, av.time_base) / stream.time_base)
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise DecodeError(f"{path} cannot be decoded as a video: corrupt packet")
-        for frame in packet.decode():
-            if frame.is_corrupt:
-                raise DecodeError(f"{path} cannot be decoded as a video: corrupt decoded frame")
-            if frame.pts is None:
-                frame.pts = frame.dts
-            if frame.pts is not None:
-                frame.pts -= shift
-            yield frame
+    # Where it is not told that no more packets are wanted, PyAV never frees its buffers.
+    with closing(container.demux(stream)) as packets:
+        for packet in packets:
+            if packet.is_corrupt:
+                raise DecodeError(f"{path} cannot be decoded as a video: corrupt packet")
+            for frame in packet.decode():
+                if frame.is_corrupt:
+                    raise DecodeError(f"{path} cannot be decoded as a video: corrupt decoded frame")
+                if frame.pts is None:
+                    frame.pts = frame.dts
+                if frame.pts is not None:
+                    frame.pts -= shift
+                yield frame
 
 
 def _through_graph(
