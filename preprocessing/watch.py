@@ -7,13 +7,13 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from preprocessing.event_file import EventFile
 from preprocessing.figures import Figures
 
 SHOWN_EVERY_SECONDS = 0.25
@@ -34,7 +34,8 @@ class Watch:
         self._began = time.monotonic()
         self._last_shown = self._last_scalars = self._began
         self._told = 0
-        self._writer: Any = None
+        self._scalars: EventFile | None = None
+        self._has_lost_scalars = False
         self._live: Live | None = None
 
     def __enter__(self) -> Watch:
@@ -55,8 +56,7 @@ class Watch:
             self._write_scalars()
         if self._live is not None:
             self._live.stop()
-        if self._writer is not None:
-            self._writer.close()
+        self._close_scalars()
 
     def add(self, figures: Figures) -> None:
         """Add what a rank has done since it told last."""
@@ -136,21 +136,33 @@ class Watch:
         return self.figures.starved_seconds / max(1e-9, self.figures.starved_seconds + busy)
 
     def _write_scalars(self) -> None:
-        if self._writer is None:
-            # A second of importing, which a short run is spared until its end.
-            from torch.utils.tensorboard import SummaryWriter
+        """Write the figures for TensorBoard: a disk that refuses costs them, and not the farm."""
+        try:
+            if self._scalars is None:
+                self._scalars = EventFile(self._folder)
+            self._scalars.write(self._values(), self.figures.items)
+        except OSError as error:
+            # What is half written would end the reading of all that follows in the same file.
+            self._close_scalars()
+            if not self._has_lost_scalars:
+                reason = error.strerror or error
+                print(f"warning: {self._folder}: figures are lost ({reason})", flush=True)
+            self._has_lost_scalars = True
 
-            self._writer = SummaryWriter(str(self._folder))
+    def _close_scalars(self) -> None:
+        if self._scalars is not None:
+            self._scalars.close()
+        self._scalars = None
+
+    def _values(self) -> dict[str, float]:
         seconds = max(self.seconds, 1e-9)
-        scalars = {
+        return {
             "farm/items_per_second": self.figures.items / seconds,
             "farm/frames_per_second": self.figures.frames / seconds,
             "farm/queue_fill": self._fill(),
             "farm/encoders_starved": self._starved(),
             **{f"farm/{name}": float(value) for name, value in asdict(self.figures).items()},
         }
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, self.figures.items)
 
 
 def _milliseconds(seconds: float, count: int) -> str:
