@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
 from fractions import Fraction
@@ -26,6 +27,7 @@ from megatron_nuwa.decoders.backends import (
     shape_filters,
     window_filters,
 )
+from megatron_nuwa.decoders.restarts import STARTS, was_killed
 from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
 
 
@@ -105,7 +107,15 @@ def run_ffmpeg(path: Path, video: Any, limits: DecodeLimits, **output: Any) -> b
         .global_args("-nostdin", "-v", "error", "-xerror", "-copyts", "-start_at_zero")
         .compile(cmd=imageio_ffmpeg.get_ffmpeg_exe())
     )
-    code, written, said = _run_limited(path, command, limits)
+    for _ in range(STARTS):
+        code, written, said = _run_limited(path, command, limits)
+        if not was_killed(code):
+            break
+    else:
+        raise DecodeError(
+            f"{path} cannot be decoded as a video: ffmpeg was killed {STARTS} times "
+            f"({signal.Signals(-code).name})"
+        )
     if code != 0:
         raise BrokenVideoError(f"{path} cannot be decoded as a video: {_complaint(code, said)}")
     return written
