@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_nuwa.config import Settings, parse_settings
 from megatron_nuwa.data.shards import CorpusManifest
 from megatron_nuwa.data.text import train_bpe
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.training.progress import track
 from preprocessing.command_line import parser
 from preprocessing.communicator import Communicator, join_ranks, on_every_rank, run_ranks
@@ -31,6 +31,10 @@ T = TypeVar("T", bound=Settings)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands and return its exit code."""
+    return run_command(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     communicator = join_ranks()
     return run_ranks(communicator, lambda: _run(arguments, communicator))
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nuwa.data.shards import Failure, ShardItem, write_shard
-from megatron_nuwa.errors import UserError
 from preprocessing.decode_worker import Decoded
 from preprocessing.duplicates import hashes_as_text
 from preprocessing.ledger import CorpusSettings
 from preprocessing.plan import PlannedItem
 from preprocessing.sources import media_name
 from preprocessing.sources.locations import Location
+from preprocessing.state import writing
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,14 @@ class ShardAssembly:
         return tokens.reshape(-1, self._settings.decode.frames * tokens[0].size)
 
     def write(self, folder: Path) -> None:
-        """Write the shard; `UserError` where the disk refuses."""
-        try:
+        """Write the shard; `DiskError` where the disk refuses."""
+        with writing(folder):
             write_shard(
                 folder,
                 self.shard,
                 [self._items[index] for index in sorted(self._items)],
                 [self._failures[index] for index in sorted(self._failures)],
             )
-        except OSError as error:
-            raise UserError(
-                f"output {folder} cannot be written: {error.strerror or error}"
-            ) from error
 
     def _item(self, index: int, visual: np.ndarray, sketch: np.ndarray | None) -> ShardItem:
         item = self.planned[index].item

@@ -17,6 +17,7 @@ from megatron_nuwa.decoders import DecodeError
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import sync, write_text_atomically
 from preprocessing.sources.items import Media
+from preprocessing.state import DiskError, writing
 
 T = TypeVar("T")
 
@@ -27,6 +28,7 @@ _JOURNALS = "journal-*"
 # The first line of a journal is the row under work, of fixed width, so that it is overwritten.
 _ROW_WIDTH = 20
 SYNC_SECONDS = 1.0
+_FOLDER = "farm folder"
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,18 @@ class Journal:
         # Ranks of several nodes write into one folder.
         name = f"journal-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._path = folder / name
-        try:
+        with writing(folder, _FOLDER):
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
         self._end = _ROW_WIDTH
         self._is_open, self._has_news = True, False
         self._refusal: OSError | None = None
         # Between whoever closes the file and whoever brings it to the disk.
         self._lock = threading.Lock()
-        self._write(b"", 0)
+        try:
+            self._write(b"", 0)
+        except DiskError:
+            os.close(self._file)
+            raise
 
     def begin(self, row: int) -> None:
         """Note that an attempt at a row begins."""
@@ -71,8 +75,10 @@ class Journal:
 
     def close(self) -> None:
         """Forget the row under work: the rank ends in good order."""
-        self._write(b"", 0)
-        self._let_go()
+        try:
+            self._write(b"", 0)
+        finally:
+            self._let_go()
 
     def sync(self) -> None:
         """Have what was noted on the disk; a disk that refuses shows at the next note."""
@@ -102,12 +108,14 @@ class Journal:
             os.close(self._file)
 
     def _write(self, text: bytes, offset: int) -> None:
-        try:
+        record = text.ljust(_ROW_WIDTH - 1) + b"\n"
+        with writing(self._path.parent, _FOLDER):
             if self._refusal is not None:
                 raise self._refusal
-            os.pwrite(self._file, text.ljust(_ROW_WIDTH - 1) + b"\n", offset)
-        except OSError as error:
-            raise _unwritable(self._path.parent, error) from error
+            # A disk takes as much of it as there is room for, and complains of the rest alone.
+            while record:
+                written = os.pwrite(self._file, record, offset)
+                record, offset = record[written:], offset + written
         self._has_news = True
 
 
@@ -209,7 +217,10 @@ def forget(folder: Path) -> None:
 
 
 def _count(journal: Path, counts: dict[int, Attempts]) -> None:
-    under_work, *failed = [line.strip() for line in journal.read_bytes().splitlines()] or [b""]
+    content = journal.read_bytes()
+    whole = content[: len(content) // _ROW_WIDTH * _ROW_WIDTH]
+    # What a full disk has cut off would be the number of another row.
+    under_work, *failed = [line.strip() for line in whole.splitlines()] or [b""]
     for row in (int(text) for text in failed if text.isdigit()):
         before = counts.get(row, Attempts())
         counts[row] = replace(before, failed=before.failed + 1)
@@ -233,7 +244,3 @@ def _read_counts(path: Path) -> tuple[dict[int, Attempts], set[str]]:
         return {}, set()
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"{path} is not what a farm writes; remove it") from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"farm folder {folder} cannot be written: {error.strerror or error}")

@@ -21,6 +21,7 @@ T = TypeVar("T")
 # Set by Open MPI, by MPICH and Intel MPI, and by launchers that speak PMIx (Slurm's srun).
 LAUNCHER_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK")
 _IDLE_SECONDS = 0.002
+LAUNCHER_SECONDS = 1.0
 
 
 class PeerFailed(Exception):  # noqa: N818 - not an error of this rank
@@ -152,9 +153,17 @@ class MpiCommunicator(Communicator):
         # Open MPI complains of its UCX windows wherever there is no UCX device. The farm's only
         # window is one counter, for which any other component will do.
         os.environ.setdefault("OMPI_MCA_osc", "^ucx")
+        launcher = os.getppid()
         # Imported here because the import starts MPI, which a lone process must not need.
-        from mpi4py import MPI
-        from mpi4py.util import pkl5
+        try:
+            from mpi4py import MPI
+            from mpi4py.util import pkl5
+        except (ImportError, RuntimeError) as error:
+            raise UserError(
+                "a launcher has started this process as one of several ranks, and no MPI can be "
+                f"loaded ({' '.join(str(error).split())}); install one (pip install "
+                "'megatron-nuwa[mpi]' brings Open MPI), or start one process without the launcher"
+            ) from error
 
         self._mpi = MPI
         # Arrays travel beside the pickles, not in them: no copy of a clip holds up other threads.
@@ -168,6 +177,7 @@ class MpiCommunicator(Communicator):
         self._sends: list[Any] = []
         # Two threads must not ask after the same message.
         self._sends_lock = threading.Lock()
+        threading.Thread(target=_end_with, args=(launcher,), name="launcher", daemon=True).start()
 
     def broadcast(self, value: T) -> T:
         return self._world.bcast(value)
@@ -250,8 +260,23 @@ class MpiClaims(Claims):
         self._window.Free()
 
 
+def _end_with(launcher: int) -> None:
+    """End this rank as soon as the process that has launched it is gone.
+
+    Ranks outlive an mpirun that is killed: nobody sees them any more, the first one's death would
+    not end the others, and they would write to a corpus that the next farm completes.
+    """
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_SECONDS)
+    # As if it had been killed, too: there is nobody left to speak to.
+    os._exit(1)
+
+
 def join_ranks() -> Communicator:
-    """The communicator that fits how this process was started."""
+    """The communicator that fits how this process was started.
+
+    Raises `UserError` where it is one of several ranks, and no MPI can be loaded.
+    """
     if any(name in os.environ for name in LAUNCHER_VARIABLES):
         return MpiCommunicator()
     return LoneCommunicator()

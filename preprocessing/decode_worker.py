@@ -18,6 +18,7 @@ from preprocessing.attempts import Attempts, Journal, Journals, Trial, try_item
 from preprocessing.filters import FilteredError, perceptual_hashes
 from preprocessing.isolation import Demands, Frames, decode_alone, decode_item
 from preprocessing.plan import PlannedItem
+from preprocessing.state import DiskError
 
 _HOST = socket.gethostname()
 
@@ -70,7 +71,10 @@ class ItemDecoder:
         self._attempts = attempts
 
     def decode(self, task: Task, journal: Journal) -> Decoded:
-        """The task's frames and text tokens, or the reason why there are none."""
+        """The task's frames and text tokens, or the reason why there are none.
+
+        Raises `DiskError` where the attempts cannot be noted or a copy of the medium not be kept.
+        """
         began = time.perf_counter()
         planned = task.planned
         try:
@@ -79,6 +83,8 @@ class ItemDecoder:
             hashes = None
             if self._demands.filters.near_duplicates is not None:
                 hashes = perceptual_hashes(frames, real)
+        except DiskError:
+            raise
         except UserError as error:
             seconds = time.perf_counter() - began
             rule = error.filter if isinstance(error, FilteredError) else None

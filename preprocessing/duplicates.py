@@ -6,6 +6,7 @@ shards, also those of items that were taken out: a farm that ends amid this find
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from bisect import bisect_right
@@ -95,7 +96,7 @@ class _Looks:
             for place in range(len(gone) + sidecar.items)
         ]
         hashes = [[int(text, 16) for text in texts] for _, texts in there]
-        np.save(self._file(shard, "hashes.npy"), np.array(hashes, np.uint64))
+        _save(self._file(shard, "hashes.npy"), np.array(hashes, np.uint64))
         ids = json.dumps([name for name, _ in there])
         self._file(shard, "ids.json").write_text(ids, encoding="utf-8")
 
@@ -105,8 +106,8 @@ class _Looks:
         starts = np.cumsum([0, *(len(hashes) for hashes in each)])
         there = [hashes for hashes in each if len(hashes)]
         found = originals_of(np.concatenate(there), distance) if there else np.empty(0, np.int64)
-        np.save(self._folder / "starts.npy", starts)
-        np.save(self._folder / "originals.npy", found)
+        _save(self._folder / "starts.npy", starts)
+        _save(self._folder / "originals.npy", found)
 
     def duplicates(self, shard: int) -> dict[int, Failure]:
         """By their places, the items of a shard that look like an earlier one of the corpus."""
@@ -135,6 +136,13 @@ class _Looks:
 
     def _file(self, shard: int, what: str) -> Path:
         return self._folder / f"{shard_name(shard)}.{what}"
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    # Not np.save to a file: where the disk is full it says how much was written, and not why.
+    content = io.BytesIO()
+    np.save(content, array)
+    path.write_bytes(content.getbuffer())
 
 
 def _failure(place: int, name: str, hashes: np.ndarray, original: str) -> Failure:

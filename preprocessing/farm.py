@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from megatron_nuwa.data.shards import CorpusManifest
@@ -251,6 +251,10 @@ def _begin(
     with writing(options.output):
         new = ledger.is_new()
         try:
+            # First: a farm that is killed later must not leave the attempts of a corpus that was
+            # deleted, or of items that are given another chance, to the next one.
+            if new or options.retry_failed:
+                attempts.forget(folder.attempts)
             ledger.begin()
         except OSError:
             if new:
@@ -258,9 +262,7 @@ def _begin(
             raise
         if options.retry_failed:
             ledger.reopen_failed()
-    with writing(folder.path):
-        if new or options.retry_failed:
-            attempts.forget(folder.attempts)
+    with writing(folder.path, "farm folder"):
         _note_engines(folder, engines, new)
         pending = ledger.pending()
         if pending and plan.stamp(key) is None:
@@ -333,7 +335,9 @@ def _finish(
                 f"all {ledger.settings.manifest_items} items of {options.source} failed or were "
                 f"left out, so there is no corpus; the first: {reason}"
             )
-    attempts.forget(folder.attempts)
+    # The corpus is whole: what a disk keeps that has become read-only is in nobody's way.
+    with suppress(OSError):
+        attempts.forget(folder.attempts)
     folder.forget_plan()
     _tell(options.output, manifest, len(made), watch.figures, watch.seconds)
     for name, count in manifest.counts.left_out.items():

@@ -15,13 +15,17 @@ from megatron_nuwa.files import try_lock, write_text_atomically
 _LOCK = "lock"
 
 
+class DiskError(UserError):
+    """A disk that the farm writes to refuses, for which no item is to blame."""
+
+
 @contextmanager
-def writing(output: Path) -> Iterator[None]:
-    """Turn what the disk refuses in the block into a `UserError` that names the output."""
+def writing(place: Path, what: str = "output") -> Iterator[None]:
+    """Turn what the disk refuses in the block into a `DiskError` that names the place."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"output {output} cannot be written: {error.strerror or error}") from error
+        raise DiskError(f"{what} {place} cannot be written: {error.strerror or error}") from error
 
 
 class FarmFolder:
@@ -40,13 +44,9 @@ class FarmFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other farms from working at the same corpus; `UserError` where one does."""
-        try:
+        with writing(self.path, "farm folder"):
             self.attempts.mkdir(parents=True, exist_ok=True)
             lock = try_lock(self.path / _LOCK)
-        except OSError as error:
-            raise UserError(
-                f"farm folder {self.path} cannot be written: {error.strerror or error}"
-            ) from error
         if lock is None:
             raise UserError(
                 f"another farm is at work on this corpus (it holds {self.path / _LOCK}); wait for "

@@ -11,13 +11,13 @@ from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from preprocessing.event_file import EventFile
 from preprocessing.figures import Figures, History, Span
 
 SHOWN_EVERY_SECONDS = 0.25
@@ -55,7 +55,8 @@ class Watch:
         self._written = Figures()
         self._history = History(self._began, LEFT_SECONDS, NOTED_EVERY_SECONDS)
         self._told = 0
-        self._writer: Any = None
+        self._scalars: EventFile | None = None
+        self._has_lost_scalars = self._has_rates = False
         self._live: Live | None = None
 
     def __enter__(self) -> Watch:
@@ -76,8 +77,7 @@ class Watch:
             self._write_scalars()
         if self._live is not None:
             self._live.stop()
-        if self._writer is not None:
-            self._writer.close()
+        self._close_scalars()
 
     def add(self, figures: Figures) -> None:
         """Add what a rank has done since it told last."""
@@ -164,28 +164,41 @@ class Watch:
         return str(timedelta(seconds=round(rest / rate)))
 
     def _write_scalars(self) -> None:
-        """Write the totals, and the rates since the last time."""
-        is_first = self._writer is None
-        if self._writer is None:
-            # A second of importing, which a short run is spared until its end.
-            from torch.utils.tensorboard import SummaryWriter
+        """Write the figures for TensorBoard: a disk that refuses costs them, and not the farm."""
+        try:
+            if self._scalars is None:
+                self._scalars = EventFile(self._folder)
+            self._scalars.write(self._values(), self.figures.items)
+        except OSError as error:
+            # What is half written would end the reading of all that follows in the same file.
+            self._close_scalars()
+            if not self._has_lost_scalars:
+                reason = error.strerror or error
+                print(f"warning: {self._folder}: figures are lost ({reason})", flush=True)
+            self._has_lost_scalars = True
 
-            self._writer = SummaryWriter(str(self._folder))
+    def _close_scalars(self) -> None:
+        if self._scalars is not None:
+            self._scalars.close()
+        self._scalars = None
+
+    def _values(self) -> dict[str, float]:
+        """The totals, and the rates since the last time."""
         now = self._clock()
         span = Span(now - self._last_scalars, self.figures.since(self._written))
         # A sum of shares says nothing by itself, and has the name of their average.
         totals = {name: value for name, value in vars(self.figures).items() if name != "queue_fill"}
-        scalars = {f"farm/{name}": float(value) for name, value in totals.items()}
-        if is_first or span.seconds >= FEWEST_SCALAR_SECONDS:
-            scalars |= {
+        values = {f"farm/{name}": float(value) for name, value in totals.items()}
+        if not self._has_rates or span.seconds >= FEWEST_SCALAR_SECONDS:
+            values |= {
                 "farm/items_per_second": span.rate(span.figures.items),
                 "farm/frames_per_second": span.rate(span.figures.frames),
                 "farm/queue_fill": span.figures.fill,
                 "farm/encoders_starved": span.figures.starved,
             }
             self._last_scalars, self._written = now, replace(self.figures)
-        for tag, value in scalars.items():
-            self._writer.add_scalar(tag, value, self.figures.items)
+            self._has_rates = True
+        return values
 
 
 def _milliseconds(seconds: float, count: int) -> str:

@@ -25,7 +25,8 @@ from megatron_nuwa.decoders.backends import (
     shape_filters,
     window_filters,
 )
-from megatron_nuwa.decoders.ffmpeg_process import BrokenVideoError, written_by
+from megatron_nuwa.decoders.ffmpeg_process import BrokenVideoError, KilledError, written_by
+from megatron_nuwa.decoders.restarts import STARTS
 from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
 
 
@@ -133,7 +134,14 @@ def _in_parts_of(size: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 def run_ffmpeg(path: Path, video: Any, limits: DecodeLimits, **output: Any) -> bytes:
     """What ffmpeg writes for a graph of ffmpeg-python; `DecodeError` where it cannot."""
-    return b"".join(written_by(path, _command(video, **output), limits))
+    command = _command(video, **output)
+    killed = None
+    for _ in range(STARTS):
+        try:
+            return b"".join(written_by(path, command, limits))
+        except KilledError as error:
+            killed = error
+    raise DecodeError(f"{killed}, {STARTS} times") from killed
 
 
 def _command(video: Any, **output: Any) -> list[str]:

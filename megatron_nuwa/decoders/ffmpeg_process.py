@@ -7,6 +7,7 @@ import math
 import os
 import re
 import selectors
+import signal
 import subprocess
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_nuwa.decoders.restarts import was_killed
 from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits
 
 _CHUNK = 1 << 16
@@ -27,6 +29,10 @@ class BrokenVideoError(DecodeError):
     """ffmpeg has met something that it cannot decode."""
 
 
+class KilledError(DecodeError):
+    """Something outside has ended ffmpeg, which says nothing of the file."""
+
+
 def written_by(
     path: Path, command: Sequence[str], limits: DecodeLimits, minute: int | None = None
 ) -> Generator[bytes, None, None]:
@@ -35,7 +41,7 @@ def written_by(
     A reader may wait `limits.seconds` for it, in all or, where `minute` says how many bytes a
     minute of film has, for each minute; what the reader does between the pieces does not count.
     One that leaves before the end must close the iterator, which ends the process. Raises
-    `DecodeError`, at the end `BrokenVideoError`.
+    `DecodeError`, at the end `BrokenVideoError` or `KilledError`.
     """
     said = bytearray()
     with subprocess.Popen(
@@ -47,6 +53,9 @@ def written_by(
         finally:
             process.kill()
             process.wait()
+    if was_killed(process.returncode):
+        name = signal.Signals(-process.returncode).name
+        raise KilledError(f"{path} cannot be decoded as a video: ffmpeg was killed ({name})")
     if process.returncode:
         complaint = _complaint(process.returncode, bytes(said))
         raise BrokenVideoError(f"{path} cannot be decoded as a video: {complaint}")

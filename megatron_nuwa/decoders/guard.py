@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_nuwa.decoders.restarts import STARTS, was_killed
 from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
 
 START_SECONDS = 60.0
@@ -74,15 +75,15 @@ class _Worker:
         """Whether the process runs."""
         return self._process.poll() is None
 
-    def end(self) -> None:
-        """End the process, whatever it is at."""
+    def end(self) -> int:
+        """End the process, whatever it is at; its exit code, if it had ended before its own."""
         self._process.kill()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             # A request that was not sent any more.
             with contextlib.suppress(BrokenPipeError):
                 stream.close()
-        self._process.wait()
+        return self._process.wait()
 
     def _read_line(self, deadline: float) -> bytes:
         while b"\n" not in self._received:
@@ -125,18 +126,7 @@ def guarded(
         "limits": limits.model_dump(mode="json"),
         "arguments": arguments,
     }
-    worker = _take()
-    try:
-        header, content = worker.ask(request, limits.seconds)
-    except TimeoutError as error:
-        worker.end()
-        raise DecodeError(f"{path} took longer than {limits.seconds:g} s to decode") from error
-    except _DiedError as error:
-        worker.end()
-        raise DecodeError(f"{path} crashes its decoder") from error
-    except BaseException:
-        worker.end()
-        raise
+    worker, header, content = _answered(path, request, limits.seconds, STARTS)
     if header["ends"]:
         worker.end()
     else:
@@ -147,6 +137,25 @@ def guarded(
     if "shape" in header:
         return np.frombuffer(content, np.uint8).reshape(header["shape"])
     return header["value"]
+
+
+def _answered(
+    path: Path, request: dict[str, Any], seconds: float, starts: int
+) -> tuple[_Worker, dict[str, Any], bytes]:
+    """A worker's answer, and the worker; one that is killed is replaced until `starts` were."""
+    worker = _take()
+    try:
+        return worker, *worker.ask(request, seconds)
+    except TimeoutError as error:
+        worker.end()
+        raise DecodeError(f"{path} took longer than {seconds:g} s to decode") from error
+    except _DiedError as error:
+        if was_killed(worker.end()) and starts > 1:
+            return _answered(path, request, seconds, starts - 1)
+        raise DecodeError(f"{path} crashes its decoder") from error
+    except BaseException:
+        worker.end()
+        raise
 
 
 def _take() -> _Worker:

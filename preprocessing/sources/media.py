@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
 from preprocessing.sources.items import Media, SourceItem, TarMember
 from preprocessing.sources.locations import open_binary, readable, reader_of
+from preprocessing.state import writing
 
 _CHUNK = 1 << 20
 
@@ -69,43 +70,50 @@ def named_as_source(media: Media, path: Path) -> Iterator[None]:
 def local_copy(media: Media, limits: DecodeLimits = DEFAULT_LIMITS) -> Iterator[Path]:
     """A local file with the content of a medium, removed afterwards where it is a copy.
 
-    Raises `DecodeError` where there is nothing to copy, or more than the limits allow.
+    Raises `DecodeError` where there is nothing to copy, or more than the limits allow, and
+    `DiskError` where the disk has no room for the copy.
     """
     if isinstance(media, Path):
         yield media
         return
     name = media.name if isinstance(media, TarMember) else media.rpartition("/")[2]
-    with tempfile.TemporaryDirectory(prefix="medium-") as folder:
-        # The suffix may have to say what kind of medium this is.
-        path = Path(folder) / f"medium{Path(name).suffix}"
-        try:
-            _copy(media, path, limits)
-        except DecodeError:
-            raise
-        except UserError as error:
-            raise DecodeError(str(error)) from error
-        except OSError as error:
-            reason = f"{error.strerror or error} in {tempfile.gettempdir()}"
-            raise DecodeError(f"{media} cannot be copied: {reason}") from error
+    with ExitStack() as copies:
+        place = Path(tempfile.gettempdir())
+        with writing(place, "the folder for temporary files (TMPDIR)"):
+            folder = copies.enter_context(tempfile.TemporaryDirectory(prefix="medium-"))
+            # The suffix may have to say what kind of medium this is.
+            path = Path(folder) / f"medium{Path(name).suffix}"
+            with path.open("wb") as copy:
+                for piece in _pieces(media, limits):
+                    copy.write(piece)
         yield path
 
 
-def _copy(media: TarMember | str, path: Path, limits: DecodeLimits) -> None:
+def _pieces(media: TarMember | str, limits: DecodeLimits) -> Iterator[bytes]:
+    """The content of a medium; whatever keeps it from being read is a `DecodeError`."""
+    try:
+        yield from _read(media, limits)
+    except DecodeError:
+        raise
+    except UserError as error:
+        raise DecodeError(str(error)) from error
+
+
+def _read(media: TarMember | str, limits: DecodeLimits) -> Iterator[bytes]:
     if isinstance(media, TarMember):
         if media.size < 0:
             raise DecodeError(f"{media} has neither an image nor a video")
         _check_size(media, media.size, limits)
         reader = reader_of(media.tar)
-        with path.open("wb") as copy:
-            for done in range(0, media.size, _CHUNK):
-                copy.write(reader.read(media.offset + done, min(_CHUNK, media.size - done)))
+        for done in range(0, media.size, _CHUNK):
+            yield reader.read(media.offset + done, min(_CHUNK, media.size - done))
         return
-    written = 0
-    with readable(media), open_binary(media) as stream, path.open("wb") as copy:
+    read = 0
+    with readable(media), open_binary(media) as stream:
         while chunk := stream.read(_CHUNK):
-            written += len(chunk)
-            _check_size(media, written, limits)
-            copy.write(chunk)
+            read += len(chunk)
+            _check_size(media, read, limits)
+            yield chunk
 
 
 def _check_size(media: TarMember | str, size: int, limits: DecodeLimits) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+import imageio_ffmpeg
 import numpy as np
 import pytest
 from farm_media import WriteClip
@@ -109,10 +113,65 @@ def test_worker_that_dies_is_replaced(tmp_path: Path) -> None:
             worker._process.wait()
         else:
             bomb = scan_bomb(tmp_path / "scans.jpg", 3000)
-            threading.Timer(0.5, worker._process.kill).start()
+            threading.Timer(0.5, worker._process.send_signal, [signal.SIGSEGV]).start()
             with pytest.raises(DecodeError, match=r"scans\.jpg crashes its decoder"):
                 decode_media(bomb, settings)
         assert decode_media(tmp_path / "a.png", settings).real == 1
+
+
+@pytest.mark.parametrize(("kills", "good"), [(2, True), (3, False)])
+def test_worker_that_is_killed_says_nothing_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, good: bool
+) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    settings = DecodeSettings(image_size=8)
+    ask, killed = guard._Worker.ask, []
+
+    def struck(worker: guard._Worker, *request: Any) -> Any:
+        if len(killed) < kills:
+            killed.append(worker.process_id)
+            os.kill(worker.process_id, signal.SIGKILL)
+        return ask(worker, *request)
+
+    monkeypatch.setattr(guard._Worker, "ask", struck)
+    if good:
+        assert decode_media(tmp_path / "a.png", settings).real == 1
+    else:
+        with pytest.raises(DecodeError, match=r"a\.png crashes its decoder"):
+            decode_media(tmp_path / "a.png", settings)
+    assert len(set(killed)) == kills
+
+
+# Instead of ffmpeg: is killed a number of times, and then does its work.
+KILLED = """#!/bin/sh
+for n in $(seq {kills}); do
+    if mkdir "{folder}/$n" 2>/dev/null; then kill -KILL $$; fi
+done
+exec "{ffmpeg}" "$@"
+"""
+
+
+@pytest.mark.parametrize(("kills", "good"), [(2, True), (3, False)])
+def test_ffmpeg_that_is_killed_says_nothing_of_the_file(
+    tmp_path: Path,
+    write_clip: WriteClip,
+    monkeypatch: pytest.MonkeyPatch,
+    kills: int,
+    good: bool,
+) -> None:
+    clip = write_clip(tmp_path / "a.mp4", [0, 60, 120, 180])
+    settings = DecodeSettings(image_size=16, frames=2, frames_per_second=5)
+    expected = decode_media(clip, settings).frames
+    program = tmp_path / "ffmpeg"
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    program.write_text(KILLED.format(kills=kills, folder=tmp_path, ffmpeg=ffmpeg))
+    program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    if good:
+        np.testing.assert_array_equal(decode_media(clip, settings).frames, expected)
+    else:
+        with pytest.raises(DecodeError, match=r"a\.mp4 .*ffmpeg was killed \(SIGKILL\), 3 times"):
+            decode_media(clip, settings)
 
 
 # A process that holds as many files as a loader of thousands of shards, and then decodes.

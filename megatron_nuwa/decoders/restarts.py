@@ -1,0 +1,15 @@
+"""Decoders that something outside kills, which says nothing of the file: it is decoded again."""
+
+from __future__ import annotations
+
+import signal
+
+# How often a file's decoder is started while it is killed each time.
+STARTS = 3
+# From the system, where memory runs short, or from whoever tidies up. A library crashes otherwise.
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
+
+
+def was_killed(code: int) -> bool:
+    """Whether a process's exit code says that something outside has ended it."""
+    return -code in _FROM_OUTSIDE
