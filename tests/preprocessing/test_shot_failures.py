@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+import torch
 from farm_media import WriteClip, write_manifest
 from hostile_clips import NOT_A_VIDEO, clip_bomb, hostile_clips, time_gap
 from hostile_media import SIDE, Hostile
 from resident_memory import MIB, forget_highest_memory, highest_memory
-from shot_films import FILM, JUMP, films, find, rows_of, starts_of
+from shot_films import FILM, JUMP, changes, films, find, rows_of, starts_of
 from torch import Tensor
 
-from megatron_nuwa.decoders import DecodeError, DecodeSettings, decode
+from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings, decode
 from preprocessing import attempts, shot_manifest
-from preprocessing.shot_items import Window, shots_of_item
+from preprocessing.shot_items import ShotDemands, Window, shots_alone, shots_of_item
+from preprocessing.sources import read_source
+from preprocessing.state import DiskError
 
 # Of what the farm refuses, these are whole films, only too short for it, or images.
 GOOD_HERE = (
@@ -160,3 +165,23 @@ def test_an_interrupt_leaves_no_process_behind(
     # It was nobody's fault.
     (folder,) = tmp_path.glob(".*.parts")
     assert attempts.collect(folder / "attempts") == {}
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_disk_without_room_for_a_copy_is_no_films_fault(tmp_path: Path, alone: bool) -> None:
+    resource = pytest.importorskip("resource")
+    (tmp_path / "film.mp4").write_bytes(bytes(100_000))
+    with tarfile.open(tmp_path / "films.tar", "w") as archive:
+        archive.add(tmp_path / "film.mp4", "film.mp4")
+    (item,) = read_source(tmp_path / "films.tar")
+    demands = ShotDemands(threshold=0.5, limits=DecodeLimits())
+    find_them = partial(shots_of_item, network=changes, demands=demands)
+    if alone:
+        find_them = partial(shots_alone, device=torch.device("cpu"), demands=demands)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(DiskError, match=r"TMPDIR\) /.* cannot be written: File too large"):
+            find_them(item)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -26,6 +26,7 @@ from preprocessing.sources import (
     read_manifest,
     read_source,
 )
+from preprocessing.state import DiskError
 
 CLIP = DecodeSettings(image_size=32, frames=2, frames_per_second=5)
 
@@ -138,7 +139,7 @@ def test_a_film_in_a_tar_is_copied_without_being_held(tmp_path: Path) -> None:
     assert peak < 10_000_000
 
 
-def test_a_disk_without_room_for_the_copy_is_the_items_reason(tmp_path: Path) -> None:
+def test_a_disk_without_room_for_the_copy_is_no_items_fault(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     (tmp_path / "film.mp4").write_bytes(bytes(100_000))
     pack(tmp_path, tmp_path / "films.tar")
@@ -146,7 +147,7 @@ def test_a_disk_without_room_for_the_copy_is_the_items_reason(tmp_path: Path) ->
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        with pytest.raises(DecodeError, match=r"film\.mp4.* cannot be copied: File too large in "):
+        with pytest.raises(DiskError, match=r"TMPDIR\) /.* cannot be written: File too large"):
             local_copy(item.media).__enter__()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
