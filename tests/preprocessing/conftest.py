@@ -8,6 +8,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import fsspec
@@ -15,13 +16,17 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
-from farm_media import CAPTIONS, WriteClip
+from disks import FailingDisk, MakeDisk, MemoryDisk, unmount
+from farm_clips import clip_command, clip_rows
+from farm_media import CAPTIONS, WriteClip, write_manifest
+from farm_runs import contents
 from PIL import Image
 from shot_films import changes
 
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
 from preprocessing import shot_manifest
+from preprocessing.__main__ import main
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +95,42 @@ def media(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> Pa
         noise = np.random.default_rng(number).integers(0, 256, (40, 60, 3), np.uint8)
         Image.fromarray(noise).save(folder / f"image{number}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def clip_manifest(media: Path) -> Path:
+    """A manifest of clips, some of them broken."""
+    return write_manifest(media / "many.jsonl", clip_rows())
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, clip_manifest: Path, tools: Path
+) -> dict[str, bytes]:
+    """What a farm that nothing happens to makes of them."""
+    output = tmp_path_factory.mktemp("undisturbed") / "corpus"
+    assert main(clip_command(clip_manifest, output, tools)) == 0
+    return contents(output)
+
+
+@pytest.fixture
+def memory_disk(tmp_path: Path) -> Iterator[MakeDisk]:
+    """Make a disk of so many pages."""
+    with ExitStack() as disks:
+
+        def make(pages: int) -> MemoryDisk:
+            disk = MemoryDisk(tmp_path / "disk", pages)
+            disks.callback(unmount, disk.folder)
+            return disk
+
+        yield make
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[FailingDisk]:
+    disk = FailingDisk(tmp_path / "disk")
+    yield disk
+    unmount(disk.folder)
 
 
 @pytest.fixture(scope="session")

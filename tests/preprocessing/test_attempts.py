@@ -8,7 +8,9 @@ import shutil
 import time
 from pathlib import Path
 
+import imageio_ffmpeg
 import pytest
+from farm_clips import clip_command
 from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents, run_farm
 from power import Disk
@@ -230,6 +232,30 @@ def test_item_is_tried_as_often_as_is_asked_for(
     assert len(tries) == attempts
     failures = (output / "failures.jsonl").read_text().splitlines()
     assert len(failures) == 1 - good
+
+
+# Instead of ffmpeg: whatever it is asked to do, it is killed the first time.
+KILLED_AT_FIRST = """#!/bin/sh
+if mkdir "{folder}/$(echo "$@" | cksum | tr ' ' -)" 2>/dev/null; then kill -KILL $$; fi
+exec "{ffmpeg}" "$@"
+"""
+
+
+def test_decoders_that_are_killed_cost_no_attempt_and_change_no_reason(
+    clip_manifest: Path,
+    tools: Path,
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = tmp_path / "ffmpeg"
+    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    program.write_text(KILLED_AT_FIRST.format(folder=tmp_path, ffmpeg=ffmpeg))
+    program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    output = tmp_path / "corpus"
+    assert main(clip_command(clip_manifest, output, tools, "--attempts", "1")) == 0
+    assert contents(output) == undisturbed
 
 
 def test_two_farms_never_work_at_one_corpus(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from farm_media import CAPTIONS, WriteClip, tokenize_command, write_manifest
-from farm_runs import contents, kill_farm, run_farm, start_farm, wait_until
+from farm_runs import Moment, contents, kill_farm, run_farm, start_farm
 from PIL import Image
 
 from megatron_nuwa.data.corpus import Corpus
@@ -22,6 +21,7 @@ from preprocessing.__main__ import main
 from preprocessing.state import FarmFolder
 
 PICTURES = 6
+SHARDS = 6
 # Which picture each of the 30 rows shows, as another file; the first of each stays.
 SHOWN = [n % PICTURES if n % 4 == 0 else PICTURES + n for n in range(30)]
 ORIGINALS = [row for row in range(30) if SHOWN[row] not in SHOWN[:row]]
@@ -199,10 +199,11 @@ def test_killed_farms_take_the_same_near_duplicates_out(
         choose = random.Random(10 * ranks + run)
         output = tmp_path / f"corpus{run}"
         command = arguments(alike / "alike.jsonl", output, tools, alike / "alike.yaml")
+        # At the last of these moments the shards are all there, and near-duplicates are looked for.
+        moment = Moment.chosen(output, SHARDS + 1, choose)
         farm = start_farm(ranks, command, tmp_path / "log")
-        wait_until((output / "settings.json").exists, farm)
-        time.sleep(choose.uniform(0, 0.6))
-        hits += kill_farm(farm, everybody=choose.random() < 0.5, choose=choose)
+        moment.await_in(farm, output)
+        hits += kill_farm(farm, output, choose.choice(("rank", "ranks")), choose)
         done = run_farm(ranks, command)
         assert done.returncode == 0, done.stdout + done.stderr
         assert contents(output) == undisturbed, (ranks, run)

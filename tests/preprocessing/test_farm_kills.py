@@ -1,150 +1,214 @@
-"""Farms that are killed, starved of disk or shut out, and then repeated."""
+"""Farms that are killed at any moment, whoever is hit, and then repeated."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 import random
+import shutil
+import signal
 import subprocess
-import time
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
-from farm_media import CAPTIONS, tokenize_command, write_manifest
-from farm_runs import contents, kill_farm, run_farm, start_farm, wait_until
+from farm_clips import SHARDS, clip_command
+from farm_runs import (
+    MPIRUN,
+    VICTIMS,
+    Moment,
+    contents,
+    end_of,
+    environment,
+    family_of,
+    is_at_work,
+    kill_farm,
+    run_farm,
+    start_farm,
+    wait_until,
+)
 
 from preprocessing.__main__ import main
+from preprocessing.ledger import Ledger
+from preprocessing.state import FarmFolder
 
-SHARDS = 8
-ITEMS_PER_SHARD = 4
-
-
-def rows(count: int) -> list[dict[str, object]]:
-    """Clips of the `media` fixture over and over, some broken."""
-    return [
-        {
-            "id": f"item{n}",
-            "media": "corrupt.mp4" if n % 11 == 5 else f"clip{n % 7}.mp4",
-            "captions": CAPTIONS[: n % 3 + 1],
-        }
-        for n in range(count)
-    ]
+TRIES = 5
+# Ranks, who is killed, and in how many farms: ten of each number of ranks.
+KILLS = [
+    *((1, victim, 5) for victim in ("rank", "decoder")),
+    *((ranks, victim, 3) for ranks in (2, 3, 4) for victim in ("rank", "ranks")),
+    *((ranks, victim, 2) for ranks in (2, 3, 4) for victim in ("decoder", "mpirun")),
+]
 
 
-def arguments(manifest: Path, output: Path, tools: Path, *more: str) -> list[str]:
-    clips = ("--frames", "4", "--fps", "5", "--items-per-shard", str(ITEMS_PER_SHARD))
-    return tokenize_command(manifest, output, tools, *clips, *more)
-
-
-@pytest.fixture(scope="module")
-def manifest(media: Path) -> Path:
-    return write_manifest(media / "kills.jsonl", rows(SHARDS * ITEMS_PER_SHARD))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, manifest: Path, tools: Path
-) -> dict[str, bytes]:
-    output = tmp_path_factory.mktemp("undisturbed") / "corpus"
-    assert main(arguments(manifest, output, tools)) == 0
-    return contents(output)
-
-
-def kill_once(command: list[str], ranks: int, folder: Path, choose: random.Random) -> bool:
-    """Start a farm, and at a random moment kill one of its ranks or all; false where it was done"""
+def kill_once(
+    command: list[str], ranks: int, folder: Path, victim: str, choose: random.Random
+) -> bool:
+    """Start a farm and kill it at a random moment; false where it was done by then."""
     output = Path(command[command.index("--output") + 1])
     roles = ["--decode-ranks-per-encoder", str(choose.choice((0, 1)))] if ranks > 1 else []
+    moment = Moment.chosen(output, SHARDS, choose)
     farm = start_farm(ranks, [*command, *roles], folder / "log")
-    # From the moment on at which files appear; before it there is nothing to harm.
-    wait_until(lambda: (output / "settings.json").exists(), farm)
-    time.sleep(choose.uniform(0, 1.2))
-    return kill_farm(farm, everybody=choose.random() < 0.5, choose=choose)
+    moment.await_in(farm, output)
+    return kill_farm(farm, output, victim, choose)
 
 
 def test_farm_that_is_killed_four_times_is_completed_to_the_same_bytes(
-    manifest: Path, tools: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+    clip_manifest: Path, tools: Path, tmp_path: Path, undisturbed: dict[str, bytes]
 ) -> None:
-    command = arguments(manifest, tmp_path / "corpus", tools)
-    hits = [kill_once(command, ranks, tmp_path, random.Random(ranks)) for ranks in (1, 3, 2, 1)]
-    assert any(hits)
+    output = tmp_path / "corpus"
+    command = clip_command(clip_manifest, output, tools)
+    hits = 0
+    for ranks, shards, victim in (
+        (1, 0, "ranks"),
+        (3, 1, "rank"),
+        (4, 3, "mpirun"),
+        (1, 5, "rank"),
+    ):
+        farm = start_farm(ranks, command, tmp_path / "log")
+        Moment(shards, 0).await_in(farm, output)
+        hits += kill_farm(farm, output, victim, random.Random(ranks))
+    assert hits >= 2
     assert main(command) == 0
-    assert contents(tmp_path / "corpus") == undisturbed
+    assert contents(output) == undisturbed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_ten_farms_killed_at_random_moments_end_in_the_same_bytes(
-    manifest: Path, tools: Path, tmp_path: Path, undisturbed: dict[str, bytes], ranks: int
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("ranks", "victim", "runs"), KILLS)
+def test_forty_farms_killed_at_random_moments_end_in_the_same_bytes(
+    clip_manifest: Path,
+    tools: Path,
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+    ranks: int,
+    victim: str,
+    runs: int,
 ) -> None:
-    hits = 0
-    for run in range(10):
-        choose = random.Random(100 * ranks + run)
+    for run in range(runs):
+        choose = random.Random(f"{ranks} {victim} {run}")
         output = tmp_path / f"corpus{run}"
-        command = arguments(manifest, output, tools)
-        for _ in range(choose.choice((1, 2))):
-            hits += kill_once(command, ranks, tmp_path, choose)
+        command = clip_command(clip_manifest, output, tools)
+        misses = 0
+        while not kill_once(command, ranks, tmp_path, victim, choose):
+            # It was done: another one is killed at another moment.
+            misses += 1
+            assert misses < TRIES, "every one was done before it could be killed"
+            for folder in (output, FarmFolder(output).path):
+                shutil.rmtree(folder)
+        if victim != "decoder" and choose.random() < 0.5:
+            other = choose.choice(VICTIMS if ranks > 1 else VICTIMS[:2])
+            kill_once(command, ranks, tmp_path, other, choose)
         done = run_farm(ranks, command)
         assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log").read_text()
-        assert contents(output) == undisturbed, (ranks, run)
-    assert hits >= 5
+        assert contents(output) == undisturbed, (ranks, victim, run)
+        print(f"{ranks} ranks, {victim}, farm {run}: hit after {misses} misses")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB, less than the corpus needs."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
+    script = tmp_path / "waiting.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from preprocessing.communicator import join_ranks\n"
+        "rank = join_ranks().rank\n"
+        "Path(sys.argv[1], f'rank{rank}').touch()\n"
+        "time.sleep(600)\n"
+    )
+    command = [str(MPIRUN), "-n", "2", "--bind-to", "none", "--oversubscribe"]
+    farm = psutil.Popen(
+        [*command, sys.executable, str(script), str(tmp_path)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+        assert wait_until(lambda: len(list(tmp_path.glob("rank*"))) == 2, farm)
+        family = family_of(farm)
+        assert len(family) == 3
+        farm.kill()
+        assert end_of(farm, family) == -signal.SIGKILL
+    finally:
+        for process in family_of(farm):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
-def test_full_disk_ends_in_one_sentence_and_a_larger_one_completes(
-    manifest: Path,
+@pytest.mark.parametrize(
+    "launched",
+    [
+        # srun --mpi=none, or an srun whose default it is.
+        [{"SLURM_PROCID": rank, "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"} for rank in "01"],
+        pytest.param(
+            # srun --mpi=pmi2 under an MPI that speaks PMIx alone.
+            [{"PMI_RANK": rank, "PMI_SIZE": "2"} for rank in "01"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_processes_that_know_nothing_of_each_other_do_the_work_once(
+    clip_manifest: Path,
     tools: Path,
+    tmp_path: Path,
     undisturbed: dict[str, bytes],
-    small_disk: Path,
-    capsys: pytest.CaptureFixture[str],
+    launched: list[dict[str, str]],
 ) -> None:
-    command = arguments(manifest, small_disk / "corpus", tools)
-    assert main(command) == 2
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "cannot be written: No space left on device" in told
-    assert not (small_disk / "corpus" / "corpus.json").exists()
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    output = tmp_path / "corpus"
+    command = clip_command(clip_manifest, output, tools)
+    first = start_farm(1, command, tmp_path / "log", **launched[0])
+    try:
+        assert Moment(2, 0).await_in(first, output)
+        # It stands still, so that all that changes now is the other one's doing.
+        first.suspend()
+        assert is_at_work(first, output)
+        before = everything(tmp_path)
+        second = run_farm(1, command, **launched[1])
+        assert second.returncode == 2, second.stdout + second.stderr
+        assert second.stderr.count("\n") == 1
+        assert "error: another farm is at work on this corpus" in second.stderr
+        assert everything(tmp_path) == before
+        first.resume()
+        assert first.wait(120) == 0, (tmp_path / "log").read_text()
+    finally:
+        if first.poll() is None:
+            first.kill()
+    assert contents(output) == undisturbed
+
+
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """All files of a folder: when they were changed, and what they hold."""
+    return {
+        str(path): (path.stat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes())
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_farm_that_is_killed_at_its_start_counts_no_attempts_of_a_deleted_corpus(
+    clip_manifest: Path,
+    tools: Path,
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "corpus"
+    command = clip_command(clip_manifest, output, tools)
+    folder = FarmFolder(output)
+    folder.attempts.mkdir(parents=True)
+    counts = {"journals": [], "rows": {"0": {"failed": 0, "deaths": 99}}}
+    (folder.attempts / "attempts.json").write_text(json.dumps(counts))
+    begin = Ledger.begin
+
+    def killed(ledger: Ledger) -> None:
+        begin(ledger)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "begin", killed)
+        with pytest.raises(SystemExit):
+            main(command)
+    assert os.listdir(output) == ["settings.json"]
     assert main(command) == 0
-    assert contents(small_disk / "corpus") == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_full_disk_ends_all_ranks(
-    manifest: Path, tools: Path, undisturbed: dict[str, bytes], small_disk: Path, ranks: int
-) -> None:
-    command = arguments(manifest, small_disk / "corpus", tools)
-    done = run_farm(ranks, [*command, "--decode-ranks-per-encoder", str(ranks % 2)])
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert "cannot be written: No space left on device" in lines[0]
-    assert "Traceback" not in done.stderr
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    assert run_farm(ranks, command).returncode == 0
-    assert contents(small_disk / "corpus") == undisturbed
-
-
-def test_output_that_cannot_be_written_is_refused_before_the_work(
-    manifest: Path, tools: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert main(arguments(manifest, small_disk / "corpus", tools)) == 2
-    told = capsys.readouterr().err
-    assert "cannot be written: Read-only file system" in told
-    assert told.count("\n") == 1
-    assert list(small_disk.iterdir()) == []
+    assert contents(output) == undisturbed
