@@ -1,6 +1,6 @@
 """Run a launcher's command, and start it again after a fault. Example:
 
-python launch/supervise.py deepspeed --hostfile hostfile launch/pretrain.py RECIPE
+python launch/supervise.py deepspeed --hostfile HOSTFILE launch/pretrain.py RECIPE
 """
 
 from __future__ import annotations

@@ -50,12 +50,12 @@ class Candidate:
 
     @cached_property
     def path(self) -> Path:
-        """The medium as a local file; raises `DecodeError`."""
+        """The medium as a local file; raises `DecodeError`, or `DiskError` (`local_copy`)."""
         return self._copies.enter_context(local_copy(self.item.media, self._limits))
 
     @cached_property
     def facts(self) -> MediaFacts:
-        """Size and length of the medium; raises `DecodeError`."""
+        """Size and length of the medium; raises as `path`."""
         with named_as_source(self.item.media, self.path):
             return media_facts(self.path, self._limits)
 
@@ -77,7 +77,7 @@ class Filter(Settings, ABC):
 
     @abstractmethod
     def objection(self, candidate: Candidate) -> str | None:
-        """Why the item is left out, in words; None where it is taken. May raise `DecodeError`."""
+        """Why the item is left out, in words; None where it is taken. May raise as `path`."""
 
 
 class MinimumSize(Filter):

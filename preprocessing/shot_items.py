@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from pydantic import Field
 
 from megatron_nuwa.config import Settings
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, media_kind
+from megatron_nuwa.decoders.ffmpeg_backend import TooLongFilmError
+from megatron_nuwa.decoders.ffmpeg_process import KilledError
+from megatron_nuwa.decoders.restarts import STARTS
 from preprocessing.item_json import item_of_tree, tree_of_item
 from preprocessing.lone_process import ask_alone, read_request
 from preprocessing.shots import Network, find_shots, load_network
@@ -37,7 +41,13 @@ def shots_of_item(item: SourceItem, network: Network, demands: ShotDemands) -> l
     with local_copy(item.media, demands.limits) as path, named_as_source(item.media, path):
         if media_kind(path) == "image":
             return [(item.start, item.end)]
-        return find_shots(network, path, item.start, item.end, demands.threshold, demands.limits)
+        find = partial(
+            find_shots, network, path, item.start, item.end, demands.threshold, demands.limits
+        )
+        for _ in range(STARTS - 1):
+            with contextlib.suppress(KilledError):
+                return find()
+        return find()
 
 
 def shots_alone(item: SourceItem, device: torch.device, demands: ShotDemands) -> list[Window]:
@@ -52,7 +62,8 @@ def shots_alone(item: SourceItem, device: torch.device, demands: ShotDemands) ->
     if "disk" in answer:
         raise DiskError(answer["disk"])
     if "reason" in answer:
-        raise DecodeError(answer["reason"])
+        # Of one of them another attempt is in vain.
+        raise (TooLongFilmError if answer["too_long"] else DecodeError)(answer["reason"])
     return [(start, end) for start, end in answer["shots"]]
 
 
@@ -74,7 +85,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     except DiskError as error:
         return {"disk": str(error)}
     except DecodeError as error:
-        return {"reason": str(error)}
+        return {"reason": str(error), "too_long": isinstance(error, TooLongFilmError)}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,5 +87,7 @@ def only_command(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        # What ends the block may be a disk that takes nothing any more, not this either.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         lock.release()

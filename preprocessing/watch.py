@@ -172,6 +172,7 @@ class Watch:
         except OSError as error:
             # What is half written would end the reading of all that follows in the same file.
             self._close_scalars()
+            self._last_scalars = self._clock()
             if not self._has_lost_scalars:
                 reason = error.strerror or error
                 print(f"warning: {self._folder}: figures are lost ({reason})", flush=True)

@@ -21,6 +21,7 @@ from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits
 _CHUNK = 1 << 16
 # Only the first line is told.
 _MOST_SAID = 1 << 16
+_GRACE_SECONDS = 5
 # poll() counts milliseconds in 32 bits.
 _LONGEST_WAIT = 1e6
 
@@ -119,7 +120,9 @@ def _limit(process: int, limits: DecodeLimits, renewable: bool) -> None:
         if renewable:
             _limit_cpu_softly(process, seconds)
         else:
-            resource.prlimit(process, resource.RLIMIT_CPU, (seconds, seconds))
+            # The soft limit ffmpeg keeps by itself; of the hard one the system kills it, as if
+            # something outside had.
+            resource.prlimit(process, resource.RLIMIT_CPU, (seconds, seconds + _GRACE_SECONDS))
 
 
 def _allow_more(process: int, limits: DecodeLimits) -> None:

@@ -52,7 +52,11 @@ class _Worker:
         self._answers = select.poll()
         self._answers.register(self._process.stdout, select.POLLIN)
         self._received = bytearray()
-        self._read_line(time.monotonic() + START_SECONDS)
+        try:
+            self._read_line(time.monotonic() + START_SECONDS)
+        except BaseException:
+            self.end()
+            raise
 
     def ask(self, request: dict[str, Any], seconds: float) -> tuple[dict[str, Any], bytes]:
         """The answer's header and content; `TimeoutError` or `_DiedError` where there is none."""
@@ -143,7 +147,13 @@ def _answered(
     path: Path, request: dict[str, Any], seconds: float, starts: int
 ) -> tuple[_Worker, dict[str, Any], bytes]:
     """A worker's answer, and the worker; one that is killed is replaced until `starts` were."""
-    worker = _take()
+    try:
+        worker = _take()
+    except (_DiedError, TimeoutError) as error:
+        # No file was asked for yet.
+        if starts > 1:
+            return _answered(path, request, seconds, starts - 1)
+        raise DecodeError(f"{path} cannot be decoded: no decoder starts") from error
     try:
         return worker, *worker.ask(request, seconds)
     except TimeoutError as error:

@@ -7,6 +7,7 @@ import signal
 # How often a file's decoder is started while it is killed each time.
 STARTS = 3
 # From the system, where memory runs short, or from whoever tidies up. A library crashes otherwise.
+# (ffmpeg catches the second, and ends as if it had met something in the file.)
 _FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM)
 
 

@@ -80,7 +80,10 @@ def local_copy(media: Media, limits: DecodeLimits = DEFAULT_LIMITS) -> Iterator[
     with ExitStack() as copies:
         place = Path(tempfile.gettempdir())
         with writing(place, "the folder for temporary files (TMPDIR)"):
-            folder = copies.enter_context(tempfile.TemporaryDirectory(prefix="medium-"))
+            # A disk that has become read-only must not hide in its own error what it cost.
+            folder = copies.enter_context(
+                tempfile.TemporaryDirectory(prefix="medium-", ignore_cleanup_errors=True)
+            )
             # The suffix may have to say what kind of medium this is.
             path = Path(folder) / f"medium{Path(name).suffix}"
             with path.open("wb") as copy:

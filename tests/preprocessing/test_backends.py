@@ -142,6 +142,34 @@ def test_worker_that_is_killed_says_nothing_of_the_file(
     assert len(set(killed)) == kills
 
 
+@pytest.mark.parametrize(("deaths", "good"), [(2, True), (3, False)])
+def test_worker_that_is_killed_while_it_starts_says_nothing_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: int, good: bool
+) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    settings = DecodeSettings(image_size=8)
+    guard.end_workers()
+    read_line, started = guard._Worker._read_line, []
+
+    def struck(worker: guard._Worker, deadline: float) -> bytes:
+        if worker.process_id not in started:
+            started.append(worker.process_id)
+            if len(started) <= deaths:
+                os.kill(worker.process_id, signal.SIGKILL)
+        return read_line(worker, deadline)
+
+    monkeypatch.setattr(guard._Worker, "_read_line", struck)
+    if good:
+        assert decode_media(tmp_path / "a.png", settings).real == 1
+    else:
+        with pytest.raises(DecodeError, match=r"a\.png cannot be decoded: no decoder starts"):
+            decode_media(tmp_path / "a.png", settings)
+    assert len(started) == 3
+    for process in started[:deaths]:
+        # Nothing is left of them, not even an entry of the system.
+        assert not Path(f"/proc/{process}").exists()
+
+
 # Instead of ffmpeg: is killed a number of times, and then does its work.
 KILLED = """#!/bin/sh
 for n in $(seq {kills}); do

@@ -142,7 +142,7 @@ def watch_farm_of(
         assert farm.poll() in (None, 0), log.read_text()
     finally:
         if farm.poll() is None:
-            kill_farm(farm, True, random.Random(0))
+            kill_farm(farm, folder / "corpus", "ranks", random.Random(0))
     assert len(readings) >= FEWEST_READINGS, log.read_text()
     return readings
 
@@ -218,6 +218,7 @@ def test_growth_is_that_of_a_leak_and_not_of_a_step_or_of_noise() -> None:
 
 
 def test_a_decode_worker_gives_back_all_that_clips_took(small_media: Path) -> None:
+    pytest.importorskip("av")
     settings = DecodeSettings(image_size=32, frames=2, backend="pyav")
     clips, readings = PyavBackend(), []
     guard.end_workers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -83,8 +84,10 @@ def test_its_thread_asks_by_itself(
     monkeypatch.setattr(film_progress, "ASKED_EVERY_SECONDS", 0.001)
     monkeypatch.setattr(film_progress, "TOLD_EVERY_SECONDS", 0.0)
     with FilmProgress(lambda: min(3, next(asked)), 3) as progress:
-        while progress._told < 3:
-            pass
+        deadline = time.monotonic() + 60
+        while progress._told < 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert progress._told == 3
     assert capsys.readouterr().out.count("\n") == 3
 
 

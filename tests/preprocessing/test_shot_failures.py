@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tarfile
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,12 @@ from shot_films import FILM, JUMP, changes, films, find, rows_of, starts_of
 from torch import Tensor
 
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings, decode
-from preprocessing import attempts, shot_manifest
+from megatron_nuwa.decoders.ffmpeg_backend import TooLongFilmError
+from megatron_nuwa.decoders.ffmpeg_process import KilledError
+from preprocessing import attempts, shot_manifest, shots
 from preprocessing.shot_items import ShotDemands, Window, shots_alone, shots_of_item
-from preprocessing.sources import read_source
+from preprocessing.shot_parts import only_command
+from preprocessing.sources import SourceItem, read_source
 from preprocessing.state import DiskError
 
 # Of what the farm refuses, these are whole films, only too short for it, or images.
@@ -165,6 +171,57 @@ def test_an_interrupt_leaves_no_process_behind(
     # It was nobody's fault.
     (folder,) = tmp_path.glob(".*.parts")
     assert attempts.collect(folder / "attempts") == {}
+
+
+@pytest.mark.parametrize(("kills", "good"), [(2, True), (3, False)])
+def test_an_ffmpeg_that_is_killed_costs_no_attempt(
+    tmp_path: Path,
+    write_clip: WriteClip,
+    monkeypatch: pytest.MonkeyPatch,
+    kills: int,
+    good: bool,
+) -> None:
+    item = SourceItem(id="film", media=write_clip(tmp_path / "film.mp4", FILM, 25), captions=())
+    demands = ShotDemands(threshold=0.5, limits=DecodeLimits())
+    read, tries = shots.read_scaled, []
+
+    def struck(*arguments: Any) -> Iterator[np.ndarray]:
+        tries.append(arguments)
+        pieces = read(*arguments)
+        if len(tries) <= kills:
+            yield next(pieces)
+            pieces.close()
+            raise KilledError("film.mp4 cannot be decoded as a video: ffmpeg was killed (SIGKILL)")
+        yield from pieces
+
+    monkeypatch.setattr(shots, "read_scaled", struck)
+    if good:
+        assert len(shots_of_item(item, changes, demands)) == 2
+    else:
+        with pytest.raises(KilledError):
+            shots_of_item(item, changes, demands)
+    assert len(tries) == 3
+
+
+def test_an_endless_film_is_read_once_in_a_process_of_its_own_as_well(tmp_path: Path) -> None:
+    item = SourceItem(id="gap", media=time_gap(tmp_path / "gap.mkv", 10**6), captions=())
+    demands = ShotDemands(threshold=0.5, limits=DecodeLimits(film_hours=0.02))
+    with pytest.raises(TooLongFilmError, match=r"is longer than the 0\.02 hours"):
+        shots_alone(item, torch.device("cpu"), demands)
+
+
+def test_a_lock_that_cannot_be_removed_hides_no_error_behind_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.raises(DiskError, match="told first"), only_command(tmp_path / "shots.jsonl"):  # noqa: PT012
+        monkeypatch.setattr(Path, "unlink", refused)
+        raise DiskError("told first")
+    monkeypatch.undo()
+    with only_command(tmp_path / "shots.jsonl"):
+        pass
 
 
 @pytest.mark.parametrize("alone", [False, True])

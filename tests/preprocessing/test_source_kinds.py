@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -151,6 +154,24 @@ def test_a_disk_without_room_for_the_copy_is_no_items_fault(tmp_path: Path) -> N
             local_copy(item.media).__enter__()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_becomes_read_only_hides_no_error_behind_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "film.mp4").write_bytes(bytes(1000))
+    pack(tmp_path, tmp_path / "films.tar")
+    (item,) = read_source(tmp_path / "films.tar")
+
+    def refused(*arguments: Any, **more: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    before = os.unlink
+    with pytest.raises(DiskError, match="told first"), local_copy(item.media) as path:  # noqa: PT012
+        monkeypatch.setattr(os, "unlink", refused)
+        raise DiskError("told first")
+    monkeypatch.setattr(os, "unlink", before)
+    shutil.rmtree(path.parent)
 
 
 def test_members_of_a_tar_cannot_be_links_and_damage_is_named(tmp_path: Path) -> None:
