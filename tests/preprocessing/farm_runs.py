@@ -152,7 +152,7 @@ def kill_farm(farm: psutil.Popen, output: Path, victim: str, choose: random.Rand
     return hit
 
 
-def end_of(farm: psutil.Popen, family: Sequence[psutil.Process], seconds: float = 120) -> int:
+def end_of(farm: psutil.Popen, family: Sequence[psutil.Process], seconds: float = 400) -> int:
     """Wait until nothing of a farm is left, which is up to itself; its exit code."""
     _, left = psutil.wait_procs(family, timeout=seconds)
     told = [process.as_dict(["pid", "status", "cmdline"]) for process in left]
@@ -196,7 +196,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def wait_until(condition: Callable[[], bool], farm: psutil.Popen, seconds: float = 120) -> bool:
+def wait_until(condition: Callable[[], bool], farm: psutil.Popen, seconds: float = 400) -> bool:
     """Whether a condition became true before the farm ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
