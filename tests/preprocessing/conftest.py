@@ -100,7 +100,7 @@ def media(tmp_path_factory: pytest.TempPathFactory, write_clip: WriteClip) -> Pa
 @pytest.fixture(scope="session")
 def clip_manifest(media: Path) -> Path:
     """A manifest of clips, some of them broken."""
-    return write_manifest(media / "many.jsonl", clip_rows())
+    return write_manifest(media / "clips-and-broken-ones.jsonl", clip_rows())
 
 
 @pytest.fixture(scope="session")
