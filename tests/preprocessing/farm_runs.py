@@ -48,7 +48,7 @@ def run_farm(
         env=environment(**more),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 

@@ -17,6 +17,8 @@ from farm_runs import Moment, contents, end_of, family_of, run_farm, start_farm
 from preprocessing import watch
 from preprocessing.__main__ import main
 
+# Several farms one after the other, and a machine may be slow.
+pytestmark = pytest.mark.timeout(3000)
 FULL = "No space left on device"
 READ_ONLY = "Read-only file system"
 PLENTY = "size=8m"
@@ -128,7 +130,6 @@ def test_full_disk_ends_in_one_sentence_and_a_larger_one_completes(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
 def test_disk_that_is_full_at_any_page_ends_in_one_sentence(
     clip_manifest: Path,
     tools: Path,

@@ -34,6 +34,8 @@ from preprocessing.__main__ import main
 from preprocessing.ledger import Ledger
 from preprocessing.state import FarmFolder
 
+# Several farms one after the other, and a machine may be slow.
+pytestmark = pytest.mark.timeout(3000)
 TRIES = 5
 # Ranks, who is killed, and in how many farms: ten of each number of ranks.
 KILLS = [
@@ -76,7 +78,6 @@ def test_farm_that_is_killed_four_times_is_completed_to_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("ranks", "victim", "runs"), KILLS)
 def test_forty_farms_killed_at_random_moments_end_in_the_same_bytes(
     clip_manifest: Path,
