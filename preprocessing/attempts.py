@@ -184,7 +184,7 @@ def try_item(trial: Trial, journal: Journal, here: Callable[[], T], alone: Calla
             journal.fail(trial.row)
             left -= 1
             # A decoder may know of an error that no further attempt can mend.
-            if not left or getattr(error, "permanent", False):
+            if not left or error.permanent:
                 raise
         else:
             journal.succeed()

@@ -13,7 +13,6 @@ from pydantic import Field
 
 from megatron_nuwa.config import Settings
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, media_kind
-from megatron_nuwa.decoders.ffmpeg_backend import TooLongFilmError
 from megatron_nuwa.decoders.ffmpeg_process import KilledError
 from megatron_nuwa.decoders.restarts import STARTS
 from preprocessing.item_json import item_of_tree, tree_of_item
@@ -62,8 +61,9 @@ def shots_alone(item: SourceItem, device: torch.device, demands: ShotDemands) ->
     if "disk" in answer:
         raise DiskError(answer["disk"])
     if "reason" in answer:
-        # Of one of them another attempt is in vain.
-        raise (TooLongFilmError if answer["too_long"] else DecodeError)(answer["reason"])
+        failed = DecodeError(answer["reason"])
+        failed.permanent = answer["permanent"]
+        raise failed
     return [(start, end) for start, end in answer["shots"]]
 
 
@@ -85,7 +85,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     except DiskError as error:
         return {"disk": str(error)}
     except DecodeError as error:
-        return {"reason": str(error), "too_long": isinstance(error, TooLongFilmError)}
+        return {"reason": str(error), "permanent": error.permanent}
 
 
 if __name__ == "__main__":

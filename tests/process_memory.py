@@ -1,10 +1,13 @@
-"""What memory a process has of its own."""
+"""What memory a process has of its own, and how much this one has had at most."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+
+MIB = 2**20
 
 
 def own_memory(process: int) -> int:
@@ -24,3 +27,17 @@ def own_memory(process: int) -> int:
         raise ProcessLookupError(process)
     found = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:]}
     return 1024 * (found["Pss_Anon"] + found["Pss_Shmem"])
+
+
+def highest_memory() -> int:
+    """Bytes that were resident at most since `forget_highest_memory`."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def forget_highest_memory() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("the kernel does not let this process forget its highest memory")

@@ -16,14 +16,12 @@ from pathlib import Path
 import psutil
 
 from megatron_nuwa.decoders.restarts import was_killed
-from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits
+from megatron_nuwa.decoders.settings import LONGEST_WAIT, DecodeError, DecodeLimits
 
 _CHUNK = 1 << 16
 # Only the first line is told.
 _MOST_SAID = 1 << 16
 _GRACE_SECONDS = 5
-# poll() counts milliseconds in 32 bits.
-_LONGEST_WAIT = 1e6
 
 
 class BrokenVideoError(DecodeError):
@@ -83,7 +81,7 @@ def _pieces(
             streams.register(stream, selectors.EVENT_READ)
         while streams.get_map():
             began = time.monotonic()
-            ready = streams.select(min(left, _LONGEST_WAIT))
+            ready = streams.select(min(left, LONGEST_WAIT))
             left -= time.monotonic() - began
             if left <= 0:
                 raise late

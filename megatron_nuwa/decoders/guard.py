@@ -17,16 +17,19 @@ from typing import Any
 import numpy as np
 
 from megatron_nuwa.decoders.restarts import STARTS, was_killed
-from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
+from megatron_nuwa.decoders.settings import (
+    LONGEST_WAIT,
+    DecodeError,
+    DecodeLimits,
+    DecodeSettings,
+)
 
 START_SECONDS = 60.0
 _CHUNK = 1 << 20
-# poll() counts milliseconds in 32 bits.
-_LONGEST_WAIT = 1e6
 
 
 class _DiedError(Exception):
-    """The worker has ended, which it does only when something in a file makes it."""
+    """The worker has ended: something in a file made it, or something outside."""
 
 
 class _Worker:
@@ -104,7 +107,7 @@ class _Worker:
 
     def _receive(self, deadline: float) -> None:
         assert self._process.stdout is not None
-        left = min(deadline - time.monotonic(), _LONGEST_WAIT)
+        left = min(deadline - time.monotonic(), LONGEST_WAIT)
         if left <= 0 or not self._answers.poll(1000 * left):
             raise TimeoutError
         chunk = os.read(self._process.stdout.fileno(), _CHUNK)

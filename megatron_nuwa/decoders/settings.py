@@ -16,10 +16,17 @@ from megatron_nuwa.errors import UserError
 
 # Raised whenever the same file and settings would give other pixels than before.
 DECODE_RULES_VERSION = 1
+# Seconds: poll(), which waits for decoders, counts milliseconds in 32 bits.
+LONGEST_WAIT = 1e6
 
 
 class DecodeError(UserError):
-    """A media file that cannot become frames; its text is one sentence that names the file."""
+    """A media file that cannot become frames; its text is one sentence that names the file.
+
+    `permanent` where no further attempt can mend it.
+    """
+
+    permanent = False
 
 
 class DecodeSettings(Settings):

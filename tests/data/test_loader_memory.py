@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from process_memory import own_memory
+from process_memory import MIB, own_memory
 
 from megatron_nuwa.data.shards import (
     CorpusManifest,
@@ -30,7 +30,6 @@ from megatron_nuwa.data.shards import (
 SHARDS, ITEMS = 500, 4096
 SIDE, CODES = 21, 8192
 PROCESSES, BATCH, STOPS = 8, 4096, 10
-MIB = 1 << 20
 
 
 @pytest.fixture

@@ -19,8 +19,7 @@ from farm_media import CAPTIONS, WriteClip, tokenize_command, write_manifest
 from farm_memory import Reading, growth, step, watch_farm
 from farm_runs import kill_farm, start_farm
 from PIL import Image
-from process_memory import own_memory
-from resident_memory import MIB, forget_highest_memory, highest_memory
+from process_memory import MIB, forget_highest_memory, highest_memory, own_memory
 
 from megatron_nuwa.data.shards import read_manifest
 from megatron_nuwa.decoders import guard

@@ -17,12 +17,11 @@ import torch
 from farm_media import WriteClip, write_manifest
 from hostile_clips import NOT_A_VIDEO, clip_bomb, hostile_clips, time_gap
 from hostile_media import SIDE, Hostile
-from resident_memory import MIB, forget_highest_memory, highest_memory
+from process_memory import MIB, forget_highest_memory, highest_memory
 from shot_films import FILM, JUMP, changes, films, find, rows_of, starts_of
 from torch import Tensor
 
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings, decode
-from megatron_nuwa.decoders.ffmpeg_backend import TooLongFilmError
 from megatron_nuwa.decoders.ffmpeg_process import KilledError
 from preprocessing import attempts, shot_manifest, shots
 from preprocessing.shot_items import ShotDemands, Window, shots_alone, shots_of_item
@@ -206,8 +205,9 @@ def test_an_ffmpeg_that_is_killed_costs_no_attempt(
 def test_an_endless_film_is_read_once_in_a_process_of_its_own_as_well(tmp_path: Path) -> None:
     item = SourceItem(id="gap", media=time_gap(tmp_path / "gap.mkv", 10**6), captions=())
     demands = ShotDemands(threshold=0.5, limits=DecodeLimits(film_hours=0.02))
-    with pytest.raises(TooLongFilmError, match=r"is longer than the 0\.02 hours"):
+    with pytest.raises(DecodeError, match=r"is longer than the 0\.02 hours") as caught:
         shots_alone(item, torch.device("cpu"), demands)
+    assert caught.value.permanent
 
 
 def test_a_lock_that_cannot_be_removed_hides_no_error_behind_its_own(
