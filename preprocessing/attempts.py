@@ -45,9 +45,9 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         # Ranks of several nodes write into one folder.
         name = f"journal-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._path = folder / name
+        self._folder = folder
         with writing(folder, _FOLDER):
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+            self._file = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         self._end = _ROW_WIDTH
         self._is_open, self._has_news = True, False
         self._refusal: OSError | None = None
@@ -109,7 +109,7 @@ class Journal:
 
     def _write(self, text: bytes, offset: int) -> None:
         record = text.ljust(_ROW_WIDTH - 1) + b"\n"
-        with writing(self._path.parent, _FOLDER):
+        with writing(self._folder, _FOLDER):
             if self._refusal is not None:
                 raise self._refusal
             # A disk takes as much of it as there is room for, and complains of the rest alone.

@@ -106,7 +106,8 @@ class ItemDecoder:
             raise UserError(
                 f'item {item.id!r} has no caption; give it "{NO_CAPTION}" where it has none'
             )
-        return np.stack([self._bpe.encode(text, truncate=self._truncate) for text in item.captions])
+        rows = [self._bpe.encode(text, truncate=self._truncate) for text in item.captions]
+        return np.concatenate(rows).reshape(len(rows), -1)
 
     def _frames(self, task: Task, journal: Journal) -> Frames:
         item = task.planned.item

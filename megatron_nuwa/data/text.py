@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import html
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ SMALLEST_VOCABULARY = 2 * 256 + 2
 LARGEST_VOCABULARY = 1 << 16
 # CLIP's file holds more merges than CLIP uses.
 CLIP_VOCABULARY = 49_408
+_SURROGATE = re.compile("[\ud800-\udfff]")
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 Ids = TypeVar("Ids", np.ndarray, torch.Tensor)
@@ -67,7 +69,7 @@ class TextTokenizer:
         more than 77 tokens and `truncate` is off.
         """
         clean = _clean(caption)
-        if any("\ud800" <= character <= "\udfff" for character in clean):
+        if not clean.isascii() and _SURROGATE.search(clean):
             raise UserError(f"the caption {caption[:40]!r} is not valid Unicode text")
         words = self._tokenizer.encode(clean, add_special_tokens=False).ids
         if not words:
