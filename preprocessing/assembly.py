@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nuwa.data.shards import Failure, ShardItem, write_shard
-from preprocessing.decode_worker import Decoded
+from preprocessing.decode_worker import DecodedItem
 from preprocessing.duplicates import hashes_as_text
 from preprocessing.ledger import CorpusSettings
 from preprocessing.plan import PlannedItem
@@ -59,7 +59,7 @@ class ShardAssembly:
         self._made: dict[int, _Made] = {}
         self._failures: dict[int, Failure] = {}
 
-    def take(self, index: int, decoded: Decoded) -> int | None:
+    def take(self, index: int, decoded: DecodedItem) -> int | None:
         """Take what item `index` of the shard has become; the batch that it completes, if any."""
         if decoded.frames is None or decoded.text is None:
             item = self.planned[index].item

@@ -33,7 +33,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedItem:
     """What became of a task: frames uint8 (frames, H, W, 3) and text (captions, 77), or a reason.
 
     `maps`, uint8 (frames, H, W), are those of its sketch where sketches are asked for. `seconds`
@@ -70,7 +70,7 @@ class ItemDecoder:
         self._truncate = truncate_captions
         self._attempts = attempts
 
-    def decode(self, task: Task, journal: Journal) -> Decoded:
+    def decode(self, task: Task, journal: Journal) -> DecodedItem:
         """The task's frames and text tokens, or the reason why there are none.
 
         Raises `DiskError` where the attempts cannot be noted or a copy of the medium not be kept.
@@ -88,9 +88,9 @@ class ItemDecoder:
         except UserError as error:
             seconds = time.perf_counter() - began
             rule = error.filter if isinstance(error, FilteredError) else None
-            return Decoded(task.ticket, None, None, 0, str(error), seconds, rule, host=_HOST)
+            return DecodedItem(task.ticket, None, None, 0, str(error), seconds, rule, host=_HOST)
         seconds = time.perf_counter() - began
-        return Decoded(
+        return DecodedItem(
             *(task.ticket, frames, text, real, None, seconds),
             hashes=hashes,
             maps=maps,
@@ -124,7 +124,7 @@ class DecodeThreads:
 
     def __init__(self, decoder: ItemDecoder, state: Path, threads: int) -> None:
         self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Decoded | BaseException] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[DecodedItem | BaseException] = queue.SimpleQueue()
         self._decoder = decoder
         self._journals = Journals(state)
         self._stopping = threading.Event()
@@ -139,7 +139,7 @@ class DecodeThreads:
         """Give the threads one more task."""
         self._tasks.put(task)
 
-    def collect(self) -> Decoded | None:
+    def collect(self) -> DecodedItem | None:
         """A result, or None where none is ready; an exception of a thread is raised here."""
         try:
             result = self._results.get_nowait()

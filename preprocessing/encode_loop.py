@@ -14,7 +14,7 @@ import numpy as np
 from preprocessing.assembly import ShardAssembly
 from preprocessing.attempts import Attempts
 from preprocessing.communicator import Claims
-from preprocessing.decode_worker import Decoded, Task
+from preprocessing.decode_worker import DecodedItem, Task
 from preprocessing.encoder import EncodedBatch, Encoders
 from preprocessing.figures import Figures
 from preprocessing.health import MOST_FAILURES, Health
@@ -39,7 +39,7 @@ class Decoder(Protocol):
     def submit(self, task: Task) -> None:
         """Have one more task done, without waiting."""
 
-    def collect(self) -> Decoded | None:
+    def collect(self) -> DecodedItem | None:
         """A result that is ready, or None."""
 
 
@@ -177,7 +177,7 @@ class EncodeLoop:
                 moved = True
         return moved
 
-    def _take(self, decoded: Decoded) -> None:
+    def _take(self, decoded: DecodedItem) -> None:
         assembly, index = self._places.pop(decoded.ticket)
         self.figures.items += 1
         self.figures.failed += decoded.frames is None and decoded.filter is None

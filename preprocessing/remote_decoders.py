@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from preprocessing.communicator import Communicator, MessageKind
-from preprocessing.decode_worker import Decoded, DecodeThreads, Task
+from preprocessing.decode_worker import DecodedItem, DecodeThreads, Task
 
 IDLE_SECONDS = 0.002
 # A clip crosses in pieces, and each waits until its sender looks again.
@@ -21,13 +21,13 @@ class RemoteDecoder:
     def __init__(self, communicator: Communicator, rank: int) -> None:
         self._communicator = communicator
         self._rank = rank
-        self.results: deque[Decoded] = deque()
+        self.results: deque[DecodedItem] = deque()
 
     def submit(self, task: Task) -> None:
         """Send the rank one more task."""
         self._communicator.send(self._rank, MessageKind.TASK, task)
 
-    def collect(self) -> Decoded | None:
+    def collect(self) -> DecodedItem | None:
         """A result that has been received, or None."""
         return self.results.popleft() if self.results else None
 

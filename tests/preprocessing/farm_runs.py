@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-MPIRUN = Path(sys.executable).with_name("mpirun")
+_MPIRUN = Path(sys.executable).with_name("mpirun")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -28,6 +28,11 @@ def environment(**more: str) -> dict[str, str]:
     }
 
 
+def mpirun(ranks: int) -> list[str]:
+    """What starts so many ranks of what follows it."""
+    return [str(_MPIRUN), "-n", str(ranks), "--bind-to", "none", "--oversubscribe"]
+
+
 def farm_command(ranks: int, arguments: Sequence[str], through: Sequence[str] = ()) -> list[str]:
     """The command of a farm: under mpirun where it has several ranks.
 
@@ -36,7 +41,7 @@ def farm_command(ranks: int, arguments: Sequence[str], through: Sequence[str] = 
     command = [*through, sys.executable, "-m", "preprocessing", *arguments]
     if ranks == 1:
         return command
-    return [str(MPIRUN), "-n", str(ranks), "--bind-to", "none", "--oversubscribe", *command]
+    return [*mpirun(ranks), *command]
 
 
 def run_farm(

@@ -16,7 +16,7 @@ from megatron_nuwa.data.shards import Fingerprints
 from megatron_nuwa.decoders import DecodeSettings
 from preprocessing import encode_loop
 from preprocessing.communicator import LoneClaims
-from preprocessing.decode_worker import Decoded, Task
+from preprocessing.decode_worker import DecodedItem, Task
 from preprocessing.encode_loop import QUEUE_BYTES, EncodeLoop, Work, queue_capacity
 from preprocessing.isolation import SketchSettings
 from preprocessing.ledger import CorpusSettings
@@ -73,11 +73,11 @@ class VirtualDecoder:
         self.busy += seconds
         heapq.heappush(self._results, (self._free, task.ticket))
 
-    def collect(self) -> Decoded | None:
+    def collect(self) -> DecodedItem | None:
         if not self._results or self._results[0][0] > self._clock.now:
             return None
         ticket = heapq.heappop(self._results)[1]
-        return Decoded(ticket, self._frames, np.zeros((1, 77), np.uint16), 10, None, 0.0)
+        return DecodedItem(ticket, self._frames, np.zeros((1, 77), np.uint16), 10, None, 0.0)
 
 
 class VirtualEncoder:

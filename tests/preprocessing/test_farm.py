@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from farm_media import CAPTIONS, tokenize_command, write_manifest
+from farm_runs import contents, environment, mpirun, run_farm
 
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import read_sidecar
@@ -22,7 +22,6 @@ from megatron_nuwa.models.vqgan import load_vqgan
 from preprocessing.__main__ import main
 
 CLIPS = ["--frames", "4", "--fps", "5"]
-MPIRUN = Path(sys.executable).with_name("mpirun")
 
 
 def clip_rows(broken: bool = True) -> list[dict[str, object]]:
@@ -33,28 +32,6 @@ def clip_rows(broken: bool = True) -> list[dict[str, object]]:
     if broken:
         rows.insert(3, {"id": "bad", "media": "corrupt.mp4", "captions": CAPTIONS[:1]})
     return rows
-
-
-def mpirun(ranks: int, command: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    launcher = [str(MPIRUN), "-n", str(ranks), "--bind-to", "none", "--oversubscribe"]
-    return subprocess.run(
-        [*launcher, sys.executable, "-m", "preprocessing", *command],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +51,7 @@ def test_corpus_is_byte_identical_for_one_two_and_three_ranks(
     for ranks in (1, 2, 3):
         output = tmp_path / f"ranks{ranks}"
         more = (*CLIPS, "--items-per-shard", "3")
-        done = mpirun(ranks, tokenize_command(media / "clips.jsonl", output, tools, *more))
+        done = run_farm(ranks, tokenize_command(media / "clips.jsonl", output, tools, *more))
         assert done.returncode == 0, done.stderr
         assert contents(output) == expected
         assert "8/8" in done.stdout
@@ -262,7 +239,7 @@ def test_foreign_output_folder_is_left_alone(
 
 
 def test_user_error_ends_all_ranks_with_one_line(media: Path, tools: Path, tmp_path: Path) -> None:
-    done = mpirun(2, tokenize_command(tmp_path / "nowhere.jsonl", tmp_path / "none", tools))
+    done = run_farm(2, tokenize_command(tmp_path / "nowhere.jsonl", tmp_path / "none", tools))
     assert done.returncode == 2
     lines = [line for line in done.stderr.splitlines() if "nowhere.jsonl" in line]
     assert lines == [f"error: manifest {tmp_path / 'nowhere.jsonl'} does not exist"]
@@ -279,14 +256,9 @@ def test_defect_on_one_rank_aborts_the_job_instead_of_hanging(tmp_path: Path) ->
         "    return on_every_rank(ranks, lambda: 1 // (1 - ranks.rank))\n"
         "sys.exit(run_ranks(ranks, work))\n"
     )
-    environment = {
-        **os.environ,
-        "OMPI_ALLOW_RUN_AS_ROOT": "1",
-        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    }
     done = subprocess.run(
-        [str(MPIRUN), "-n", "2", "--bind-to", "none", "--oversubscribe", sys.executable, script],
-        env=environment,
+        [*mpirun(2), sys.executable, script],
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=60,

@@ -16,7 +16,6 @@ import psutil
 import pytest
 from farm_clips import SHARDS, clip_command
 from farm_runs import (
-    MPIRUN,
     VICTIMS,
     Moment,
     contents,
@@ -25,6 +24,7 @@ from farm_runs import (
     family_of,
     is_at_work,
     kill_farm,
+    mpirun,
     run_farm,
     start_farm,
     wait_until,
@@ -118,9 +118,8 @@ def test_ranks_do_not_outlive_their_launcher(tmp_path: Path) -> None:
         "Path(sys.argv[1], f'rank{rank}').touch()\n"
         "time.sleep(600)\n"
     )
-    command = [str(MPIRUN), "-n", "2", "--bind-to", "none", "--oversubscribe"]
     farm = psutil.Popen(
-        [*command, sys.executable, str(script), str(tmp_path)],
+        [*mpirun(2), sys.executable, str(script), str(tmp_path)],
         env=environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

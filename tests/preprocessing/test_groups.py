@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from farm_media import CAPTIONS, tokenize_command, write_manifest
-from farm_runs import MPIRUN, contents, environment
+from farm_runs import contents, environment, mpirun
 
 from preprocessing import roles as farm_roles
 from preprocessing.__main__ import main
@@ -296,8 +296,7 @@ def test_cyclic_placement_changes_no_byte(media: Path, tools: Path, tmp_path: Pa
     manifest = write_manifest(media / "cyclic.jsonl", rows)
     lone = tokenize_command(manifest, tmp_path / "lone", tools, "--items-per-shard", "3")
     assert main(lone) == 0
-    command = [str(MPIRUN), "-n", "4", "--bind-to", "none", "--oversubscribe"]
-    command += [sys.executable, "-c", CYCLIC_FARM]
+    command = [*mpirun(4), sys.executable, "-c", CYCLIC_FARM]
     command += tokenize_command(manifest, tmp_path / "cyclic", tools, "--items-per-shard", "3")
     done = subprocess.run(
         [*command, "--decode-ranks-per-encoder", "1"],

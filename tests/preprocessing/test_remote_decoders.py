@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from farm_runs import MPIRUN, environment
+from farm_runs import environment, mpirun
 
 from preprocessing.communicator import LoneCommunicator, MessageKind
-from preprocessing.decode_worker import Decoded
+from preprocessing.decode_worker import DecodedItem
 from preprocessing.remote_decoders import RemoteDecoders
 
 
-def decoded(ticket: int) -> Decoded:
-    return Decoded(ticket, np.zeros((1, 2, 2, 3), np.uint8), None, 1, None, 0.0)
+def decoded(ticket: int) -> DecodedItem:
+    return DecodedItem(ticket, np.zeros((1, 2, 2, 3), np.uint8), None, 1, None, 0.0)
 
 
 class SlowCommunicator(LoneCommunicator):
@@ -88,7 +88,7 @@ RANKS = """
 import os, signal, sys, time
 import numpy as np
 from preprocessing.communicator import MessageKind, MpiCommunicator
-from preprocessing.decode_worker import Decoded
+from preprocessing.decode_worker import DecodedItem
 from preprocessing.remote_decoders import RemoteDecoders, serve_encode_rank
 
 ranks, clips = MpiCommunicator(), 40
@@ -103,9 +103,9 @@ class Threads:
         if not self.tasks:
             return None
         if sys.argv[1] == "die" and self.tasks[0] == 20:
-            ranks.send(0, MessageKind.RESULT, Decoded(20, clip, None, 10, None, 0.0))
+            ranks.send(0, MessageKind.RESULT, DecodedItem(20, clip, None, 10, None, 0.0))
             os.kill(os.getpid(), signal.SIGKILL)
-        return Decoded(self.tasks.pop(0), clip, None, 10, None, 0.0)
+        return DecodedItem(self.tasks.pop(0), clip, None, 10, None, 0.0)
 
 if ranks.rank:
     serve_encode_rank(ranks, 0, Threads())
@@ -133,9 +133,8 @@ ranks.gather_everywhere(0)
 
 
 def run_ranks(what: str) -> subprocess.CompletedProcess[str]:
-    command = [str(MPIRUN), "-n", "2", "--bind-to", "none", "--oversubscribe"]
     # The hardest way across, and that of many containers: in pieces, which both sides move.
-    command += ["--mca", "smsc", "^cma,xpmem"]
+    command = [*mpirun(2), "--mca", "smsc", "^cma,xpmem"]
     return subprocess.run(
         [*command, sys.executable, "-c", RANKS, what],
         env=environment(),

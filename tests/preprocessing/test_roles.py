@@ -19,7 +19,7 @@ from megatron_nuwa.models.vqgan import load_vqgan
 from preprocessing.__main__ import main
 from preprocessing.attempts import Attempts
 from preprocessing.communicator import LoneClaims
-from preprocessing.decode_worker import Decoded, Task
+from preprocessing.decode_worker import DecodedItem, Task
 from preprocessing.encode_loop import EncodeLoop, Work
 from preprocessing.encoder import Encoders, EncoderSettings, FrameEncoder
 from preprocessing.options import TokenizeOptions, load_tools, plan_key, settle
@@ -89,22 +89,22 @@ class SlowFirstDecoder:
         self.given: list[int] = []
         self._bad = bad
         self._frames = np.zeros((1, 32, 32, 3), np.uint8)
-        self._waiting: list[Decoded] = []
-        self._first: Decoded | None = None
+        self._waiting: list[DecodedItem] = []
+        self._first: DecodedItem | None = None
         self._total = total
 
     def submit(self, task: Task) -> None:
         self.given.append(task.planned.row)
         text = np.zeros((1, 77), np.uint16)
-        decoded = Decoded(task.ticket, self._frames, text, 1, None, 0.0)
+        decoded = DecodedItem(task.ticket, self._frames, text, 1, None, 0.0)
         if task.planned.row in self._bad:
-            decoded = Decoded(task.ticket, None, None, 0, "it is bad", 0.0)
+            decoded = DecodedItem(task.ticket, None, None, 0, "it is bad", 0.0)
         if task.planned.row == 0:
             self._first = decoded
         else:
             self._waiting.append(decoded)
 
-    def collect(self) -> Decoded | None:
+    def collect(self) -> DecodedItem | None:
         if self._waiting:
             return self._waiting.pop()
         if len(self.given) == self._total:
