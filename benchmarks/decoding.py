@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -26,6 +25,7 @@ from launch.workflow.media import find_package_file
 from megatron_nuwa.command_line import number
 from megatron_nuwa.config import parse_settings
 from megatron_nuwa.decoders import DecodeSettings, decode, guard
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import run_command
 
 BARE, PLAIN, PROJECT, PYAV = "bare ffmpeg", "its own scaling", "ffmpeg-python", "PyAV"
@@ -99,7 +99,7 @@ def bare_ffmpeg(path: Path, settings: DecodeSettings, scaling: str) -> np.ndarra
         f"scale=w='max({side},round({side}*dar))':h='max({side},round({side}/dar))'"
         f":flags={scaling},crop={side}:{side}"
     )
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-threads", "1"]
+    command = [ffmpeg_program(), "-nostdin", "-v", "error", "-threads", "1"]
     command += ["-i", str(path), "-an", "-vf", graph, "-filter_threads", "1"]
     command += ["-frames:v", str(settings.frames), "-pix_fmt", "rgb24", "-f", "rawvideo", "pipe:"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import imageio_ffmpeg
 import numpy as np
 import psutil
 import torch
@@ -44,6 +43,7 @@ from benchmarks.harness.options import (
 from benchmarks.harness.report import device_name, write_json
 from megatron_nuwa.command_line import number, whole_number
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.models.vqgan import Vqgan, save_vqgan
 from megatron_nuwa.training.recipe import load_recipe
@@ -182,7 +182,7 @@ class World:
 
 def _write_clip(path: Path, number: int) -> None:
     source = f"testsrc2=size=320x240:rate=25:duration={_CLIP_SECONDS}"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-f", "lavfi"]
+    command = [ffmpeg_program(), "-v", "error", "-nostdin", "-f", "lavfi"]
     command += ["-i", f"{source},hue=h={40 * number}", "-pix_fmt", "yuv420p", str(path)]
     subprocess.run(command, check=True)
 

@@ -19,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
 from pathlib import Path
 
-import imageio_ffmpeg
 from PIL import Image
 
 from launch.demo.catalogue import Catalogue, Cut, Video, clip_cuts, image_cuts, load_catalogue
 from launch.demo.sketches import draw_sketch
 from launch.workflow.media import find_package_file, replaced_folder
 from megatron_nuwa.command_line import CommandParser
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError, run_command
 
 TRUNCATED_ID = "deliberately-truncated"
@@ -108,7 +108,7 @@ def _cut_video(source: Path, video: Video, cuts: Sequence[Cut], folder: Path, si
 
     One ffmpeg does it all, so that the video is decoded once.
     """
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-xerror", "-y"]
+    command = [ffmpeg_program(), "-nostdin", "-v", "error", "-xerror", "-y"]
     command += ["-threads", "1", "-i", str(source), "-filter_complex", _filter_graph(cuts, side)]
     for number, cut in enumerate(cuts):
         command += ["-map", f"[clip{number}]", *_ENCODER, str(folder / f"clips/{cut.id}.mp4")]

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 
@@ -25,6 +24,7 @@ from launch.moving_digits.world import World, anywhere, draw, path, sketch, star
 from launch.workflow.media import replaced_folder
 from megatron_nuwa.command_line import CommandParser, whole_number
 from megatron_nuwa.config import parse_settings
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError, run_command
 
 WORLD_FILE = "world.json"
@@ -188,7 +188,7 @@ def write_clips(folder: Path, names: Sequence[str], clips: np.ndarray, world: Wo
     frames = clips.shape[1]
     cuts = ",".join(str(frames * number) for number in range(1, len(names)))
     with tempfile.TemporaryDirectory(dir=folder) as workplace:
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y"]
+        command = [ffmpeg_program(), "-nostdin", "-v", "error", "-y"]
         command += ["-f", "rawvideo", "-pix_fmt", "gray", "-s", f"{world.side}x{world.side}"]
         command += ["-framerate", str(world.frames_per_second), "-i", "pipe:0", *_ENCODER]
         # Every clip begins with a key frame, where the stream is cut.

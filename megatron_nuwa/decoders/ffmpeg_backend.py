@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 
 from megatron_nuwa.decoders.backends import (
@@ -26,6 +25,7 @@ from megatron_nuwa.decoders.backends import (
     window_filters,
 )
 from megatron_nuwa.decoders.ffmpeg_process import BrokenVideoError, KilledError, written_by
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.decoders.restarts import STARTS
 from megatron_nuwa.decoders.settings import DecodeError, DecodeLimits, DecodeSettings
 
@@ -148,7 +148,7 @@ def _command(video: Any, **output: Any) -> list[str]:
     command: list[str] = (
         video.output("pipe:", **{"fps_mode": "passthrough", "filter_threads": 1, **output})
         .global_args("-nostdin", "-v", "error", "-xerror", "-copyts", "-start_at_zero")
-        .compile(cmd=imageio_ffmpeg.get_ffmpeg_exe())
+        .compile(cmd=ffmpeg_program())
     )
     return command
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import ffmpeg
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError
 
 _FFMPEG_SECONDS = 120
@@ -145,7 +145,7 @@ def _address(kind: str, content: bytes) -> str:
 
 def _run_ffmpeg(stream: Any, content: bytes) -> subprocess.CompletedProcess[bytes]:
     command = stream.global_args("-nostdin", "-v", "error", "-xerror").compile(
-        cmd=imageio_ffmpeg.get_ffmpeg_exe(), overwrite_output=True
+        cmd=ffmpeg_program(), overwrite_output=True
     )
     try:
         return subprocess.run(

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from helpers import CAPTIONS, SmallWorld, lone_process
 from PIL import Image
 
 from megatron_nuwa.data.text import train_bpe
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.generation.trained import Generator, make_generator
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.nuwa import Nuwa, NuwaConfig
@@ -83,7 +83,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with clip.mp4 (32²), photo.png (24 × 20), masks of both and sketches."""
     folder = tmp_path_factory.mktemp("media")
     source = "testsrc=size=32x32:rate=8:duration=1"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source]
+    command = [ffmpeg_program(), "-v", "error", "-f", "lavfi", "-i", source]
     subprocess.run([*command, folder / "clip.mp4"], check=True)
     noise = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "photo.png")

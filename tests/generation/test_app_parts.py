@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_tasks import CLIP, PICTURE, request, sample
 
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.app import drawing, pictures, stream
 from megatron_nuwa.generation.app.pictures import Arriving
@@ -191,7 +191,7 @@ def test_a_clip_is_read_at_the_models_rate(generator: Generator, media: Path) ->
 
 def write_clip(path: Path, *output: str, size: str = "64x96") -> Path:
     source = f"testsrc2=size={size}:rate=8:duration=1"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi", "-i", source]
+    command = [ffmpeg_program(), "-v", "error", "-f", "lavfi", "-i", source]
     subprocess.run([*command, *output, path], check=True)
     return path
 

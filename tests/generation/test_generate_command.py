@@ -17,6 +17,7 @@ import torch
 from helpers import run_command_line
 from PIL import Image, ImageSequence
 
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation import tasks
 from megatron_nuwa.generation.trained import open_generator
@@ -34,7 +35,7 @@ def text_of(path: Path) -> dict:
     if path.suffix == ".gif":
         with Image.open(path) as picture:
             return json.loads(picture.info["comment"])
-    ffmpeg = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", path, "-f", "ffmetadata", "-"]
+    ffmpeg = [ffmpeg_program(), "-v", "error", "-i", path, "-f", "ffmetadata", "-"]
     written = subprocess.run(ffmpeg, check=True, capture_output=True, text=True).stdout
     comment = re.search(r"^comment=(.*)$", written, re.MULTILINE)
     assert comment is not None

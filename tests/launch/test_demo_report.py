@@ -12,11 +12,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -47,7 +48,7 @@ def write_media(folder: Path) -> None:
     (folder / "sketches").mkdir()
     clip = folder / "clips/ball-00000.mp4"
     source = ["-f", "lavfi", "-i", "testsrc2=size=64x64:rate=25:duration=1.2"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *source, str(clip)]
+    command = [ffmpeg_program(), "-v", "error", *source, str(clip)]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "still.png")

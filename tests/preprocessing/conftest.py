@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import fsspec
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -24,6 +23,7 @@ from PIL import Image
 from shot_films import changes
 
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.models.vqgan import Vqgan, VqganConfig, save_vqgan
 from preprocessing import shot_manifest
 from preprocessing.__main__ import main
@@ -42,7 +42,7 @@ def write_clip() -> WriteClip:
     ) -> Path:
         width, height = size
         raw = b"".join(bytes([level]) * (width * height * 3) for level in levels)
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-nostdin"]
+        command = [ffmpeg_program(), "-y", "-v", "error", "-nostdin"]
         command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
         command += ["-r", str(rate), "-i", "pipe:", *(codec or ("-c:v", "libx264")), str(path)]
         # The pipe is the input here, so -nostdin only keeps ffmpeg from reading commands in it.

@@ -6,11 +6,12 @@ import os
 import subprocess
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 from hostile_images import flat_png
 from hostile_media import BLACK, BLUE, RED, Hostile, anything, greys, halves
 from PIL import Image
+
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 
 NOT_A_VIDEO = "cannot be decoded as a video"
 # Ten frames a second; of those, 0, 0.2 and 0.4 s show the frames 0, 2 and 4.
@@ -35,7 +36,7 @@ def hostile_clips(folder: Path, port: int) -> list[Hostile]:
 
 
 def _ffmpeg(*arguments: object) -> None:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-v", "error", "-y"]
+    command = [ffmpeg_program(), "-nostdin", "-v", "error", "-y"]
     subprocess.run([*command, *map(str, arguments)], check=True)
 
 

@@ -8,13 +8,13 @@ import shutil
 import time
 from pathlib import Path
 
-import imageio_ffmpeg
 import pytest
 from farm_clips import clip_command
 from farm_media import CAPTIONS, tokenize_command, write_manifest
 from farm_runs import contents, run_farm
 from power import Disk
 
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError
 from preprocessing.__main__ import main
 from preprocessing.attempts import Attempts, Journal, Journals, collect, forget
@@ -249,7 +249,7 @@ def test_decoders_that_are_killed_cost_no_attempt_and_change_no_reason(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     program = tmp_path / "ffmpeg"
-    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    ffmpeg = ffmpeg_program()
     program.write_text(KILLED_AT_FIRST.format(folder=tmp_path, ffmpeg=ffmpeg))
     program.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))

@@ -11,7 +11,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 from farm_media import WriteClip
@@ -29,6 +28,7 @@ from megatron_nuwa.decoders import (
     decode_media,
     guard,
 )
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError
 
 LEVELS = [20 + 10 * k for k in range(20)]
@@ -191,7 +191,7 @@ def test_ffmpeg_that_is_killed_says_nothing_of_the_file(
     settings = DecodeSettings(image_size=16, frames=2, frames_per_second=5)
     expected = decode_media(clip, settings).frames
     program = tmp_path / "ffmpeg"
-    ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+    ffmpeg = ffmpeg_program()
     program.write_text(KILLED.format(kills=kills, folder=tmp_path, ffmpeg=ffmpeg))
     program.chmod(0o755)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))

@@ -6,7 +6,6 @@ import math
 import subprocess
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 from farm_media import WriteClip
@@ -22,6 +21,7 @@ from megatron_nuwa.decoders import (
     decode_image,
     media_kind,
 )
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 
 LEVELS = [20 + 4 * k for k in range(50)]
 CONTAINERS = {
@@ -109,7 +109,7 @@ def test_crop_is_the_centre_of_the_resized_frame(tmp_path: Path, size: tuple[int
     rows, columns = (slice(None), slice(32, 64)) if width > height else (slice(32, 64), slice(None))
     pixels[rows, columns] = (255, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "bands.png")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-loop", "1", "-t", "1"]
+    command = [ffmpeg_program(), "-v", "error", "-loop", "1", "-t", "1"]
     command += ["-i", str(tmp_path / "bands.png"), "-c:v", "ffv1", str(tmp_path / "bands.mkv")]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
     image = decode_image(tmp_path / "bands.png", DecodeSettings(image_size=16))
@@ -192,7 +192,7 @@ def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("harm", ["truncated", "flipped", "headless"])
 def test_corrupt_clip_is_refused(tmp_path: Path, harm: str) -> None:
     path = tmp_path / "clip.mp4"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-f", "lavfi"]
+    command = [ffmpeg_program(), "-v", "error", "-nostdin", "-f", "lavfi"]
     command += ["-i", "testsrc2=s=160x120:r=25:d=4", "-c:v", "libx264", "-movflags", "+faststart"]
     subprocess.run([*command, str(path)], check=True)
     content = bytearray(path.read_bytes())
@@ -233,7 +233,7 @@ def test_slow_decoding_is_given_up(clips: dict[str, Path]) -> None:
 
 
 def test_sound_without_picture_is_no_clip(tmp_path: Path) -> None:
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin", "-f", "lavfi"]
+    command = [ffmpeg_program(), "-v", "error", "-nostdin", "-f", "lavfi"]
     subprocess.run([*command, "-i", "sine=d=1", str(tmp_path / "tone.mp4")], check=True)
     with pytest.raises(DecodeError, match=r"tone\.mp4 .*it holds no video stream$"):
         decode_clip(tmp_path / "tone.mp4", DecodeSettings(image_size=32, frames=2))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio_ffmpeg
 import psutil
 import pytest
 
-from megatron_nuwa.decoders import DecodeError, DecodeLimits, ffmpeg_process
+from megatron_nuwa.decoders import DecodeError, DecodeLimits, ffmpeg_process, ffmpeg_program
 from megatron_nuwa.decoders.ffmpeg_process import BrokenVideoError, written_by
+from megatron_nuwa.errors import UserError
 
 FILM = Path("film.mp4")
 GENEROUS = DecodeLimits(seconds=100)
@@ -126,3 +129,28 @@ def test_limits_hold_for_the_program_itself() -> None:
     assert first.split() == [str(3 * 2**20), "95", "unlimited"]
     assert 95 < int(soft) < 300
     assert hard == "unlimited"
+
+
+def test_program_is_found_without_a_child_that_could_be_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE", raising=False)
+    packaged = imageio_ffmpeg.get_ffmpeg_exe()
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("a child was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    ffmpeg_program._packaged.cache_clear()
+    assert ffmpeg_program.ffmpeg_program() == packaged
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/opt/my/ffmpeg")
+    assert ffmpeg_program.ffmpeg_program() == "/opt/my/ffmpeg"
+    monkeypatch.delenv("IMAGEIO_FFMPEG_EXE")
+    monkeypatch.setattr(ffmpeg_program, "_packaged", lambda: None)
+    system = tmp_path / "ffmpeg"
+    system.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ffmpeg_program.ffmpeg_program() == str(system)
+    system.unlink()
+    with pytest.raises(UserError, match=r"no ffmpeg here: .*IMAGEIO_FFMPEG_EXE"):
+        ffmpeg_program.ffmpeg_program()

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -18,6 +17,7 @@ from farm_runs import run_farm
 from torch import Tensor
 
 from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from preprocessing import shot_items, shot_manifest
 from preprocessing.__main__ import main
 from preprocessing.shots import Network, cut_probabilities, find_shots, load_network, shots_of
@@ -227,7 +227,7 @@ def real_film(folder: Path) -> Path:
         pytest.skip("the package with the clips is not installed")
     data = Path(media.origin).parent / "datasets" / "data"
     names = ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4")
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-nostdin"]
+    command = [ffmpeg_program(), "-v", "error", "-nostdin"]
     for name in names:
         command += ["-t", "1.6", "-i", str(data / name)]
     parts = "".join(f"[{n}:v]fps=25,scale=160:120,setsar=1[v{n}];" for n in range(3))

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import imageio_ffmpeg
 import numpy as np
 import psutil
 import pytest
@@ -19,6 +18,7 @@ from PIL import Image
 from ranks import Ranks
 from vqgan_runs import COMMAND, logged, train_here, write_recipe
 
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.models.quantizer import VectorQuantizer
 from megatron_nuwa.models.vqgan import Vqgan, fingerprint, load_vqgan
@@ -69,7 +69,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for pattern in ("testsrc", "mandelbrot"):
         subprocess.run(
             [
-                *(imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-f", "lavfi"),
+                *(ffmpeg_program(), "-v", "error", "-f", "lavfi"),
                 *("-i", f"{pattern}=size=64x48:rate=8", "-t", "1", folder / f"{pattern}.mp4"),
             ],
             check=True,
