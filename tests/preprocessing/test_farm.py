@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ from megatron_nuwa.data.shards import read_sidecar
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.decoders import DecodeSettings, decode
 from megatron_nuwa.models.vqgan import load_vqgan
+from preprocessing import decode_worker
 from preprocessing.__main__ import main
+from preprocessing.isolation import Frames
 
 CLIPS = ["--frames", "4", "--fps", "5"]
 
@@ -236,6 +240,25 @@ def test_foreign_output_folder_is_left_alone(
     assert main(tokenize_command(manifest, tmp_path, tools, *CLIPS)) == 2
     assert "is not a corpus" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_collector_passes_over_what_is_loaded_while_a_farm_works(
+    media: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed_over = []
+    decode_item = decode_worker.decode_item
+
+    def watched(*arguments: Any) -> Frames:
+        passed_over.append(gc.get_freeze_count())
+        return decode_item(*arguments)
+
+    monkeypatch.setattr(decode_worker, "decode_item", watched)
+    manifest = write_manifest(media / "collector.jsonl", clip_rows(broken=False))
+    command = tokenize_command(manifest, tmp_path / "corpus", tools, *CLIPS)
+    assert main(command) == 0
+    # PyTorch alone makes more objects.
+    assert min(passed_over) > 100_000
+    assert gc.get_freeze_count() == 0
 
 
 def test_user_error_ends_all_ranks_with_one_line(media: Path, tools: Path, tmp_path: Path) -> None:
