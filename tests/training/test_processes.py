@@ -176,7 +176,9 @@ def test_a_node_without_its_gpu_is_named_before_anything_begins(
     run = f"run={tmp_path / 'run'}"
     with Ranks(2, tmp_path, small_world.recipe, run, DS_ACCELERATOR="cuda") as ranks:
         assert ranks.wait(120) == [2, 2]
-        [line] = ranks.output().splitlines()
+        told = ranks.output().splitlines()
+        # PyTorch built for CUDA may add that it finds none.
+        [line] = [line for line in told if "torch/utils/cpp_extension.py" not in line]
         assert line.startswith(f"error: {socket.gethostname()}, process 0: DS_ACCELERATOR=cuda ")
     assert not (tmp_path / "run").exists()
 
