@@ -22,6 +22,10 @@ class UnreadableError(UserError):
     """
 
 
+class MachineError(UserError):
+    """Something that a machine lacks or refuses, for which no input is to blame."""
+
+
 class FailedProcessError(Exception):
     """A process of a run ends for a reason that was shown and written down already."""
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from megatron_nuwa.data.text import NO_CAPTION, TextTokenizer
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from preprocessing.attempts import Attempts, Journal, Journals, Trial, try_item
 from preprocessing.filters import FilteredError, perceptual_hashes
 from preprocessing.isolation import Demands, Frames, decode_alone, decode_item
 from preprocessing.plan import PlannedItem
-from preprocessing.state import DiskError
 
 _HOST = socket.gethostname()
 
@@ -73,7 +72,8 @@ class ItemDecoder:
     def decode(self, task: Task, journal: Journal) -> DecodedItem:
         """The task's frames and text tokens, or the reason why there are none.
 
-        Raises `DiskError` where the attempts cannot be noted or a copy of the medium not be kept.
+        Raises `MachineError` where the attempts cannot be noted, a copy of the medium not be kept,
+        or no decoder be started.
         """
         began = time.perf_counter()
         planned = task.planned
@@ -83,7 +83,7 @@ class ItemDecoder:
             hashes = None
             if self._demands.filters.near_duplicates is not None:
                 hashes = perceptual_hashes(frames, real)
-        except DiskError:
+        except MachineError:
             raise
         except UserError as error:
             seconds = time.perf_counter() - began

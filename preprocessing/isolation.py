@@ -17,12 +17,11 @@ from pydantic import Field
 
 from megatron_nuwa.config import Settings
 from megatron_nuwa.decoders import Decoded, DecodeError, DecodeLimits, DecodeSettings
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from preprocessing.filters import Candidate, FilteredError, FilterSettings, apply_filters
 from preprocessing.item_json import item_of_tree, tree_of_item
 from preprocessing.lone_process import ask_alone, read_request
 from preprocessing.sources import SourceItem, decode_copy, decode_item_sketch
-from preprocessing.state import DiskError
 
 # Far above a decoder's own limit: it only ends what no limit of a decoder's ends.
 TIMEOUT_SECONDS = 600.0
@@ -70,8 +69,8 @@ class Frames(NamedTuple):
 def decode_item(item: SourceItem, demands: Demands) -> Frames:
     """Frames of an item, and the maps of its sketch.
 
-    Raises `FilteredError` where a filter leaves the item out, `DiskError` where the disk has no
-    room for a copy, another `UserError` for bad items.
+    Raises `FilteredError` where a filter leaves the item out, `MachineError` where the disk has no
+    room for a copy or no decoder can be started, another `UserError` for bad items.
     """
     with ExitStack() as copies:
         candidate = Candidate(item, copies, demands.limits)
@@ -112,8 +111,8 @@ def decode_alone(item: SourceItem, demands: Demands) -> Frames:
     answer = json.loads(stream.readline())
     if "filter" in answer:
         raise FilteredError(answer["filter"], answer["reason"])
-    if "disk" in answer:
-        raise DiskError(answer["disk"])
+    if "machine" in answer:
+        raise MachineError(answer["machine"])
     if "reason" in answer:
         raise DecodeError(answer["reason"])
     frames, *maps = (np.load(stream, allow_pickle=False) for _ in range(answer["arrays"]))
@@ -137,8 +136,8 @@ def main() -> int:
         answer = {"filter": error.filter, "reason": error.reason}
         out.write(json.dumps(answer).encode() + b"\n")
         return 0
-    except DiskError as error:
-        out.write(json.dumps({"disk": str(error)}).encode() + b"\n")
+    except MachineError as error:
+        out.write(json.dumps({"machine": str(error)}).encode() + b"\n")
         return 0
     except UserError as error:
         out.write(json.dumps({"reason": str(error)}).encode() + b"\n")

@@ -15,11 +15,11 @@ from megatron_nuwa.config import Settings
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, media_kind
 from megatron_nuwa.decoders.ffmpeg_process import KilledError
 from megatron_nuwa.decoders.restarts import STARTS
+from megatron_nuwa.errors import MachineError
 from preprocessing.item_json import item_of_tree, tree_of_item
 from preprocessing.lone_process import ask_alone, read_request
 from preprocessing.shots import Network, find_shots, load_network
 from preprocessing.sources import SourceItem, local_copy, named_as_source
-from preprocessing.state import DiskError
 
 # `start` and `end` in seconds; None where the medium's own beginning or end is meant.
 Window = tuple[float | None, float | None]
@@ -35,7 +35,8 @@ class ShotDemands(Settings):
 def shots_of_item(item: SourceItem, network: Network, demands: ShotDemands) -> list[Window]:
     """The windows of an item's shots; its own where it is an image.
 
-    Raises `DecodeError` naming its medium, `DiskError` where there is no room for a copy of it.
+    Raises `DecodeError` naming its medium, `MachineError` where there is no room for a copy of it
+    or no decoder can be started.
     """
     with local_copy(item.media, demands.limits) as path, named_as_source(item.media, path):
         if media_kind(path) == "image":
@@ -58,8 +59,8 @@ def shots_alone(item: SourceItem, device: torch.device, demands: ShotDemands) ->
     }
     # As long as it takes: what it waits for is limited in there.
     answer = json.loads(ask_alone("preprocessing.shot_items", request, item.media, timeout=None))
-    if "disk" in answer:
-        raise DiskError(answer["disk"])
+    if "machine" in answer:
+        raise MachineError(answer["machine"])
     if "reason" in answer:
         failed = DecodeError(answer["reason"])
         failed.permanent = answer["permanent"]
@@ -82,8 +83,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     demands = ShotDemands.model_validate(request["demands"])
     try:
         return {"shots": shots_of_item(item_of_tree(request["item"]), network, demands)}
-    except DiskError as error:
-        return {"disk": str(error)}
+    except MachineError as error:
+        return {"machine": str(error)}
     except DecodeError as error:
         return {"reason": str(error), "permanent": error.permanent}
 

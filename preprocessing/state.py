@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from megatron_nuwa.files import try_lock, write_text_atomically
 
 _LOCK = "lock"
 
 
-class DiskError(UserError):
-    """A disk that the farm writes to refuses, for which no item is to blame."""
+class DiskError(MachineError):
+    """A disk that the farm writes to refuses."""
 
 
 @contextmanager

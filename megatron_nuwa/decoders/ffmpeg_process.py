@@ -17,6 +17,7 @@ import psutil
 
 from megatron_nuwa.decoders.restarts import was_killed
 from megatron_nuwa.decoders.settings import LONGEST_WAIT, DecodeError, DecodeLimits
+from megatron_nuwa.errors import MachineError
 
 _CHUNK = 1 << 16
 # Only the first line is told.
@@ -40,12 +41,11 @@ def written_by(
     A reader may wait `limits.seconds` for it, in all or, where `minute` says how many bytes a
     minute of film has, for each minute; what the reader does between the pieces does not count.
     One that leaves before the end must close the iterator, which ends the process. Raises
-    `DecodeError`, at the end `BrokenVideoError` or `KilledError`.
+    `DecodeError`, at the end `BrokenVideoError` or `KilledError`; `MachineError` where no process
+    can be started.
     """
     said = bytearray()
-    with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
+    with _started(command) as process:
         try:
             _limit(process.pid, limits, minute is not None)
             yield from _pieces(path, process, limits, minute, said)
@@ -58,6 +58,15 @@ def written_by(
     if process.returncode:
         complaint = _complaint(process.returncode, bytes(said))
         raise BrokenVideoError(f"{path} cannot be decoded as a video: {complaint}")
+
+
+def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    except OSError as error:
+        raise MachineError(f"ffmpeg ({command[0]}) cannot be started: {error.strerror}") from error
 
 
 def _pieces(

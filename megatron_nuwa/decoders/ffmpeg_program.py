@@ -8,7 +8,7 @@ import shutil
 from importlib import resources
 from pathlib import Path
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError
 
 _GIVEN = "IMAGEIO_FFMPEG_EXE"
 
@@ -18,11 +18,11 @@ def ffmpeg_program() -> str:
 
     imageio-ffmpeg's function looks in the same places, but tries each program in a child process:
     where something kills that one, ranks of one farm would decode with two versions. Raises
-    `UserError` where there is none.
+    `MachineError` where there is none.
     """
     program = os.environ.get(_GIVEN) or _packaged() or shutil.which("ffmpeg")
     if program is None:
-        raise UserError(
+        raise MachineError(
             "there is no ffmpeg here: install imageio-ffmpeg from a wheel, or name a program with "
             f"{_GIVEN}"
         )

@@ -19,11 +19,14 @@ from farm_runs import contents, environment, mpirun, run_farm
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.shards import read_sidecar
 from megatron_nuwa.data.text import TextTokenizer
-from megatron_nuwa.decoders import DecodeSettings, decode
+from megatron_nuwa.decoders import DecodeLimits, DecodeSettings, decode
+from megatron_nuwa.errors import MachineError
 from megatron_nuwa.models.vqgan import load_vqgan
 from preprocessing import decode_worker
 from preprocessing.__main__ import main
-from preprocessing.isolation import Frames
+from preprocessing.filters import FilterSettings
+from preprocessing.isolation import Demands, Frames, decode_alone
+from preprocessing.sources import read_manifest
 
 CLIPS = ["--frames", "4", "--fps", "5"]
 
@@ -259,6 +262,34 @@ def test_collector_passes_over_what_is_loaded_while_a_farm_works(
     # PyTorch alone makes more objects.
     assert min(passed_over) > 100_000
     assert gc.get_freeze_count() == 0
+
+
+def test_ffmpeg_that_cannot_be_started_is_no_items_fault(
+    corpus: Path,
+    media: Path,
+    tools: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "corpus"
+    more = (*CLIPS, "--items-per-shard", "3")
+    command = tokenize_command(media / "clips.jsonl", output, tools, *more)
+    with monkeypatch.context() as wrong:
+        wrong.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+        assert main(command) == 2
+        told = "cannot be started: No such file or directory\n"
+        assert capsys.readouterr().err == f"error: ffmpeg ({tmp_path / 'ffmpeg'}) {told}"
+        item = read_manifest(media / "clips.jsonl")[0]
+        demands = Demands(
+            DecodeSettings(image_size=16, frames=4, frames_per_second=5),
+            DecodeLimits(),
+            FilterSettings(),
+        )
+        with pytest.raises(MachineError, match="cannot be started"):
+            decode_alone(item, demands)
+    assert main(command) == 0
+    assert contents(output) == contents(corpus)
 
 
 def test_user_error_ends_all_ranks_with_one_line(media: Path, tools: Path, tmp_path: Path) -> None:

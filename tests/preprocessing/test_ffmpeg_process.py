@@ -14,7 +14,7 @@ import pytest
 
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, ffmpeg_process, ffmpeg_program
 from megatron_nuwa.decoders.ffmpeg_process import BrokenVideoError, written_by
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError
 
 FILM = Path("film.mp4")
 GENEROUS = DecodeLimits(seconds=100)
@@ -152,5 +152,5 @@ def test_program_is_found_without_a_child_that_could_be_killed(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert ffmpeg_program.ffmpeg_program() == str(system)
     system.unlink()
-    with pytest.raises(UserError, match=r"no ffmpeg here: .*IMAGEIO_FFMPEG_EXE"):
+    with pytest.raises(MachineError, match=r"no ffmpeg here: .*IMAGEIO_FFMPEG_EXE"):
         ffmpeg_program.ffmpeg_program()

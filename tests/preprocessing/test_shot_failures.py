@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings, decode
 from megatron_nuwa.decoders.ffmpeg_process import KilledError
+from megatron_nuwa.errors import MachineError
 from preprocessing import attempts, shot_manifest, shots
 from preprocessing.shot_items import ShotDemands, Window, shots_alone, shots_of_item
 from preprocessing.shot_parts import only_command
@@ -238,7 +239,7 @@ def test_a_disk_without_room_for_a_copy_is_no_films_fault(tmp_path: Path, alone:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        with pytest.raises(DiskError, match=r"TMPDIR\) /.* cannot be written: File too large"):
+        with pytest.raises(MachineError, match=r"TMPDIR\) /.* cannot be written: File too large"):
             find_them(item)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
