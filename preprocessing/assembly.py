@@ -105,7 +105,7 @@ class ShardAssembly:
         return tokens.reshape(-1, self._settings.decode.frames * tokens[0].size)
 
     def write(self, folder: Path) -> None:
-        """Write the shard; `DiskError` where the disk refuses."""
+        """Write the shard; `MachineError` where the disk refuses."""
         with writing(folder):
             write_shard(
                 folder,

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from megatron_nuwa.decoders import DecodeError
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from megatron_nuwa.files import sync, write_text_atomically
 from preprocessing.sources.items import Media
-from preprocessing.state import DiskError, writing
+from preprocessing.state import writing
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Journal:
         self._lock = threading.Lock()
         try:
             self._write(b"", 0)
-        except DiskError:
+        except MachineError:
             os.close(self._file)
             raise
 

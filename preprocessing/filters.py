@@ -50,7 +50,7 @@ class Candidate:
 
     @cached_property
     def path(self) -> Path:
-        """The medium as a local file; raises `DecodeError`, or `DiskError` (`local_copy`)."""
+        """The medium as a local file; raises `DecodeError`, or `MachineError` (`local_copy`)."""
         return self._copies.enter_context(local_copy(self.item.media, self._limits))
 
     @cached_property

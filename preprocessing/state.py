@@ -15,17 +15,15 @@ from megatron_nuwa.files import try_lock, write_text_atomically
 _LOCK = "lock"
 
 
-class DiskError(MachineError):
-    """A disk that the farm writes to refuses."""
-
-
 @contextmanager
 def writing(place: Path, what: str = "output") -> Iterator[None]:
-    """Turn what the disk refuses in the block into a `DiskError` that names the place."""
+    """Turn what the disk refuses in the block into a `MachineError` that names the place."""
     try:
         yield
     except OSError as error:
-        raise DiskError(f"{what} {place} cannot be written: {error.strerror or error}") from error
+        raise MachineError(
+            f"{what} {place} cannot be written: {error.strerror or error}"
+        ) from error
 
 
 class FarmFolder:

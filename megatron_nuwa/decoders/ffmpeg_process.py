@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 
+from megatron_nuwa.decoders.ffmpeg_program import not_started
 from megatron_nuwa.decoders.restarts import was_killed
 from megatron_nuwa.decoders.settings import LONGEST_WAIT, DecodeError, DecodeLimits
-from megatron_nuwa.errors import MachineError
 
 _CHUNK = 1 << 16
 # Only the first line is told.
@@ -66,7 +66,7 @@ def _started(command: Sequence[str]) -> subprocess.Popen[bytes]:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
     except OSError as error:
-        raise MachineError(f"ffmpeg ({command[0]}) cannot be started: {error.strerror}") from error
+        raise not_started(command, error) from error
 
 
 def _pieces(

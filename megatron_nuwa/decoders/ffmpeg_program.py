@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
+
+import imageio_ffmpeg
 
 from megatron_nuwa.errors import MachineError
 
@@ -29,9 +31,13 @@ def ffmpeg_program() -> str:
     return program
 
 
+def not_started(command: Sequence[str], error: OSError) -> MachineError:
+    """What to raise where a command of ffmpeg's cannot be started."""
+    return MachineError(f"ffmpeg ({command[0]}) cannot be started: {error.strerror}")
+
+
 @functools.cache
 def _packaged() -> str | None:
-    folder = resources.files("imageio_ffmpeg") / "binaries"
-    with resources.as_file(folder) as place:
-        found = sorted(path for path in Path(place).glob("ffmpeg-*") if os.access(path, os.X_OK))
+    folder = Path(imageio_ffmpeg.__file__).with_name("binaries")
+    found = sorted(path for path in folder.glob("ffmpeg-*") if os.access(path, os.X_OK))
     return str(found[-1]) if found else None

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
-from megatron_nuwa.errors import MachineError, UserError
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program, not_started
+from megatron_nuwa.errors import UserError
 
 _FFMPEG_SECONDS = 120
 _PAUSE_MILLISECONDS = 600
@@ -154,7 +154,7 @@ def _run_ffmpeg(stream: Any, content: bytes) -> subprocess.CompletedProcess[byte
     except subprocess.TimeoutExpired as error:
         raise UserError(f"ffmpeg took longer than {_FFMPEG_SECONDS} s") from error
     except OSError as error:
-        raise MachineError(f"ffmpeg ({command[0]}) cannot be started: {error.strerror}") from error
+        raise not_started(command, error) from error
 
 
 def _complaint(done: subprocess.CompletedProcess[bytes]) -> str:

@@ -71,7 +71,7 @@ def local_copy(media: Media, limits: DecodeLimits = DEFAULT_LIMITS) -> Iterator[
     """A local file with the content of a medium, removed afterwards where it is a copy.
 
     Raises `DecodeError` where there is nothing to copy, or more than the limits allow, and
-    `DiskError` where the disk has no room for the copy.
+    `MachineError` where the disk has no room for the copy.
     """
     if isinstance(media, Path):
         yield media

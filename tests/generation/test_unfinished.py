@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from megatron_nuwa.generation import outputs, tasks
 from megatron_nuwa.generation.media import write_gif, write_mp4
 
@@ -189,3 +189,12 @@ def test_a_call_that_is_told_to_end_keeps_what_it_has(run: Path, tmp_path: Path)
     assert 0 < count < 1000
     assert said == f"{count} of 1000 images are there, whole, in {output}\n"
     assert len(contents(output)) == count + len({"samples.json", "index.html"})
+
+
+def test_an_ffmpeg_that_cannot_be_started_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    with pytest.raises(MachineError, match=r"ffmpeg \(/.*\) cannot be started: No such file"):
+        write_mp4(tmp_path / "clip.mp4", np.zeros((2, 16, 16, 3), np.uint8), 5.0, {})
+    assert not (tmp_path / "clip.mp4").exists()

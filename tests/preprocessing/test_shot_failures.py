@@ -28,7 +28,6 @@ from preprocessing import attempts, shot_manifest, shots
 from preprocessing.shot_items import ShotDemands, Window, shots_alone, shots_of_item
 from preprocessing.shot_parts import only_command
 from preprocessing.sources import SourceItem, read_source
-from preprocessing.state import DiskError
 
 # Of what the farm refuses, these are whole films, only too short for it, or images.
 GOOD_HERE = (
@@ -217,9 +216,9 @@ def test_a_lock_that_cannot_be_removed_hides_no_error_behind_its_own(
     def refused(*arguments: Any, **more: Any) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    with pytest.raises(DiskError, match="told first"), only_command(tmp_path / "shots.jsonl"):  # noqa: PT012
+    with pytest.raises(MachineError, match="told first"), only_command(tmp_path / "shots.jsonl"):  # noqa: PT012
         monkeypatch.setattr(Path, "unlink", refused)
-        raise DiskError("told first")
+        raise MachineError("told first")
     monkeypatch.undo()
     with only_command(tmp_path / "shots.jsonl"):
         pass
@@ -243,3 +242,18 @@ def test_a_disk_without_room_for_a_copy_is_no_films_fault(tmp_path: Path, alone:
             find_them(item)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_an_ffmpeg_that_cannot_be_started_is_no_films_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_clip: WriteClip, alone: bool
+) -> None:
+    write_clip(tmp_path / "film.mp4", [0, 60, 120, 180])
+    item = SourceItem("film", tmp_path / "film.mp4", ("a film",))
+    demands = ShotDemands(threshold=0.5, limits=DecodeLimits())
+    find_them = partial(shots_of_item, network=changes, demands=demands)
+    if alone:
+        find_them = partial(shots_alone, device=torch.device("cpu"), demands=demands)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "ffmpeg"))
+    with pytest.raises(MachineError, match=r"ffmpeg \(/.*\) cannot be started: No such file"):
+        find_them(item)

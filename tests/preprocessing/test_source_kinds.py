@@ -20,7 +20,7 @@ from farm_media import WriteClip
 from PIL import Image
 
 from megatron_nuwa.decoders import DecodeError, DecodeLimits, DecodeSettings
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from preprocessing.sources import (
     TarMember,
     decode_item,
@@ -29,7 +29,6 @@ from preprocessing.sources import (
     read_manifest,
     read_source,
 )
-from preprocessing.state import DiskError
 
 CLIP = DecodeSettings(image_size=32, frames=2, frames_per_second=5)
 
@@ -150,7 +149,7 @@ def test_a_disk_without_room_for_the_copy_is_no_items_fault(tmp_path: Path) -> N
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
     try:
-        with pytest.raises(DiskError, match=r"TMPDIR\) /.* cannot be written: File too large"):
+        with pytest.raises(MachineError, match=r"TMPDIR\) /.* cannot be written: File too large"):
             local_copy(item.media).__enter__()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -167,9 +166,9 @@ def test_a_disk_that_becomes_read_only_hides_no_error_behind_its_own(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     before = os.unlink
-    with pytest.raises(DiskError, match="told first"), local_copy(item.media) as path:  # noqa: PT012
+    with pytest.raises(MachineError, match="told first"), local_copy(item.media) as path:  # noqa: PT012
         monkeypatch.setattr(os, "unlink", refused)
-        raise DiskError("told first")
+        raise MachineError("told first")
     monkeypatch.setattr(os, "unlink", before)
     shutil.rmtree(path.parent)
 
