@@ -30,9 +30,9 @@ from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS
 
 OUTPUT = Path(__file__).parent / "results" / "cuda_resources.json"
 HEAD_SIZES = (32, 64, 128)
-# Shared memory of a multiprocessor in KiB, and warps; both have 65,536 registers and 32 blocks.
-_PROCESSORS = {"sm_80": (164, 64), "sm_90a": (228, 64)}
-_REGISTERS, _BLOCKS = 65_536, 32
+# Shared memory of a multiprocessor in KiB; both have 65,536 registers, 64 warps and 32 blocks.
+_PROCESSORS = {"sm_80": 164, "sm_90a": 228}
+_REGISTERS, _WARPS, _BLOCKS = 65_536, 64, 32
 _DIRECT_WARPS = 8
 # The driver keeps a KiB of every block's shared memory.
 _RESERVED_BYTES = 1024
@@ -46,10 +46,15 @@ _SHARED_PROGRAM = """
 #include "forward.cuh"
 using namespace megatron_nuwa;
 template <int size, bool is_large> void print() {
-  std::printf("%s %d %d %d %d\\n", is_large ? "sm_90a" : "sm_80", size,
-              Memory<Forward<bf16, size>, is_large>::kBytes,
-              Memory<Backward<bf16, size, false>, is_large>::kBytes,
-              Memory<Backward<bf16, size, true>, is_large>::kBytes);
+  const auto print_pass = [](const char* name, int threads, int bytes) {
+    std::printf("%s,%s %d,%d,%d\\n", is_large ? "sm_90a" : "sm_80", name, size, threads, bytes);
+  };
+  using A = Forward<bf16, size>;
+  using B = Backward<bf16, size, false>;
+  using C = Backward<bf16, size, true>;
+  print_pass("forward", Shape<A, is_large>::kThreads, Memory<A, is_large>::kBytes);
+  print_pass("backward dQ", Shape<B, is_large>::kThreads, Memory<B, is_large>::kBytes);
+  print_pass("backward dK dV", Shape<C, is_large>::kThreads, Memory<C, is_large>::kBytes);
 }
 template <bool is_large> void print_all() {
   print<32, is_large>();
@@ -85,14 +90,6 @@ class Kernel:
         return f"{kind} {dtype} {size[1] if size else ''}".strip()
 
     @property
-    def warps(self) -> int:
-        """Warps of a block."""
-        if not self.is_tensor_core:
-            return _DIRECT_WARPS
-        sums: warp_tables.Sums = "context gradients" if "dK" in self.title else "outputs"
-        return warp_tables.shape_of(int(self.title.split()[-1]), sums, True).warps
-
-    @property
     def is_tensor_core(self) -> bool:
         """Whether it is one of the kernels that walk warp tables."""
         return "4walkI" in self.symbol
@@ -122,8 +119,16 @@ def compiled_kernels(folder: Path) -> list[Kernel]:
         return [k for report in pool.map(compile_one, commands) for k in kernels_of(report)]
 
 
-def shared_bytes(folder: Path) -> dict[tuple[str, str], int]:
-    """Dynamic shared memory of every tensor-core kernel by architecture and title."""
+@dataclass(frozen=True)
+class Block:
+    """Warps of a block of threads, and bytes of its dynamic shared memory."""
+
+    warps: int = _DIRECT_WARPS
+    shared_bytes: int = 0
+
+
+def walking_blocks(folder: Path) -> dict[tuple[str, str], Block]:
+    """The block of every tensor-core kernel by architecture and title."""
     source, program = folder / "shared.cu", folder / "shared"
     source.write_text(_SHARED_PROGRAM)
     nvcc = build.cuda_compile_commands(folder)[0][0]
@@ -134,23 +139,25 @@ def shared_bytes(folder: Path) -> dict[tuple[str, str], int]:
     printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
     found = {}
     for line in printed.splitlines():
-        architecture, size, *values = line.split()
-        for kind, value in zip(("forward", "backward dQ", "backward dK dV"), values, strict=True):
-            for dtype in ("bf16", "fp16"):
-                found[architecture, f"{kind} {dtype} {size}"] = int(value)
+        architecture, name, threads, shared = line.split(",")
+        kind, size = name.rsplit(" ", 1)
+        for dtype in ("bf16", "fp16"):
+            block = Block(int(threads) // 32, int(shared))
+            found[architecture, f"{kind} {dtype} {size}"] = block
     return found
 
 
-def blocks_a_processor(kernel: Kernel, shared: int) -> tuple[int, str]:
+def blocks_a_processor(kernel: Kernel, block: Block) -> tuple[int, str]:
     """Blocks that fit one multiprocessor, and what runs out first."""
-    kib, warps = _PROCESSORS[kernel.architecture]
-    own_warps = kernel.warps
-    # Registers are given out 256 at a time to a warp.
+    # Registers are given out 256 at a time to a warp, and a quarter of the warps share a quarter.
     registers_a_warp = -(-kernel.registers * 32 // 256) * 256
+    warps_a_part = _REGISTERS // 4 // registers_a_warp
     limits = {
-        "registers": _REGISTERS // (registers_a_warp * own_warps),
-        "shared memory": kib * 1024 // (shared + _RESERVED_BYTES),
-        "warps": min(warps // own_warps, _BLOCKS),
+        "registers": warps_a_part * 4 // block.warps,
+        "shared memory": _PROCESSORS[kernel.architecture]
+        * 1024
+        // (block.shared_bytes + _RESERVED_BYTES),
+        "warps": min(_WARPS // block.warps, _BLOCKS),
     }
     scarce = min(limits, key=lambda name: limits[name])
     return limits[scarce], scarce
@@ -164,7 +171,9 @@ def table_figures(case: Case, mirrored: bool) -> dict[str, float]:
     shape = warp_tables.shape_of(64, "context gradients" if mirrored else "outputs", True)
     tables = warp_tables.warp_tables(case.geometry, mirrored, shape, device)
     seconds = time.perf_counter() - start
-    block_chunks, columns, rows, starts, _, entries = (t.numpy() for t in tables)
+    block_chunks, places, rows, starts, _, entries = (t.numpy() for t in tables)
+    # All blocks' rows are among the places, as often as the kernel reads them.
+    gathered = int((places >= 0).sum()) - shape.row_rounds * grids[mirrored].cells
     groups = len(entries) - 1
     # A block ends with its slowest warp.
     of_tile = np.diff([*starts, groups]).reshape(-1, shape.warps)
@@ -176,7 +185,7 @@ def table_figures(case: Case, mirrored: bool) -> dict[str, float]:
         "groups": groups,
         "efficiency": case.pairs / (groups * TILE_ROWS * GROUP),
         "filled_rows": float((rows >= 0).sum() / ((rows.reshape(-1, 16) >= 0).any(1).sum() * 16)),
-        "rereads": float((columns >= 0).sum() / grids[not mirrored].cells),
+        "rereads": gathered / grids[not mirrored].cells,
         "balance": groups / int(of_tile.max(1).sum() * shape.warps),
         "bank_conflicts": waits / len(octets),
         "table_bytes": sum(t.numel() * t.element_size() for t in tables),
@@ -195,14 +204,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kernels = compiled_kernels(Path(folder))
         except build.CannotBuildError as error:
             raise UserError(f"the CUDA kernels cannot be compiled here: {error}") from error
-        shared = shared_bytes(Path(folder))
+        blocks_of = walking_blocks(Path(folder))
     resources = []
     for kernel in sorted(kernels, key=lambda k: (k.architecture, k.title)):
-        taken = shared.get((kernel.architecture, kernel.title), 0)
-        blocks, scarce = blocks_a_processor(kernel, taken)
+        block = blocks_of.get((kernel.architecture, kernel.title), Block())
+        blocks, scarce = blocks_a_processor(kernel, block)
         resources.append(
             asdict(kernel)
-            | {"title": kernel.title, "shared_bytes": taken}
+            | {"title": kernel.title}
+            | asdict(block)
             | {"blocks_a_processor": blocks, "limited_by": scarce}
         )
     figures = {

@@ -53,21 +53,20 @@ _TIMED: dict[Sums, str] = {
 class Layout(NamedTuple):
     """`Layout` of tiles.cuh."""
 
+    teams: int
     warps: int
     gatherers: int
-    blocks: int
     chunk: int
     stages: int
-    ahead: int
     at_once: int
 
     def __str__(self) -> str:
         return ", ".join(map(str, self))
 
-    @property
-    def shape(self) -> Shape:
+    def shape(self, sums: Sums) -> Shape:
         """What tables must know of it."""
-        return Shape(self.warps, self.chunk, self.stages, 2 * HEAD_SIZE)
+        rounds = warp_tables.ROW_ROUNDS[sums]
+        return Shape(self.warps, self.chunk, self.stages, 2 * HEAD_SIZE, rounds)
 
 
 class Candidate(NamedTuple):
@@ -87,33 +86,21 @@ class Candidate(NamedTuple):
     def shape_of(self, head_dim: int, sums: Sums, is_large: bool) -> Shape:
         """`warp_tables.shape_of` with these layouts."""
         if head_dim == HEAD_SIZE and is_large:
-            return dict(zip(get_args(Sums), self, strict=True))[sums].shape
+            return dict(zip(get_args(Sums), self, strict=True))[sums].shape(sums)
         return warp_tables.shape_of(head_dim, sums, is_large)
 
 
-# More warps hide more latency, and take registers from one another: 16 warps leave 128 each, 20
-# leave 96, 24 leave 80. A block of the 21×21×10 grid fills seven or eight warps best.
+# More warps hide more latency, and take registers from one another: of sixteen that compute each
+# has 112 where four gather beside them, and 128 where two do; of twelve each has 160. The larger a
+# team, the fewer columns are gathered again by its neighbours.
 CANDIDATES = (
+    Candidate(Layout(2, 8, 2, 64, 7, 32), Layout(2, 8, 2, 64, 7, 16), Layout(2, 6, 2, 64, 6, 16)),
+    Candidate(Layout(2, 8, 4, 64, 6, 16), Layout(2, 8, 2, 64, 6, 16), Layout(2, 6, 2, 96, 4, 16)),
     Candidate(
-        Layout(8, 0, 2, 64, 6, 3, 32), Layout(8, 0, 2, 64, 6, 3, 16), Layout(6, 0, 2, 96, 4, 2, 16)
+        Layout(1, 16, 4, 64, 8, 32), Layout(1, 16, 4, 64, 8, 16), Layout(1, 12, 4, 64, 8, 16)
     ),
-    Candidate(
-        Layout(8, 2, 2, 64, 6, 4, 16), Layout(8, 2, 2, 64, 6, 4, 16), Layout(8, 0, 2, 64, 6, 2, 16)
-    ),
-    Candidate(
-        Layout(7, 1, 3, 64, 4, 2, 16), Layout(7, 1, 2, 64, 6, 4, 16), Layout(7, 1, 2, 64, 6, 2, 16)
-    ),
-    Candidate(
-        Layout(7, 1, 2, 64, 6, 4, 32), Layout(7, 1, 3, 64, 4, 2, 16), Layout(5, 1, 2, 64, 6, 3, 16)
-    ),
-    Candidate(
-        Layout(8, 1, 2, 64, 6, 4, 32),
-        Layout(14, 2, 1, 64, 8, 4, 16),
-        Layout(11, 1, 1, 64, 8, 4, 16),
-    ),
-    Candidate(
-        Layout(8, 0, 3, 64, 4, 2, 16), Layout(8, 0, 2, 64, 4, 2, 16), Layout(8, 2, 1, 64, 6, 3, 16)
-    ),
+    Candidate(Layout(2, 8, 2, 128, 3, 32), Layout(1, 12, 4, 64, 8, 16), Layout(1, 8, 4, 64, 8, 16)),
+    Candidate(Layout(2, 7, 1, 64, 6, 32), Layout(2, 7, 1, 64, 6, 16), Layout(1, 10, 2, 64, 8, 16)),
 )
 
 

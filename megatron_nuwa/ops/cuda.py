@@ -15,8 +15,8 @@ HEAD_DIMS = (32, 64, 128)
 # Bytes of shared memory that the most demanding tensor-core kernel of a head size takes, where a
 # multiprocessor has that of compute capability 9.0 (True) and where it has less.
 SHARED_BYTES = {
-    False: {32: 35_072, 64: 66_048, 128: 132_352},
-    True: {32: 52_480, 64: 101_632, 128: 165_632},
+    False: {32: 35_328, 64: 68_096, 128: 124_416},
+    True: {32: 105_472, 64: 231_424, 128: 165_888},
 }
 
 

@@ -22,15 +22,28 @@ TILE_ROWS = 16
 GROUP = 32
 # A group takes a warp about as long as gathering so many columns takes its block.
 _GROUP_COST = 6
-_TRIED_SHAPES = 10
+_TRIED_CUTS = 10
 _SAMPLED_BLOCKS = 6
+_MOST_BOXES = 4
 
 Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 
+class Cut(NamedTuple):
+    """Blocks of so many boxes of this shape, one after another; each box fills tiles of its own."""
+
+    shape: Grid
+    boxes: int
+
+    @property
+    def box_rows(self) -> int:
+        """Rows of the tiles of a box."""
+        return -(-self.shape.cells // TILE_ROWS) * TILE_ROWS
+
+
 class Strip(NamedTuple):
-    """How the cells of a block follow one another: the axis they run along, and how wide across."""
+    """How the cells of a box follow one another: the axis they run along, and how wide across."""
 
     along: int
     section: Grid
@@ -62,7 +75,16 @@ class Visibility:
         return cls(geometry.grid, geometry.context_grid, (h, w, s), int(geometry.causal))
 
     def of_rows(self, rows: Array) -> tuple[Array, BoolArray]:
-        """Columns that any of the rows sees, ascending, and bool (rows, columns): who sees them."""
+        """Columns that any of the rows sees, ascending, and bool (rows, columns): who sees them.
+
+        Rows of -1 see nothing.
+        """
+        is_real = rows >= 0
+        if not is_real.all():
+            columns, seen = self.of_rows(rows[is_real])
+            all_seen = np.zeros((len(rows), len(columns)), np.bool_)
+            all_seen[is_real] = seen
+            return columns, all_seen
         near = [sees[place] for sees, place in zip(self.sees, places(self.grid, rows), strict=True)]
         # Only the box around what is seen is looked at: the context may be far larger.
         h, w, s = (np.flatnonzero(axis.any(0)) for axis in near)
@@ -85,48 +107,59 @@ def places(grid: Grid, cells: Array) -> tuple[Array, Array, Array]:
 def best_blocks(visibility: Visibility, warps: int) -> list[Array]:
     """The rows of each block, 16 consecutive ones a tile, in the cheapest cut among those tried.
 
-    A block has at most `warps` tiles.
+    A block has at most `warps` tiles; -1 fills up the last tile of a box that others follow.
     """
-    shapes = sorted(
-        _block_shapes(visibility.grid, warps * TILE_ROWS),
-        key=lambda s: _columns_estimate(visibility, s),
+    cuts = sorted(
+        _cuts(visibility.grid, warps), key=lambda cut: _columns_estimate(visibility, cut, warps)
     )
     costs = {
-        (shape, strip): cost
-        for shape in shapes[:_TRIED_SHAPES]
-        for strip, cost in _costs_of_strips(visibility, shape, warps).items()
+        (cut, strip): cost
+        for cut in cuts[:_TRIED_CUTS]
+        for strip, cost in _costs_of_strips(visibility, cut, warps).items()
     }
-    shape, strip = min(costs, key=lambda cut: costs[cut])
-    return [
-        block[strip_order(visibility.grid, shape, strip, block)]
-        for block in blocks_of(visibility.grid, shape)
-    ]
+    cut, strip = min(costs, key=lambda tried: costs[tried])
+    return [_rows(visibility.grid, cut, strip, boxes) for boxes in blocks_of(visibility.grid, cut)]
 
 
-def blocks_of(grid: Grid, shape: Grid) -> list[Array]:
-    """Cut a grid into blocks; the cells of each in generation order."""
-    cells = np.arange(grid.cells)
-    h, w, s = (place // side for place, side in zip(places(grid, cells), shape, strict=True))
-    number = (s * grid.h + h) * grid.w + w
-    order = np.argsort(number, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
+def blocks_of(grid: Grid, cut: Cut) -> list[list[Array]]:
+    """The boxes of each block, with the cells of each in generation order.
 
-
-def strip_order(grid: Grid, shape: Grid, strip: Strip, block: Array) -> Array:
-    """Permutation of a block's cells into strip after strip.
-
-    Tiles are cut from this order without regard to where strips end, so that only a block's last
-    tile has rows left over.
+    Boxes follow one another as an ox ploughs, so that those of a block are neighbours.
     """
-    inside = [place % side for place, side in zip(places(grid, block), shape, strict=True)]
+    cells = np.arange(grid.cells)
+    h, w, s = (place // side for place, side in zip(places(grid, cells), cut.shape, strict=True))
+    sides = [-(-side // width) for side, width in zip(grid, cut.shape, strict=True)]
+    h = np.where(s % 2, sides[0] - 1 - h, h)
+    line = s * sides[0] + h
+    number = line * sides[1] + np.where(line % 2, sides[1] - 1 - w, w)
+    order = np.argsort(number, kind="stable")
+    boxes = np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
+    return [boxes[first : first + cut.boxes] for first in range(0, len(boxes), cut.boxes)]
+
+
+def _rows(grid: Grid, cut: Cut, strip: Strip, boxes: list[Array]) -> Array:
+    """A block's rows, strip after strip of one box after another."""
+    ordered = [box[strip_order(grid, cut.shape, strip, box)] for box in boxes]
+    padded = [np.pad(box, (0, cut.box_rows - len(box)), constant_values=-1) for box in ordered[:-1]]
+    return np.concatenate([*padded, ordered[-1]])
+
+
+def strip_order(grid: Grid, shape: Grid, strip: Strip, box: Array) -> Array:
+    """Permutation of a box's cells into strip after strip.
+
+    Tiles are cut from this order without regard to where strips end, so that only a box's last tile
+    has rows left over.
+    """
+    inside = [place % side for place, side in zip(places(grid, box), shape, strict=True)]
     across = [axis for axis in range(3) if axis != strip.along]
     # The last key is the first to sort by.
     keys = [inside[axis] for axis in across] + [inside[strip.along]]
     return np.lexsort(keys + [inside[axis] // strip.section[axis] for axis in across])
 
 
-def _block_shapes(grid: Grid, most: int) -> list[Grid]:
-    """Shapes of `most` cells at most that cannot grow along one axis to the next width to try."""
+def _cuts(grid: Grid, warps: int) -> list[Cut]:
+    """Boxes that fill a block alone or with others, and cannot grow along one axis to the next
+    width to try without there being fewer of them."""
     options = [
         sorted(
             {min(width, side) for width in (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 192)}
@@ -134,15 +167,20 @@ def _block_shapes(grid: Grid, most: int) -> list[Grid]:
         )
         for side in grid
     ]
-    fitting = {Grid(*shape) for shape in product(*options) if np.prod(shape) <= most}
-    larger = {
-        smaller
-        for shape in fitting
-        for a, choices in enumerate(options)
-        if (place := choices.index(shape[a])) > 0
-        for smaller in [shape._replace(**{"hws"[a]: choices[place - 1]})]
+    boxes = {}
+    for shape in (Grid(*widths) for widths in product(*options)):
+        there = int(np.prod([-(-side // width) for side, width in zip(grid, shape, strict=True)]))
+        boxes[shape] = min(warps // -(-shape.cells // TILE_ROWS), there)
+    fitting = {shape: count for shape, count in boxes.items() if 0 < count <= _MOST_BOXES}
+    smaller = {
+        less
+        for shape, count in fitting.items()
+        for axis, choices in enumerate(options)
+        if (place := choices.index(shape[axis])) > 0
+        for less in [shape._replace(**{"hws"[axis]: choices[place - 1]})]
+        if fitting.get(less) == count
     }
-    return sorted(fitting - larger)
+    return [Cut(shape, fitting[shape]) for shape in sorted(fitting.keys() - smaller)]
 
 
 def _strips(shape: Grid) -> list[Strip]:
@@ -156,37 +194,39 @@ def _strips(shape: Grid) -> list[Strip]:
     return sorted(strips) or [Strip(1, Grid(1, 1, 1))]
 
 
-def _columns_estimate(visibility: Visibility, shape: Grid) -> float:
-    """Columns that all blocks of a shape gather, and a share for rows that its tiles waste."""
-    gathered, tiles = 1.0, -(-shape.cells // TILE_ROWS)
-    for axis, (side, width) in enumerate(zip(visibility.grid, shape, strict=True)):
+def _columns_estimate(visibility: Visibility, cut: Cut, warps: int) -> float:
+    """Columns that all blocks of a cut gather, and a share for rows that its tiles waste."""
+    grid, columns, boxes = visibility.grid, 1.0, 1
+    for axis, (side, width) in enumerate(zip(grid, cut.shape, strict=True)):
         sees = visibility.sees[axis]
         if visibility.causal and axis == 2:
             sees = np.tril(sees) if visibility.causal == 1 else np.triu(sees)
-        starts = np.arange(0, side, width)
-        gathered *= int(np.logical_or.reduceat(sees, starts, axis=0).sum())
-        tiles *= len(starts)
-    return gathered * (1 + tiles * TILE_ROWS / visibility.grid.cells)
+        # Boxes of a block lie side by side, mostly along w.
+        across = width * cut.boxes if axis == 1 else width
+        starts = np.arange(0, side, min(across, side))
+        columns *= int(np.logical_or.reduceat(sees, starts, axis=0).sum())
+        boxes *= -(-side // width)
+    blocks = -(-boxes // cut.boxes)
+    return columns * (1 + blocks * warps * TILE_ROWS / grid.cells)
 
 
-def _costs_of_strips(visibility: Visibility, shape: Grid, warps: int) -> dict[Strip, float]:
-    """Cost a row, for every strip of a block shape, over some blocks spread over the grid."""
-    blocks = blocks_of(visibility.grid, shape)
-    strips = _strips(shape)
+def _costs_of_strips(visibility: Visibility, cut: Cut, warps: int) -> dict[Strip, float]:
+    """Cost a row, for every strip of a box, over some blocks spread over the grid."""
+    blocks = blocks_of(visibility.grid, cut)
+    strips = _strips(cut.shape)
     sample = np.unique(np.linspace(0, len(blocks) - 1, _SAMPLED_BLOCKS).round().astype(np.int64))
     costs = dict.fromkeys(strips, 0.0)
     for block in (blocks[i] for i in sample):
-        columns, seen = visibility.of_rows(block)
         for strip in strips:
-            order = strip_order(visibility.grid, shape, strip, block)
-            tiles = np.arange(0, len(block), TILE_ROWS)
-            by_tile = np.logical_or.reduceat(seen[order], tiles, axis=0)
-            groups = -(-by_tile.sum(1) // GROUP)
+            rows = _rows(visibility.grid, cut, strip, block)
+            columns, seen = visibility.of_rows(rows)
+            tiles = np.arange(0, len(rows), TILE_ROWS)
+            groups = -(-np.logical_or.reduceat(seen, tiles, axis=0).sum(1) // GROUP)
             # All warps of a block wait for its slowest, and another block fills some of the gaps.
             computed = (groups.sum() + warps * groups.max()) / 2
             costs[strip] += len(columns) + _GROUP_COST * computed
-    rows = sum(len(blocks[i]) for i in sample)
-    return {strip: cost / rows for strip, cost in costs.items()}
+    rows_of_sample = sum(len(box) for i in sample for box in blocks[i])
+    return {strip: cost / rows_of_sample for strip, cost in costs.items()}
 
 
 def _axis_sees(side: int, context_side: int, width: int | None) -> BoolArray:

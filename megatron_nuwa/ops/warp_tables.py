@@ -5,10 +5,10 @@ few tiles that lie close together and share one gathered list of columns. Rows a
 columns keys; in the mirrored tables, which the gradients of keys and values walk, rows are keys and
 columns queries. Borders, causality and the scaling between grids live here alone.
 
-A block's columns pass through a ring of a few stages in shared memory, a chunk each. At step `t`
-chunks `t-1` and `t` may be read while others arrive, so a warp's columns are packed 32 to a *group*
-as long as they lie in two neighbouring chunks, and the group is computed at the step of its last
-one. Nothing overwrites the last chunks of a block, one a stage, so those may all meet in one group.
+A block's columns pass through a ring of a few stages in shared memory, a chunk each, and before
+them its own rows. At step `t` chunks `t-1` and `t` may be read while others arrive, so a warp's
+columns are packed 32 to a *group* as long as they lie in two neighbouring chunks, and the group is
+computed at the step of its last one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _CACHED_GEOMETRIES = 64
 
 # What a kernel sums.
 Sums = Literal["outputs", "query gradients", "context gradients"]
+# Queries; queries, gradients and outputs; keys and values.
+ROW_ROUNDS: dict[Sums, int] = {"outputs": 1, "query gradients": 2, "context gradients": 1}
 Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -37,13 +39,20 @@ BoolArray = npt.NDArray[np.bool_]
 class Shape(NamedTuple):
     """What the tables must know of a kernel.
 
-    Warps a block, columns a chunk, stages of the ring, bytes a column.
+    Warps a block, columns a chunk, stages of the ring, bytes a column, and how many times a block's
+    rows come: two of their tensors pass through the ring side by side.
     """
 
     warps: int
     chunk: int
     stages: int
     row_bytes: int
+    row_rounds: int = 1
+
+    @property
+    def row_chunks(self) -> int:
+        """How many chunks of rows come before a block's columns."""
+        return self.row_rounds * -(-self.warps * TILE_ROWS // self.chunk)
 
     def offsets(self, slots: Array) -> Array:
         """Where ring slots start in shared memory, with the turn of their 16-byte segments.
@@ -58,14 +67,16 @@ class WarpTables(NamedTuple):
     """What the tensor-core kernels walk; all int32.
 
     `block_chunks` (blocks + 1): first chunk of each block in `columns`.
-    `columns` ((chunks + 1) · chunk): the column behind every place of the ring, -1 = none.
+    `columns` (chunks · chunk): what is behind every place of the ring, -1 = nothing: the rows
+    of a block in its first chunks, each time tile after tile, and its columns in the others.
     `rows` (blocks · warps · 16): the row behind every row of the tiles, -1 = none.
     `group_starts` (blocks · warps): first group of each tile.
-    `group_ends` ((chunks + 1) · warps): one past the last group of each warp ready at this step.
-    `entries` (groups + 1, 32): for each lane the offset in the ring of column `lane` (low half),
-    and one bit for each of its sixteen scores (high half): is the pair visible?
+    `group_ends` (chunks · warps): one past the last group of each warp ready at this step.
+    `entries` (groups + 1, 32): for each lane the offset in the ring of column `lane`, from where
+    the block's first chunk lies (low half), and one bit for each of its sixteen scores (high half):
+    is the pair visible?
 
-    Kernels read ahead: a spare chunk and a spare group end the tables.
+    Tiles of a block see ever fewer columns. Kernels read ahead: a spare group ends the tables.
     """
 
     block_chunks: Tensor
@@ -95,9 +106,12 @@ def shape_of(head_dim: int, sums: Sums, is_large: bool) -> Shape:
 
     `is_large`: does a multiprocessor have the shared memory of compute capability 9.0?
     """
+    chunk = 32 if head_dim > 64 else 64
     if sums == "context gradients" and head_dim == 64:
-        return Shape(6, 96 if is_large else 48, 4, 2 * head_dim)
-    return Shape(8, 32 if head_dim > 64 else 64, 6 if is_large else 4, 2 * head_dim)
+        warps, stages = (6, 6) if is_large else (5, 4)
+    else:
+        warps, stages = (8, 7 if head_dim == 64 else 6) if is_large else (7, 4)
+    return Shape(warps, chunk, stages, 2 * head_dim, ROW_ROUNDS[sums])
 
 
 @lru_cache(maxsize=_CACHED_GEOMETRIES)
@@ -120,7 +134,7 @@ def row_tables(geometry: Geometry, mirrored: bool, device: torch.device) -> RowT
 
 
 def _build(visibility: Visibility, shape: Shape) -> WarpTables:
-    warps, chunk, stages, _ = shape
+    warps, chunk, stages = shape.warps, shape.chunk, shape.stages
     blocks = [_Block.of(visibility, rows, shape) for rows in best_blocks(visibility, warps)]
     # From here on a column is its place among its block's chunks.
     turned = np.split(
@@ -130,26 +144,28 @@ def _build(visibility: Visibility, shape: Shape) -> WarpTables:
     tile_groups, places, masks, ends = [], [], [], []
     for block, order in zip(blocks, turned, strict=True):
         block.reorder(order)
-        block_ends = np.zeros((block.chunks, warps), np.int64)
+        block_ends = np.zeros((shape.row_chunks + block.chunks, warps), np.int64)
         for warp in range(warps):
             tile = block.seen[warp * TILE_ROWS : (warp + 1) * TILE_ROWS]
-            tile_places, tile_masks, steps = _groups_of_tile(tile, chunk, block.chunks - stages)
+            tile_places, tile_masks, steps = _groups_of_tile(tile, chunk)
             places.append(tile_places)
             masks.append(tile_masks)
             tile_groups.append(len(steps))
-            block_ends[:, warp] = np.searchsorted(steps, np.arange(block.chunks), side="right")
+            done = np.searchsorted(steps, np.arange(block.chunks), side="right")
+            block_ends[shape.row_chunks :, warp] = done
         ends.append(block_ends)
 
     starts = np.concatenate([[0], np.cumsum(tile_groups)])
     first = starts[:-1].reshape(-1, warps)
     group_ends = np.concatenate([end + first[i] for i, end in enumerate(ends)])
-    slots = np.concatenate(places) % (stages * chunk)
+    slots = (np.concatenate(places) + shape.row_chunks * chunk) % (stages * chunk)
+    columns = [part for block in blocks for part in (block.row_places(shape), block.columns)]
     return WarpTables(
-        _int32(np.cumsum([0, *(block.chunks for block in blocks)])),
-        _int32(np.concatenate([*(block.columns for block in blocks), np.full(chunk, -1)])),
-        _int32(np.concatenate([_padded(block.rows, warps * TILE_ROWS) for block in blocks])),
+        _int32(np.cumsum([0, *(len(end) for end in ends)])),
+        _int32(np.concatenate(columns)),
+        _int32(np.concatenate([block.rows for block in blocks])),
         _int32(starts[:-1]),
-        _int32(np.concatenate([group_ends.reshape(-1), np.zeros(warps, np.int64)])),
+        _int32(group_ends.reshape(-1)),
         torch.from_numpy(_entries(shape, slots, np.concatenate(masks)).view(np.int32)),
     )
 
@@ -157,14 +173,19 @@ def _build(visibility: Visibility, shape: Shape) -> WarpTables:
 class _Block:
     """A block's rows, the columns (chunks · chunk,) that they see, and who sees which.
 
-    `seen` bool (rows, chunks · chunk); `by_warp` bool (chunks, chunk, warps).
+    `rows` (warps · 16) are -1 where there are none, tiles that see many columns before those that
+    see few; `seen` bool (rows, chunks · chunk); `by_warp` bool (chunks, chunk, warps).
     """
 
     def __init__(self, rows: Array, columns: Array, seen: BoolArray, shape: Shape) -> None:
-        self.rows, self.columns, self.seen = rows, columns, seen
         self.chunks = len(columns) // shape.chunk
-        tiles = np.zeros((shape.warps, TILE_ROWS, len(columns)), np.bool_)
-        tiles.reshape(-1, len(columns))[: len(rows)] = seen
+        missing = shape.warps * TILE_ROWS - len(rows)
+        tiles = np.pad(seen, ((0, missing), (0, 0))).reshape(shape.warps, TILE_ROWS, -1)
+        order = np.argsort(-tiles.any(1).sum(1), kind="stable")
+        all_rows = np.pad(rows, (0, missing), constant_values=-1)
+        self.rows = all_rows.reshape(-1, TILE_ROWS)[order].reshape(-1)
+        tiles = tiles[order]
+        self.columns, self.seen = columns, tiles.reshape(len(self.rows), -1)
         self.by_warp = tiles.any(1).T.reshape(self.chunks, shape.chunk, shape.warps)
 
     @classmethod
@@ -186,6 +207,11 @@ class _Block:
             columns, seen = np.zeros(1, np.int64), np.zeros((len(rows), 1), np.bool_)
         return cls(rows, np.where(is_real, columns[order], -1), seen[:, order] & is_real, shape)
 
+    def row_places(self, shape: Shape) -> Array:
+        """The rows as they pass through the ring, each time from a chunk's start on."""
+        places = shape.row_chunks // shape.row_rounds * shape.chunk
+        return np.tile(_padded(self.rows, places), shape.row_rounds)
+
     def reorder(self, order: Array) -> None:
         """Let each chunk's columns stand in the order `order` (chunks, chunk)."""
         flat = (order + np.arange(self.chunks)[:, None] * order.shape[1]).reshape(-1)
@@ -195,15 +221,16 @@ class _Block:
 def _turned(by_warp: BoolArray) -> Array:
     """An order (chunks, chunk) of each chunk's columns that spreads every warp's over all banks.
 
-    A column's bank is its place modulo 8. Columns choose one after another the bank in which the
-    warps that see them have seen the fewest so far, and of which the chunk has places left.
+    A column's bank is its place modulo 8. Columns choose one after another, those first that most
+    warps see, the bank in which the warps that see them have seen the fewest so far, and of which
+    the chunk has places left.
     """
     chunks, chunk, warps = by_warp.shape
     counts = np.zeros((chunks, warps, _BANKS), np.int32)
     taken = np.zeros((chunks, _BANKS), np.int64)
     order, every = np.zeros((chunks, chunk), np.int64), np.arange(chunks)
-    for column in range(chunk):
-        sees = by_warp[:, column]
+    for column in np.argsort(-by_warp.sum(2), axis=1, kind="stable").T:
+        sees = by_warp[every, column]
         cost = (counts * sees[:, :, None]).sum(1) * chunk + taken
         bank = np.where(taken < chunk // _BANKS, cost, np.iinfo(np.int64).max).argmin(1)
         order[every, taken[every, bank] * _BANKS + bank] = column
@@ -212,21 +239,15 @@ def _turned(by_warp: BoolArray) -> Array:
     return order
 
 
-def _groups_of_tile(tile: BoolArray, chunk: int, kept: int) -> tuple[Array, Array, Array]:
-    """Places (groups, 32), row masks (groups, 32) and step (groups,) of one tile's columns.
-
-    Chunks from `kept` on are never overwritten.
-    """
+def _groups_of_tile(tile: BoolArray, chunk: int) -> tuple[Array, Array, Array]:
+    """Places (groups, 32), row masks (groups, 32) and step (groups,) of one tile's columns."""
     left = np.flatnonzero(tile.any(0))
     groups = []
     while len(left):
         chunk_of = left // chunk
         # The first chunk must go before it is overwritten; others fill the group up.
         due = int(np.searchsorted(chunk_of, chunk_of[0] + 1))
-        newest = chunk_of[0] + 1
-        if chunk_of[0] >= kept:
-            newest = max(newest, chunk_of[min(GROUP, len(left)) - 1])
-        end = int(np.searchsorted(chunk_of, newest + 1))
+        end = int(np.searchsorted(chunk_of, chunk_of[0] + 2))
         if due >= GROUP:
             chosen = _over_banks(left[:due], GROUP)
         else:
@@ -263,10 +284,15 @@ def _over_banks(places: Array, most: int, beside: Array | None = None) -> Array:
 
 def _entries(shape: Shape, slots: Array, masks: Array) -> npt.NDArray[np.uint32]:
     """Pack slots and masks (groups, 32) as the lanes read them."""
-    # `ldmatrix` reads eight rows at once: those that meet in a bank go to different octets.
-    order = np.argsort(slots % _BANKS, axis=1, kind="stable")
-    order = np.concatenate([order[:, first :: GROUP // 8] for first in range(GROUP // 8)], axis=1)
+    # `ldmatrix` reads eight rows at once: those that meet in a bank go to different octets. One is
+    # filled up with a column that it has, which costs nothing to read again.
+    octets = GROUP // 8
+    order = np.argsort(np.where(masks > 0, slots % _BANKS, _BANKS), axis=1, kind="stable")
+    order = np.concatenate([order[:, first::octets] for first in range(octets)], axis=1)
     slots, masks = np.take_along_axis(slots, order, 1), np.take_along_axis(masks, order, 1)
+    first = np.repeat(slots[:, ::8], 8, axis=1)
+    own = np.where(np.repeat(masks[:, ::8], 8, axis=1) > 0, first, slots[:, :1])
+    slots = np.where(masks > 0, slots, own)
     lane, element = np.arange(GROUP)[:, None], np.arange(GROUP // 2)
     row = lane // 4 + 8 * (element // 2 % 2)
     column = 8 * (element // 4) + 2 * (lane % 4) + element % 2

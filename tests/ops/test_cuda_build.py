@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from benchmarks import kernel_layouts
-from benchmarks.cuda_resources import Kernel, blocks_a_processor, compiled_kernels, shared_bytes
+from benchmarks.cuda_resources import (
+    Block,
+    Kernel,
+    blocks_a_processor,
+    compiled_kernels,
+    walking_blocks,
+)
 from benchmarks.kernel_layouts import CANDIDATES
 from megatron_nuwa.ops import build, cuda
 from megatron_nuwa.ops.warp_tables import Sums, shape_of
@@ -29,7 +35,7 @@ class Build:
     """What the compilers made of the sources."""
 
     kernels: list[Kernel]
-    shared: dict[tuple[str, str], int]
+    blocks: dict[tuple[str, str], Block]
     library: Path
 
 
@@ -44,7 +50,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Build:
     library = folder / build.library_name("cuda")
     link = build.link_command("cuda", [command[-1] for command in commands], library)
     subprocess.run(link, check=True)
-    return Build(kernels, shared_bytes(folder), library)
+    return Build(kernels, walking_blocks(folder), library)
 
 
 def test_no_kernel_spills_registers(compiled: Build) -> None:
@@ -67,10 +73,10 @@ def test_every_kernel_is_there_once_an_architecture(compiled: Build, architectur
 def test_every_kernel_fits_a_processor_of_its_architecture(compiled: Build) -> None:
     for kernel in compiled.kernels:
         own = (kernel.architecture, kernel.title)
-        shared = compiled.shared[own] if kernel.is_tensor_core else 0
-        assert blocks_a_processor(kernel, shared)[0] >= 1, kernel
+        block = compiled.blocks[own] if kernel.is_tensor_core else Block()
+        assert blocks_a_processor(kernel, block)[0] >= 1, kernel
         # The most that one block may have is a KiB less than the processor's.
-        assert shared <= (163 if kernel.architecture == "sm_80" else 227) * 1024
+        assert block.shared_bytes <= (163 if kernel.architecture == "sm_80" else 227) * 1024
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
@@ -79,8 +85,8 @@ def test_the_backend_asks_for_the_shared_memory_that_its_kernels_take(
 ) -> None:
     taken = {
         size: max(
-            n
-            for (found, title), n in compiled.shared.items()
+            block.shared_bytes
+            for (found, title), block in compiled.blocks.items()
             if found == architecture and title.endswith(f" {size}")
         )
         for size in SIZES

@@ -118,80 +118,82 @@ class Mistake(NamedTuple):
 
 
 COPY, MATRIX = r"a copy by thread \d+ writes \(ring", r"thread \d+ reads \(tile_walk"
-STORE, LOAD = r"thread \d+ writes \(tiles", r"thread \d+ reads \(tiles"
 MISTAKES = {
     "a slot is filled while others may read it": Mistake(
         "ring.cuh",
         "wait_for_phase(memory_ + M::done(last.stage), last.phase);",
         "",
-        race(COPY, MATRIX),
+        race(COPY, f"(?:{MATRIX}|{COPY})"),
+    ),
+    "a slot is filled a step too soon": Mistake(
+        "ring.cuh", "turn_.before(S::kStages - 1);", "turn_.before(S::kStages);", race(COPY, MATRIX)
     ),
     "a slot is read before its copies have come": Mistake(
-        "tile_walk.cuh", "ring.wait_for(turn);", "", race(COPY, MATRIX)
+        "tile_walk.cuh",
+        "ring.wait_for(turn);\n      const uint32_t end",
+        "const uint32_t end",
+        race(COPY, MATRIX),
     ),
     "tiles are read before their copies have come": Mistake(
         "tile_walk.cuh",
-        "wait_for_phase(base + Memory<Pass>::kTilesCame, 0);",
-        "",
-        race(r"a copy by thread \d+ writes \(tiles", MATRIX),
+        "ring.wait_for(turn);\n      if (chunk == first",
+        "if (chunk == first",
+        race(COPY, MATRIX),
     ),
-    "tiles are read while the ring fills their place": Mistake(
-        "tile_walk.cuh", "__syncthreads();  // the tiles' place is free", "", race(COPY, MATRIX)
+    "groups are looked for where the first item lay": Mistake(
+        "tile_walk.cuh",
+        "const uint32_t start = turn.stage * M::kStageBytes;",
+        "const uint32_t start = 0;",
+        race(COPY, MATRIX),
     ),
     "a lane says for its warp that all are done": Mistake(
         "ring.cuh",
-        "__syncwarp();\n    if (place_.lane == 0)",
-        "if (place_.lane == 0)",
+        "__syncwarp();\n  if (threadIdx.x % 32 < kArrivals)",
+        "if (threadIdx.x % 32 < kArrivals)",
         race(COPY, MATRIX),
     ),
     "a lane says for its warp that all have written": Mistake(
         "ring.cuh",
-        "if (is_masked()) arrive_for_warp(M::full(stage));",
-        "if (is_masked() && place_.lane == 0) arrive(memory_ + M::full(stage));",
+        "if (is_masked) arrive_for_warp(memory_ + M::full(stage));",
+        "if (is_masked && threadIdx.x % 32 == 0) arrive(memory_ + M::full(stage));",
         race(r"thread \d+ writes \(ring", MATRIX),
         masked=True,
-    ),
-    "sums are stored over what others read": Mistake(
-        "tile_walk.cuh",
-        "stored(rows, place.lane);\n  __syncthreads();",
-        "stored(rows, place.lane);",
-        race(STORE, MATRIX),
-    ),
-    "lanes store what others have not yet written": Mistake(
-        "tiles.cuh", "  __syncwarp();\n", "", race(STORE, LOAD)
-    ),
-    "lanes write over what others have not yet stored": Mistake(
-        "backward.cuh", "      __syncwarp();\n", "", race(STORE, LOAD)
     ),
     "barriers are used before they have started": Mistake(
         "tile_walk.cuh",
         "__syncthreads();  // the barriers have started",
         "",
-        "a barrier is used before it has started",
+        rf"a barrier is used before it has started|{race('writes .ring', 'reads .ring')}",
     ),
     "half a warp waits for the block": Mistake(
         "tile_walk.cuh",
-        "__syncthreads();  // the tiles' place is free",
-        "if (place.lane < 16) __syncthreads();",
+        "__syncthreads();  // the barriers have started",
+        "if (threadIdx.x % 32 < 16) __syncthreads();",
         "lanes of a warp meet at different instructions: .* at __syncthreads ",
     ),
     "halves of a warp wait for the block in different places": Mistake(
         "tile_walk.cuh",
-        "__syncthreads();  // the tiles' place is free",
-        "if (place.lane < 16) __syncthreads();\n else __syncthreads();",
+        "__syncthreads();  // the barriers have started",
+        "if (threadIdx.x % 32 < 16) __syncthreads();\n else __syncthreads();",
         "lanes of a warp meet at different instructions: .* at __syncthreads .* at __syncthreads ",
     ),
     "a warp leaves while others wait": Mistake(
         "tile_walk.cuh",
-        "stored(rows, place.lane);",
-        "stored(rows, place.lane);\nif (place.warp == 1) return;",
+        "__syncthreads();  // the barriers have started",
+        "if (threadIdx.x / 32 == 1) return;\n__syncthreads();",
         r"thread \d+ has ended, and thread \d+ waits at __syncthreads \(tile_walk.cuh:\d+\)",
     ),
     "a barrier expects more than come": Mistake(
         "ring.cuh",
-        "M::kTilesCame, 32 * S::kWarps);",
-        "M::kTilesCame, 32 * S::kWarps + 1);",
-        r"nobody can go on: thread 0 waits at mbarrier wait \(tile_walk",
+        "M::done(stage), S::kWarps * kArrivals);",
+        "M::done(stage), S::kWarps * kArrivals + 1);",
+        r"nobody can go on: thread 0 waits at mbarrier wait \(ring",
+    ),
+    "a team's last item is never gathered": Mistake(
+        "ring.cuh",
+        "while (cursor_.is_there()) {",
+        "for (int i = 0; i < 9; ++i) {",
+        r"nobody can go on: thread 0 waits at mbarrier wait \(ring",
     ),
 }
 
@@ -206,11 +208,12 @@ def test_a_mistake_of_the_kernels_is_found(tmp_path: Path, name: str) -> None:
     header.write_text(text.replace(mistake.right, mistake.wrong))
     simulator = compiled_simulator(tmp_path, "-DMEGATRON_NUWA_ONLY_BF16_64", kernels=kernels)
 
-    # So many columns that they go round the ring twice.
-    grid, context = Grid(9, 11, 1), Grid(9, 11, 8)
+    # So many columns that they go round the ring twice, and so many heads that every team has items
+    # to spare.
+    grid, context, heads = Grid(9, 11, 1), Grid(9, 11, 8), 9
     geometry = Geometry(grid, context, Extent(None, None, None), False)
-    query, grad = torch.randn(2, 1, grid.cells, 1, 64).bfloat16()
-    key, value = torch.randn(2, 1, context.cells, 1, 64).bfloat16()
+    query, grad = torch.randn(2, 1, grid.cells, heads, 64).bfloat16()
+    key, value = torch.randn(2, 1, context.cells, heads, 64).bfloat16()
     mask = torch.rand(1, context.cells) < 0.5 if mistake.masked else None
     tables = tables_of(geometry, query)
     with pytest.raises(AssertionError, match=mistake.said):

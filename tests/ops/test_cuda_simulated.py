@@ -191,17 +191,12 @@ def test_kernels_of_a_device_with_less_shared_memory_equal_the_definition(
             check(smaller, geometry, torch.bfloat16, size, 4, True, 4.0, images=(1, 1))
 
 
-# Warps that do nothing but gather, in several ways; and fewer warps than any of the kernels has.
+# Fewer warps than any of the kernels has; teams of which there is one, or three; chunks that a
+# block's rows fill in part; a thread that gathers much, or little.
 OTHER_LAYOUTS = (
-    Candidate(
-        Layout(9, 1, 2, 64, 6, 4, 32), Layout(7, 1, 2, 64, 6, 3, 16), Layout(7, 1, 2, 64, 6, 2, 16)
-    ),
-    Candidate(
-        Layout(7, 1, 3, 64, 4, 2, 16), Layout(8, 2, 2, 64, 6, 2, 16), Layout(5, 1, 2, 32, 8, 4, 16)
-    ),
-    Candidate(
-        Layout(4, 0, 3, 48, 5, 3, 16), Layout(4, 4, 2, 128, 4, 2, 16), Layout(2, 0, 3, 48, 6, 3, 16)
-    ),
+    Candidate(Layout(1, 9, 1, 64, 6, 32), Layout(3, 3, 1, 64, 4, 16), Layout(2, 4, 2, 64, 4, 16)),
+    Candidate(Layout(3, 4, 1, 32, 6, 16), Layout(1, 5, 4, 128, 4, 16), Layout(4, 2, 1, 32, 6, 16)),
+    Candidate(Layout(2, 7, 1, 96, 4, 32), Layout(1, 2, 2, 32, 3, 16), Layout(1, 1, 1, 160, 3, 16)),
 )
 
 

@@ -44,22 +44,30 @@ def walk(
     start: Callable[[Tensor], tuple[Add, Callable[[], None]]],
 ) -> None:
     """For every tile, `start(rows)` gives what to do with each group and what at the end."""
-    warp_count, chunk, stages, _ = shape
+    warp_count, chunk, stages = shape.warps, shape.chunk, shape.stages
     block_chunks, ring_columns, rows, starts, ends, entries = (t.numpy() for t in tables)
     for block in range(len(block_chunks) - 1):
+        # Where the ring stands when the block begins.
+        turn = block * 5 % stages
         first, last = block_chunks[block], block_chunks[block + 1]
         of_block = ring_columns[first * chunk : last * chunk]
         # What was never gathered is NaN, so that reading it shows.
         ring = [t.new_full((t.shape[0], stages * chunk, *t.shape[2:]), torch.nan) for t in columns]
 
-        def gather(step: int, of_block: np.ndarray = of_block, ring: list[Tensor] = ring) -> None:
+        def gather(
+            step: int,
+            of_block: np.ndarray = of_block,
+            ring: list[Tensor] = ring,
+            turn: int = turn,
+        ) -> None:
             here = of_block[step * chunk : (step + 1) * chunk]
-            if not len(here):
+            if step >= shape.row_chunks and not len(here):
                 return
-            slots = step % stages * chunk + np.flatnonzero(here >= 0)
+            start = (turn + step) % stages * chunk
             for target, source in zip(ring, columns, strict=True):
-                target[:, step % stages * chunk : (step % stages + 1) * chunk] = torch.nan
-                target[:, slots] = source[:, here[here >= 0]]
+                target[:, start : start + chunk] = torch.nan
+                if step >= shape.row_chunks:
+                    target[:, start + np.flatnonzero(here >= 0)] = source[:, here[here >= 0]]
 
         warps = [
             start(torch.from_numpy(of_tile))
@@ -75,6 +83,7 @@ def walk(
                 end = ends.reshape(-1, warp_count)[first + step, warp]
                 for entry in entries[group[warp] : end]:
                     slots, visible = decode(shape, entry)
+                    slots = (slots + turn * chunk) % (stages * chunk)
                     add([t[:, slots] for t in ring], torch.from_numpy(visible))
                 group[warp] = max(group[warp], end)
         for _, finish in warps:

@@ -6,7 +6,7 @@
 namespace megatron_nuwa {
 
 alignas(1024) char memory[kSharedBytesLimit];
-Index threadIdx, blockIdx, blockDim;
+Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
@@ -213,6 +213,8 @@ void run_blocks(Blocks blocks, unsigned count, void (*kernel)(void*), void* argu
   body = kernel, body_argument = argument;
   if (fibers.size() < count) fibers.resize(count);
   warps.resize(count / 32);
+  gridDim = {static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y),
+             static_cast<unsigned>(blocks.z)};
   const int64_t all = static_cast<int64_t>(blocks.x) * blocks.y * blocks.z;
   for (int64_t number = 0; number < all; ++number) {
     blockIdx.x = number % blocks.x;

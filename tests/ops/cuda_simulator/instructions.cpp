@@ -100,6 +100,9 @@ float element(const Shown& warp, int index, int k, int low, int high) {
 void copy_async_16(uint32_t target, const void* source, bool is_real) {
   copy_async(target, source, 16, is_real, __builtin_return_address(0));
 }
+void copy_async_4(uint32_t target, const void* source) {
+  copy_async(target, source, 4, true, __builtin_return_address(0));
+}
 void copy_async_8(uint32_t target, const void* source, bool is_real) {
   copy_async(target, source, 8, is_real, __builtin_return_address(0));
 }

@@ -72,21 +72,24 @@ struct WalkTables {
   ~WalkTables() {
     for (Guarded* copy : copies) delete copy;
   }
-  Tables walk() const {
+  Tables walk(int blocks) const {
     return {copies[0]->as<int32_t>(), copies[1]->as<int32_t>(), copies[2]->as<int32_t>(),
-            copies[3]->as<int32_t>(), copies[4]->as<int32_t>(), copies[5]->as<uint32_t>()};
+            copies[3]->as<int32_t>(), copies[4]->as<int32_t>(), copies[5]->as<uint32_t>(),
+            blocks};
   }
   RowTables direct() const { return {copies[0]->as<int64_t>(), copies[1]->as<int32_t>()}; }
   std::vector<Guarded*> copies;
 };
 
+// Few, so that a team has several items.
+constexpr int kProcessors = 2;
+
 template <class Pass>
-void run(const typename Pass::Arguments& arguments, const WalkTables& tables, int blocks,
-         int batch) {
-  static_assert(Memory<Pass>::kBytes <= kSharedBytesLimit);
-  run_kernel({blocks, arguments.problem.heads, batch},
-             Shape<Pass>::kThreads,
-             [&] { walk<Pass>(arguments, tables.walk()); });
+void run(const typename Pass::Arguments& arguments, const WalkTables& tables, int blocks) {
+  static_assert(Memory<Pass>::kBytes <= (kIsLarge ? 227 : 163) * 1024);
+  const int items = blocks * arguments.problem.heads * arguments.problem.batch;
+  run_kernel({std::min(items, kProcessors)}, Shape<Pass>::kThreads,
+             [&] { walk<Pass>(arguments, tables.walk(blocks)); });
 }
 
 int direct_blocks(int64_t warps) { return (warps + kDirectWarps - 1) / kDirectWarps; }
@@ -106,8 +109,8 @@ void simulate(const Call& call) {
   const Guarded grad_value = out(call.grad_value);
   const WalkTables of_outputs(call.tables[0], at_end), tables(call.tables[1], at_end);
   const WalkTables mirrored(call.tables[2], at_end);
-  const Problem problem{call.heads, call.queries, call.keys, call.scale, mask.as<bool>()};
-  const Problem mirror{call.heads, call.keys, call.queries, call.scale, mask.as<bool>()};
+  const Problem problem{call.batch, call.heads, call.queries, call.keys, call.scale, mask.as<bool>()};
+  const Problem mirror{call.batch, call.heads, call.keys, call.queries, call.scale, mask.as<bool>()};
   const T *q = query.as<T>(), *k = key.as<T>(), *v = value.as<T>(), *g = grad.as<T>();
   const auto direct = [&](const Problem& p) {
     return DirectProblem{p.heads, p.row_tokens, p.column_tokens,
@@ -134,13 +137,13 @@ void simulate(const Call& call) {
                [&] { direct_backward<size, true>(mirrored_backward, mirrored.direct()); });
   } else {
     run<Forward<T, size>>({problem, {q}, {k, v}, output.as<T>(), log_sum.as<float>()}, of_outputs,
-                          call.blocks[0], call.batch);
-    run<Backward<T, size, false>>({problem, {q, g}, {k, v}, of_query, {grad_query.as<T>()},
-                                   output.as<T>(), log_sum.as<float>()},
-                                  tables, call.blocks[1], call.batch);
+                          call.blocks[0]);
+    run<Backward<T, size, false>>({problem, {q, g, output.as<T>()}, {k, v}, of_query,
+                                   {grad_query.as<T>()}, log_sum.as<float>()},
+                                  tables, call.blocks[1]);
     run<Backward<T, size, true>>(
-        {mirror, {k, v}, {q, g}, of_query, {grad_key.as<T>(), grad_value.as<T>()}, nullptr, nullptr},
-        mirrored, call.blocks[2], call.batch);
+        {mirror, {k, v}, {q, g}, of_query, {grad_key.as<T>(), grad_value.as<T>()}, nullptr},
+        mirrored, call.blocks[2]);
   }
 }
 

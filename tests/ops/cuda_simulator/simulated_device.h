@@ -114,9 +114,9 @@ inline float inverse_fast(float x) { return 1 / x; }
 
 // --- threads and their warps --------------------------------------------------------------------
 
-constexpr int kSharedBytesLimit = 163 * 1024;  // of sm_80, the smaller
+constexpr int kSharedBytesLimit = 227 * 1024;
 alignas(1024) extern char memory[kSharedBytesLimit];
-extern Index threadIdx, blockIdx, blockDim;
+extern Index threadIdx, blockIdx, blockDim, gridDim;
 
 // End the simulation: whoever called failure_of() is told why.
 [[noreturn]] void fail(const std::string& what);
@@ -131,6 +131,13 @@ void __syncthreads(Site at = Site::current());
 void __syncwarp(Site at = Site::current());
 
 inline int lane_id() { return threadIdx.x % 32; }
+
+inline void hide(uint32_t&) {}
+inline void hide(const char*&) {}
+template <int count>
+void take_registers() {}
+template <int count>
+void give_registers() {}
 
 // What lane `source` of this warp shows; all lanes ask together.
 uint32_t shuffle(const char* instruction, unsigned mask, uint32_t value, int source, Site at);
@@ -157,6 +164,7 @@ inline uint32_t shared_address(const void* pointer) {
 }
 
 void copy_async_16(uint32_t target, const void* source, bool is_real);
+void copy_async_4(uint32_t target, const void* source);
 void copy_async_8(uint32_t target, const void* source, bool is_real);
 
 void start_barrier(uint32_t address, int expected);

@@ -18,64 +18,55 @@ class Backward {
   static constexpr Sums kSums = mirrored ? Sums::kContextGradients : Sums::kQueryGradients;
   static constexpr bool kMirrored = mirrored;
   static constexpr bool kInRegisters = size <= 64;
-  static constexpr int kRowTensors = 2;
+  static constexpr int kRowTensors = 2, kRowSources = mirrored ? 2 : 3;
   static constexpr int kOutputs = mirrored ? 2 : 1;
 
   struct Arguments {
     Problem problem;
-    const T* rows[2];          // query, grad; mirrored: key, value
-    const T* columns[2];       // key, value; mirrored: query, grad
-    float2* statistics;  // (batch, heads, queries)
-    T* outputs[kOutputs];  // grad_query; mirrored: grad_key, grad_value
-    const T* output;       // of the forward pass; not read when mirrored
-    const float* log_sum;  // (batch, heads, queries); not read when mirrored
+    const T* rows[kRowSources];  // query, grad, output; mirrored: key, value
+    const T* columns[2];         // key, value; mirrored: query, grad
+    float2* statistics;          // (batch, heads, queries)
+    T* outputs[kOutputs];        // grad_query; mirrored: grad_key, grad_value
+    const float* log_sum;        // (batch, heads, queries); not read when mirrored
   };
 
-  __device__ Backward(const Arguments& arguments, const TileRows& rows, const Place& place)
-      : arguments_(arguments), rows_(rows), place_(place) {
+  __device__ __forceinline__ Backward(const Arguments& arguments, const Place& place,
+                                      const TileRows& rows)
+      : arguments_(arguments) {
     if constexpr (!mirrored) {
       const Problem& problem = arguments_.problem;
-      // What a lane holds of a fragment: columns 2t, 2t + 1, 2t + 8, 2t + 9 of rows g and g + 8.
-      const Rows output(arguments_.output, problem.row_tokens, 2 * size, problem, place_,
-                        4 * (place_.lane % 4));
-      const float* log_sum = place_.statistics(arguments_.log_sum, problem, problem.row_tokens);
+      const float* log_sum = place.statistics(arguments_.log_sum, problem, problem.row_tokens);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int token = rows_[place_.lane / 4 + 8 * half];
-        const char* row = output[max(token, 0)];
-        statistics_[half].x = log_sum[max(token, 0)] * kLog2E;
-#pragma unroll
-        for (int step = 0; step < size / 16; ++step)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            outputs_[step][half + 2 * i] =
-                *reinterpret_cast<const uint32_t*>(row + 32 * step + 16 * i);
-      }
+      for (int half = 0; half < 2; ++half)
+        statistics_[half].x = log_sum[max(rows[place.lane / 4 + 8 * half], 0)] * kLog2E;
     }
   }
 
-  // With the tile's rows in place.
-  __device__ __forceinline__ void start() {
-    if constexpr (!mirrored) {
-      float sums[2] = {};
+  // The tile of the forward pass's outputs, of which D alone is kept.
+  __device__ __forceinline__ void take(const char* outputs, const Place& place,
+                                       const TileRows& rows) {
+    const uint32_t offset =
+        shared_address(outputs) + swizzled<size>(place.lane % 16, place.lane / 16);
+    float sums[2] = {};
 #pragma unroll
-      for (int step = 0; step < size / 16; ++step) {
-        uint32_t grad[4];
-        tile[1].get(grad, step);
+    for (int step = 0; step < size / 16; ++step) {
+      uint32_t grad[4], output[4];
+      tile[1].get(grad, step);
+      load_matrices(output, at_step(offset, step));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 theirs = unpack<T>(grad[i]), ours = unpack<T>(outputs_[step][i]);
-          sums[i % 2] += theirs.x * ours.x + theirs.y * ours.y;
-        }
+      for (int i = 0; i < 4; ++i) {
+        const float2 theirs = unpack<T>(grad[i]), ours = unpack<T>(output[i]);
+        sums[i % 2] += theirs.x * ours.x + theirs.y * ours.y;
       }
+    }
+    const Problem& problem = arguments_.problem;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        statistics_[half].y = sum_of_row(sums[half]);
-        const int token = rows_[place_.lane / 4 + 8 * half];
-        if (token >= 0 && place_.lane % 4 == 0)
-          place_.statistics(arguments_.statistics, arguments_.problem,
-                            arguments_.problem.row_tokens)[token] = statistics_[half];
-      }
+    for (int half = 0; half < 2; ++half) {
+      statistics_[half].y = sum_of_row(sums[half]);
+      const int token = rows[place.lane / 4 + 8 * half];
+      if (token >= 0 && place.lane % 4 == 0)
+        place.statistics(arguments_.statistics, problem, problem.row_tokens)[token] =
+            statistics_[half];
     }
   }
 
@@ -90,15 +81,15 @@ class Backward {
       add_half(columns, half, visible >> 8 * half, ring, beside);
   }
 
-  __device__ __forceinline__ void store(char* staging, const TileTokens<size>& tokens) {
+  __device__ __forceinline__ void store(const Place& place, const TileRows& rows) {
     const Problem& problem = arguments_.problem;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       bool is_seen = true;
       if constexpr (mirrored) {
-        const int token = rows_[place_.lane / 4 + 8 * half];
+        const int token = rows[place.lane / 4 + 8 * half];
         is_seen = token >= 0 && (problem.context_mask == nullptr ||
-                                 problem.context_mask[static_cast<int64_t>(place_.batch) *
+                                 problem.context_mask[static_cast<int64_t>(place.batch) *
                                                           problem.row_tokens +
                                                       token]);
       }
@@ -111,10 +102,8 @@ class Backward {
         }
     }
 #pragma unroll
-    for (int output = 0; output < kOutputs; ++output) {
-      store_tile<size>(arguments_.outputs[output], sums_[output], staging, tokens, problem, place_);
-      __syncwarp();
-    }
+    for (int output = 0; output < kOutputs; ++output)
+      store_tile<size>(arguments_.outputs[output], sums_[output], rows, problem, place);
   }
 
   TileFragments<size, kInRegisters> tile[kRowTensors];
@@ -136,7 +125,7 @@ class Backward {
       if constexpr (mirrored) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int column = 16 * half + 8 * octet + 2 * (place_.lane % 4) + i;
+          const int column = 16 * half + 8 * octet + 2 * (columns.lane() % 4) + i;
           of_column[i] = reinterpret_cast<const float2*>(
               beside)[columns.template slot<2 * size>(column)];
         }
@@ -149,16 +138,13 @@ class Backward {
         changes[octet][i] = weights[octet][i] * (changes[octet][i] - statistic.y);
       }
     }
-    add_weighted<T, size>(sums_[0], changes[0], changes[1], ring, columns.as_rows(half));
+    Weighted<T, size>(ring, columns.as_rows(half)).add(sums_[0], changes[0], changes[1]);
     if constexpr (mirrored)
-      add_weighted<T, size>(sums_[1], weights[0], weights[1], ring + kNext, columns.as_rows(half));
+      Weighted<T, size>(ring + kNext, columns.as_rows(half)).add(sums_[1], weights[0], weights[1]);
   }
 
   const Arguments& arguments_;
-  const TileRows rows_;
-  const Place& place_;
   float2 statistics_[2];
-  uint32_t outputs_[size / 16][4];  // of the forward pass, as fragments; read by start() alone
   float sums_[kOutputs][size / 8][4] = {};
 };
 

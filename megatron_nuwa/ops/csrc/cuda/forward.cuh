@@ -13,7 +13,7 @@ class Forward {
   static constexpr Sums kSums = Sums::kOutputs;
   static constexpr bool kMirrored = false;
   static constexpr bool kInRegisters = true;
-  static constexpr int kRowTensors = 1;
+  static constexpr int kRowTensors = 1, kRowSources = 1;
 
   struct Arguments {
     Problem problem;
@@ -23,12 +23,10 @@ class Forward {
     float* log_sum;  // (batch, heads, queries)
   };
 
-  __device__ Forward(const Arguments& arguments, const TileRows& rows, const Place& place)
-      : arguments_(arguments), rows_(rows), place_(place),
+  __device__ __forceinline__ Forward(const Arguments& arguments, const Place&, const TileRows&)
+      : arguments_(arguments),
         // Not 0, which would make NaN of the products that are not to be seen.
         to_log2_(fmaxf(arguments.problem.scale * kLog2E, 1e-30f)) {}
-
-  __device__ __forceinline__ void start() {}
 
   __device__ __forceinline__ void add(const Group& columns, uint32_t ring, const char* is_seen) {
     const uint32_t visible = arguments_.problem.context_mask == nullptr
@@ -39,9 +37,9 @@ class Forward {
       add_halves(columns, half, visible >> 8 * half, ring);
   }
 
-  __device__ __forceinline__ void store(char* staging, const TileTokens<size>& tokens) {
+  __device__ __forceinline__ void store(const Place& place, const TileRows& rows) {
     const Problem& problem = arguments_.problem;
-    float* log_sum = place_.statistics(arguments_.log_sum, problem, problem.row_tokens);
+    float* log_sum = place.statistics(arguments_.log_sum, problem, problem.row_tokens);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = sum_of_row(sum_[half]);
@@ -51,12 +49,12 @@ class Forward {
         output_[n][2 * half] *= inverse;
         output_[n][2 * half + 1] *= inverse;
       }
-      const int token = rows_[place_.lane / 4 + 8 * half];
-      if (token >= 0 && place_.lane % 4 == 0)
+      const int token = rows[place.lane / 4 + 8 * half];
+      if (token >= 0 && place.lane % 4 == 0)
         log_sum[token] =
             sum > 0 ? (reference_[half] * to_log2_ + log2_fast(sum)) * kLn2 : INFINITY;
     }
-    store_tile<size>(arguments_.output, output_, staging, tokens, problem, place_);
+    store_tile<size>(arguments_.output, output_, rows, problem, place);
   }
 
   TileFragments<size, kInRegisters> tile[kRowTensors];
@@ -75,6 +73,23 @@ class Forward {
     for (int half = 0; half < kHalves; ++half)
       add_products<T, size>(products[2 * half], products[2 * half + 1], tile[0], ring,
                             columns.as_columns(first + half));
+    float weights[kOctets][4];
+    if constexpr (kHalves == 1) {
+      // Values are on their way while weights are found; for more there are no registers.
+      const Weighted<T, size> values(ring + Memory<Forward>::kTensor, columns.as_rows(first));
+      find_weights(weights, products, visible);
+      values.add(output_, weights[0], weights[1]);
+    } else {
+      find_weights(weights, products, visible);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+        Weighted<T, size>(ring + Memory<Forward>::kTensor, columns.as_rows(first + half))
+            .add(output_, weights[2 * half], weights[2 * half + 1]);
+    }
+  }
+
+  __device__ __forceinline__ void find_weights(float (&weights)[kOctets][4],
+                                               float (&products)[kOctets][4], uint32_t visible) {
     float high[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int octet = 0; octet < kOctets; ++octet)
@@ -86,7 +101,6 @@ class Forward {
       }
     // A reference that lags behind by a factor of 2^8 is as good; it saves most rescaling. Weights
     // are found without waiting for the answer, and seldom once more.
-    float weights[kOctets][4];
     weigh(weights, products);
     const bool is_far = (high[0] - reference_[0]) * to_log2_ > kLag ||
                         (high[1] - reference_[1]) * to_log2_ > kLag;
@@ -98,10 +112,6 @@ class Forward {
     for (int octet = 0; octet < kOctets; ++octet)
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum_[i / 2] += weights[octet][i];
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half)
-      add_weighted<T, size>(output_, weights[2 * half], weights[2 * half + 1],
-                            ring + Memory<Forward>::kTensor, columns.as_rows(first + half));
   }
 
   __device__ __forceinline__ void weigh(float (&weights)[kOctets][4],
@@ -130,8 +140,6 @@ class Forward {
   }
 
   const Arguments& arguments_;
-  const TileRows rows_;
-  const Place& place_;
   const float to_log2_;
   // The largest product seen, or one not far below, of rows lane / 4 and lane / 4 + 8. Finite from
   // the start, as is its product with to_log2_: -inf - -inf is NaN.

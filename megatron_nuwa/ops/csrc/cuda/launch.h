@@ -10,10 +10,10 @@
 
 namespace megatron_nuwa {
 
-// One block of threads for each of the tables' blocks and each head of each batch item.
+// As many blocks of threads as the device holds at once, which share the items out evenly.
 template <class Pass>
-cudaError_t launch(const typename Pass::Arguments& arguments, const Tables& tables, int64_t blocks,
-                   int64_t batch, cudaStream_t stream);
+cudaError_t launch(const typename Pass::Arguments& arguments, const Tables& tables,
+                   cudaStream_t stream);
 
 template <int size>
 cudaError_t launch_direct_forward(const DirectForward& arguments, const RowTables& tables,

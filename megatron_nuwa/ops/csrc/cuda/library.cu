@@ -2,6 +2,7 @@
 //
 // Inputs are contiguous (batch, tokens, heads, size). Fake tensors, gradients and the choice of
 // tables are Python's part.
+#include <algorithm>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -75,6 +76,10 @@ struct Call {
         keys(key.size(1)), heads(query.size(2)), scale(scale), stream(current_stream(query)) {
     check_like("query", query, query, queries);
     STD_TORCH_CHECK(heads * query.size(3) < INT32_MAX / 4, "query has too many heads");
+    // Kernels count 16 bytes of one batch item at a time, in 32 bits.
+    STD_TORCH_CHECK(
+        batch < INT32_MAX && std::max(queries, keys) * heads * query.size(3) < int64_t{1} << 34,
+        "query, key and value are too large");
     check_like("key", key, query, keys);
     check_like("value", value, query, keys);
     if (!mask) return;
@@ -85,7 +90,8 @@ struct Call {
   }
 
   Problem problem(bool mirrored) const {
-    return {static_cast<int32_t>(heads), static_cast<int32_t>(mirrored ? keys : queries),
+    return {static_cast<int32_t>(batch), static_cast<int32_t>(heads),
+            static_cast<int32_t>(mirrored ? keys : queries),
             static_cast<int32_t>(mirrored ? queries : keys), static_cast<float>(scale),
             context_mask};
   }
@@ -103,21 +109,32 @@ void check_tables(const std::vector<Tensor>& tables, size_t count) {
     STD_TORCH_CHECK(table.is_cuda() && table.is_contiguous(), "tables must be on the device");
 }
 
+bool has_large_memory() {
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+}
+
 template <class Pass>
 Tables tables_of(const std::vector<Tensor>& tables) {
-  using S = Shape<Pass>;
+  // This runs on the CPU, where the kernels' own idea of the device's size is of no use.
+  const bool is_large = has_large_memory();
+  const int64_t warps = is_large ? Shape<Pass, true>::kWarps : Shape<Pass, false>::kWarps;
+  const int64_t chunk = is_large ? Shape<Pass, true>::kChunk : Shape<Pass, false>::kChunk;
   check_tables(tables, 6);
-  const int64_t blocks = tables[0].numel() - 1, chunks = tables[4].numel() / S::kWarps - 1;
+  const int64_t blocks = tables[0].numel() - 1, chunks = tables[4].numel() / warps;
   for (const Tensor& table : tables)
     STD_TORCH_CHECK(table.scalar_type() == ScalarType::Int, "a table is not int32");
-  STD_TORCH_CHECK(tables[1].numel() == (chunks + 1) * S::kChunk &&
-                      tables[2].numel() == blocks * S::kWarps * kTileRows &&
-                      tables[3].numel() == blocks * S::kWarps &&
-                      tables[4].numel() == (chunks + 1) * S::kWarps &&
+  STD_TORCH_CHECK(tables[1].numel() == chunks * chunk &&
+                      tables[2].numel() == blocks * warps * kTileRows &&
+                      tables[3].numel() == blocks * warps &&
+                      tables[4].numel() == chunks * warps &&
                       tables[5].numel() % kGroup == 0,
                   "tables do not fit each other or the head size");
   return {read<int32_t>(tables[0]), read<int32_t>(tables[1]), read<int32_t>(tables[2]),
-          read<int32_t>(tables[3]), read<int32_t>(tables[4]), read<uint32_t>(tables[5])};
+          read<int32_t>(tables[3]), read<int32_t>(tables[4]), read<uint32_t>(tables[5]),
+          static_cast<int32_t>(blocks)};
 }
 
 RowTables row_tables_of(const std::vector<Tensor>& tables, int64_t rows) {
@@ -131,8 +148,7 @@ RowTables row_tables_of(const std::vector<Tensor>& tables, int64_t rows) {
 template <class Pass>
 void walk_with(const Call& call, const std::vector<Tensor>& tables,
                const typename Pass::Arguments& arguments) {
-  check(launch<Pass>(arguments, tables_of<Pass>(tables), tables[0].numel() - 1, call.batch,
-                     call.stream));
+  check(launch<Pass>(arguments, tables_of<Pass>(tables), call.stream));
 }
 
 template <class T, int size>
@@ -153,12 +169,12 @@ struct Kernels {
     float2* of_query = written<float2>(statistics);
     walk_with<Backward<T, size, false>>(
         call, tables,
-        {call.problem(false), {query, read<T>(grad)}, {key, value}, of_query,
-         {written<T>(grads[0])}, read<T>(output), read<float>(log_sum)});
+        {call.problem(false), {query, read<T>(grad), read<T>(output)}, {key, value}, of_query,
+         {written<T>(grads[0])}, read<float>(log_sum)});
     walk_with<Backward<T, size, true>>(
         call, mirrored,
         {call.problem(true), {key, value}, {query, read<T>(grad)}, of_query,
-         {written<T>(grads[1]), written<T>(grads[2])}, nullptr, nullptr});
+         {written<T>(grads[1]), written<T>(grads[2])}, nullptr});
   }
 };
 

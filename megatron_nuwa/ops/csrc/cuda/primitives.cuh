@@ -29,6 +29,10 @@ __device__ __forceinline__ void copy_async_16(uint32_t target, const void* sourc
                : "memory");
 }
 
+__device__ __forceinline__ void copy_async_4(uint32_t target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(target), "l"(source) : "memory");
+}
+
 __device__ __forceinline__ void copy_async_8(uint32_t target, const void* source, bool is_real) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(target), "l"(source),
                "r"(is_real ? 8 : 0)
@@ -66,6 +70,25 @@ __device__ __forceinline__ void wait_for_phase(uint32_t barrier, int parity) {
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (!has_ended);
+}
+
+// Let the compiler forget what it knows of a value.
+__device__ __forceinline__ void hide(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void hide(const char*& value) { asm volatile("" : "+l"(value)); }
+
+// Have so many registers from now on, more or fewer than before; all warps of four that follow one
+// another say it.
+template <int count>
+__device__ __forceinline__ void take_registers() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+#endif
+}
+template <int count>
+__device__ __forceinline__ void give_registers() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+#endif
 }
 
 // Four 8×8 matrices of 16-bit values; lane l names row l % 8 of matrix l / 8.

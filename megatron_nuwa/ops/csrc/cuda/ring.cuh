@@ -1,4 +1,5 @@
-// The ring in shared memory through which a block's columns pass, chunk by chunk.
+// The ring in shared memory through which a block's rows and columns pass, chunk by chunk, without
+// a pause between one item and the next.
 #pragma once
 
 #include "tiles.cuh"
@@ -6,43 +7,38 @@
 namespace megatron_nuwa {
 
 // What lies where in shared memory.
-//
-// Tiles wait in the ring's last stages, which fill up only after the tiles have gone to registers,
-// or behind the ring where they are read again and again.
 template <class Pass, bool is_large = kIsLarge>
 struct Memory {
   using S = Shape<Pass, is_large>;
   static constexpr int kStages = S::kStages;
-  static constexpr int kTensor = kStages * S::kChunk * S::kRowBytes;
+  static constexpr int kStageBytes = S::kChunk * S::kRowBytes;
+  static constexpr int kTensor = kStages * kStageBytes;
   static constexpr int kBeside = 2 * kTensor;  // what goes with each column
   static constexpr int kColumnBytes = Pass::kMirrored ? sizeof(float2) : 1;
-  static constexpr int kBarriers = (kBeside + kStages * S::kChunk * kColumnBytes + 255) / 256 * 256;
+  static constexpr int kEnds = kBeside + kStages * S::kChunk * kColumnBytes;  // of each warp's groups
+  static constexpr int kBarriers = (kEnds + kStages * S::kWarps * 4 + 255) / 256 * 256;
+  // Tiles that are read again and again, which a warp keeps for itself.
   static constexpr int kTiles = kBarriers + 256;
-  static constexpr int kTileRowCount = Pass::kRowTensors * S::kWarps * kTileRows;
-  // Stages in which tiles wait, and how many rows of one tensor those have.
-  static constexpr int kTileStages =
-      Pass::kInRegisters ? (kTileRowCount + 2 * S::kChunk - 1) / (2 * S::kChunk) : 0;
-  static constexpr int kFree = kTileStages * S::kChunk;
-  static constexpr int kBytes = kTiles + (Pass::kInRegisters ? 0 : kTileRowCount * S::kRowBytes);
-  static_assert(S::kAhead <= kStages - (kTileStages > 2 ? kTileStages : 2));
+  static constexpr int kTileBytes = kTileRows * S::kRowBytes;
+  static constexpr int kTeam =  // a team's share
+      kTiles + (Pass::kInRegisters ? 0 : Pass::kRowTensors * S::kWarps * kTileBytes);
+  static constexpr int kBytes = S::kTeams * kTeam;
 
   // A warp's tile of row tensor `i`.
   __device__ static __forceinline__ int tile(int i, int warp) {
-    const int row = (i * S::kWarps + warp) * kTileRows;
-    if constexpr (Pass::kInRegisters)
-      return row / kFree * kTensor +
-             ((kStages - kTileStages) * S::kChunk + row % kFree) * S::kRowBytes;
-    return kTiles + row * S::kRowBytes;
+    return kTiles + (i * S::kWarps + warp) * kTileBytes;
   }
-  // The barriers of a stage: its columns have come; all warps are done with the step that bears
-  // the stage's number, and so with the chunk before.
+  // One past the last group of a tile that is ready when a stage's chunk has come.
+  __device__ static __forceinline__ int end(int stage, int tile) {
+    return kEnds + 4 * (stage * S::kWarps + tile);
+  }
+  // The barriers of a stage: its chunk has come; all warps are done with the step that bears the
+  // stage's number, and so with the chunk before.
   __device__ static __forceinline__ int full(int stage) { return kBarriers + 8 * stage; }
   __device__ static __forceinline__ int done(int stage) {
     return kBarriers + 8 * (kStages + stage);
   }
-  // The barrier of all tiles: they have come.
-  static constexpr int kTilesCame = kBarriers + 16 * kStages;
-  static_assert(kTilesCame + 8 <= kTiles);
+  static_assert(16 * kStages <= kTiles - kBarriers);
 };
 
 // The stage of a step, and whether the ring has been round an odd number of times before it.
@@ -50,89 +46,54 @@ template <int stages>
 struct Turn {
   int stage = 0, phase = 0;
 
-  __device__ __forceinline__ void advance() {
-    const bool is_last = stage == stages - 1;
-    stage = is_last ? 0 : stage + 1;
-    phase ^= is_last;
+  __device__ __forceinline__ void advance(int steps = 1) {
+    const bool is_round = stage >= stages - steps;
+    stage += steps - (is_round ? stages : 0);
+    phase ^= is_round;
   }
   __device__ __forceinline__ Turn before(int steps) const {
     const bool is_round = stage < steps;
     return {stage - steps + (is_round ? stages : 0), phase ^ is_round};
   }
-  __device__ __forceinline__ int stage_after(int steps) const {
-    return stage + steps - (stage >= stages - steps ? stages : 0);
-  }
 };
 
-// The gathering side: two tensors' rows, and what goes with each column. It belongs to the threads
-// that gather: all of them, or those of warps that do nothing else.
-//
-// Warps do not march in step: one may be a few steps ahead of another, as far as the ring reaches.
+// How many of its lanes say for a warp that all are done: one, and all of them in a build for
+// racecheck, which does not know that __syncwarp orders what the others did before what that one does.
+#ifdef MEGATRON_NUWA_TRACED
+constexpr int kArrivals = 32;
+#else
+constexpr int kArrivals = 1;
+#endif
+
+__device__ __forceinline__ void arrive_for_warp(uint32_t barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 < kArrivals) arrive(barrier);
+}
+
+// The side of the warps that compute. They do not march in step: one may be a few steps ahead of
+// another, as far as the ring reaches.
 template <class Pass>
 class Ring {
-  using T = typename Pass::Element;
   using S = Shape<Pass>;
   using M = Memory<Pass>;
-  using Turn = megatron_nuwa::Turn<S::kStages>;
 
  public:
-  __device__ Ring(const typename Pass::Arguments& arguments, const Tables& tables,
-                  const Place& place, char* memory)
-      : problem_(arguments.problem), columns_(tables.columns), place_(place),
-        first_{rows_of(arguments, place, 0)}, second_{rows_of(arguments, place, 1)},
-        memory_(shared_address(memory)), is_seen_(memory + M::kBeside + first_slot()),
-        target_(memory_ + swizzled<Pass::kSize>(first_slot(), segment())) {
-    if constexpr (Pass::kMirrored)
-      statistics_ = place.statistics(arguments.statistics, problem_, problem_.column_tokens);
-    const int first = tables.block_chunks[place.block];
-    chunks = tables.block_chunks[place.block + 1] - first;
-    next_column_ = first * S::kChunk + first_slot();
-    if (threadIdx.x < M::kStages) {
-      // Where there is a mask, each warp says besides that it has written its part.
-      start_barrier(memory_ + M::full(threadIdx.x),
-                    S::kGatherers * (is_masked() ? 33 : 32));
-      start_barrier(memory_ + M::done(threadIdx.x), S::kWarps);
-    }
-    if (threadIdx.x == M::kStages) start_barrier(memory_ + M::kTilesCame, 32 * S::kWarps);
+  using Turn = megatron_nuwa::Turn<S::kStages>;
+
+  __device__ static __forceinline__ bool is_masked(const Problem& problem) {
+    return !Pass::kMirrored && problem.context_mask != nullptr;
   }
 
-  // Ask for the numbers of the first chunks' columns.
-  __device__ __forceinline__ void fetch_first() {
-#pragma unroll
-    for (int chunk = 0; chunk < kTogether; ++chunk)
-      if (chunk < chunks) fetch(first_columns_[chunk]);
+  __device__ static __forceinline__ void start(const Problem& problem, uint32_t memory) {
+    const int team = threadIdx.x / M::kStages, stage = threadIdx.x % M::kStages;
+    if (team >= S::kTeams) return;
+    // A chunk is one warp's, which says besides, where there is a mask, that it has written it.
+    start_barrier(memory + team * M::kTeam + M::full(stage),
+                  32 + (is_masked(problem) ? kArrivals : 0));
+    start_barrier(memory + team * M::kTeam + M::done(stage), S::kWarps * kArrivals);
   }
 
-  // Start copying the first chunks; all threads' barriers must have started.
-  __device__ __forceinline__ void gather_first() {
-#pragma unroll
-    for (int chunk = 0; chunk < kTogether; ++chunk)
-      if (chunk < chunks) copy(first_columns_[chunk], chunk);
-#pragma unroll 1
-    for (int chunk = kTogether; chunk < min(S::kAhead, chunks); ++chunk) {
-      fetch(first_columns_[0]);
-      copy(first_columns_[0], chunk);
-    }
-    if (S::kAhead < chunks) fetch(next_);
-  }
-
-  // At a step, start copying the chunk of kAhead steps later as soon as no warp reads what lies in
-  // its place: the last step that may is the one after that chunk's own.
-  __device__ __forceinline__ void gather(const Turn& turn) {
-    // Of a barrier that has just started, the phase before counts as ended.
-    const Turn last = turn.before(S::kStages - 1 - S::kAhead);
-    wait_for_phase(memory_ + M::done(last.stage), last.phase);
-    copy(next_, turn.stage_after(S::kAhead));
-    // The numbers of the next one's columns, so that they are there when its turn comes; after the
-    // last chunk comes a spare one.
-    fetch(next_);
-  }
-
-  // Copy all chunks after the first ones, each as soon as there is room.
-  __device__ __forceinline__ void gather_rest() {
-    Turn turn;
-    for (int left = chunks - S::kAhead; left > 0; --left, turn.advance()) gather(turn);
-  }
+  __device__ __forceinline__ explicit Ring(uint32_t memory) : memory_(memory) {}
 
   __device__ __forceinline__ void wait_for(const Turn& turn) const {
     wait_for_phase(memory_ + M::full(turn.stage), turn.phase);
@@ -140,105 +101,199 @@ class Ring {
 
   // This warp will not read the chunk before this one any more.
   __device__ __forceinline__ void finish(const Turn& turn) const {
-    arrive_for_warp(M::done(turn.stage));
+    arrive_for_warp(memory_ + M::done(turn.stage));
   }
-
-  int chunks;
 
  private:
-  __device__ static __forceinline__ Rows rows_of(const typename Pass::Arguments& arguments,
-                                                 const Place& place, int tensor) {
-    const Problem& problem = arguments.problem;
-    return {arguments.columns[tensor], problem.column_tokens, S::kRowBytes, problem, place,
-            16 * segment()};
+  const uint32_t memory_;
+};
+
+// A place in the sequence of all chunks that a team gathers: an item's rows, then its columns, then
+// the next item.
+template <class Pass>
+class Cursor {
+  using S = Shape<Pass>;
+
+ public:
+  __device__ __forceinline__ Cursor(const Problem& problem, const Tables& tables, int team,
+                                    int chunk)
+      : problem_(problem), tables_(tables), item_(problem, tables, team, S::kTeams) {
+    begin();
+    advance(chunk);
   }
 
-  __device__ __forceinline__ bool is_masked() const {
-    return !Pass::kMirrored && problem_.context_mask != nullptr;
-  }
-
-  __device__ __forceinline__ void arrive_for_warp(int barrier) const {
-    __syncwarp();
-    if (place_.lane == 0) arrive(memory_ + barrier);
-  }
-
-  // The numbers of the columns that this thread copies of the next chunk.
-  __device__ __forceinline__ void fetch(int (&columns)[S::kPasses]) {
-    const int32_t* const first = columns_ + next_column_;
-#pragma unroll
-    for (int pass = 0; pass < S::kPasses; pass += kAtOnce) {
-      if constexpr (kAtOnce == 4) {
-        const int4 four = *reinterpret_cast<const int4*>(first + pass);
-        columns[pass] = four.x, columns[pass + 1] = four.y;
-        columns[pass + 2] = four.z, columns[pass + 3] = four.w;
-      } else {
-        columns[pass] = first[pass * S::kStep];
-      }
-    }
-    next_column_ += S::kChunk;
-  }
-
-  __device__ __forceinline__ void copy(const int (&columns)[S::kPasses], int stage) {
-    if (is_masked()) copy<true>(columns, stage * S::kChunk);
-    else copy<false>(columns, stage * S::kChunk);
-    arrive_with_copies(memory_ + M::full(stage));
-    if (is_masked()) arrive_for_warp(M::full(stage));
-  }
-
-  template <bool is_masked>
-  __device__ __forceinline__ void copy(const int (&columns)[S::kPasses], int chunk) {
-    // Masked rows are zeros, lest 0 · inf of a padding token spoil a sum; so are slots of no
-    // column, which no group names.
-    bool is_seen[S::kPasses];
-#pragma unroll
-    for (int pass = 0; pass < S::kPasses; ++pass)
-      is_seen[pass] = columns[pass] >= 0 && (!is_masked || shows(columns[pass]));
-#pragma unroll
-    for (int pass = 0; pass < S::kPasses; ++pass) {
-      const int column = max(columns[pass], 0), slot = chunk + pass * S::kStep;
-      if constexpr (Pass::kMirrored) {
-        if (segment() == 0)
-          copy_async_8(memory_ + M::kBeside + (slot + first_slot()) * sizeof(float2),
-                       statistics_ + column, is_seen[pass]);
-      } else if constexpr (is_masked) {
-        if (segment() == 0) is_seen_[slot] = is_seen[pass];
-      }
-      const uint32_t target =
-          (target_ ^ turn_of<Pass::kSize>(pass * S::kStep)) + slot * S::kRowBytes;
-      copy_async_16(target, first_[column], is_seen[pass]);
-      copy_async_16(target + M::kTensor, second_[column], is_seen[pass]);
+  __device__ __forceinline__ bool is_there() const { return item_.is_there(); }
+  __device__ __forceinline__ void advance(int chunks) {
+    place += chunks;
+    while (is_there() && first_ + place >= end_) {
+      const int beyond = first_ + place - end_;
+      item_.advance();
+      begin();
+      place = beyond;
     }
   }
+  // Among the chunks of the tables.
+  __device__ __forceinline__ int chunk() const { return first_ + place; }
+  __device__ __forceinline__ bool is_of_rows() const { return place < S::kRowChunks; }
 
-  __device__ __forceinline__ bool shows(int column) const {
-    return problem_.context_mask[static_cast<int64_t>(place_.batch) * problem_.column_tokens +
-                                 column];
-  }
+  int place;  // among the chunks of the item
+  // Where the item's rows and columns begin, in rows of one head.
+  int64_t first_row, first_column;
+  // Where what belongs to its columns begins, one a column; and where that does not depend on heads.
+  int64_t first_statistic, first_masked;
 
-  __device__ static __forceinline__ int thread() {
-    return static_cast<int>(threadIdx.x) - (S::kIsApart ? 32 * S::kWarps : 0);
+ private:
+  __device__ __forceinline__ void begin() {
+    place = 0;
+    if (!is_there()) return;
+    const int block = item_.block(), head = item_.head(), batch = item_.batch();
+    first_ = tables_.block_chunks[block], end_ = tables_.block_chunks[block + 1];
+    first_row = static_cast<int64_t>(batch) * problem_.row_tokens * problem_.heads + head;
+    first_masked = static_cast<int64_t>(batch) * problem_.column_tokens;
+    first_column = first_masked * problem_.heads + head;
+    first_statistic = (static_cast<int64_t>(batch) * problem_.heads + head) * problem_.column_tokens;
   }
-  // Of a chunk's columns the first that this thread copies, and which 16 bytes of them.
-  __device__ static __forceinline__ int first_slot() {
-    return thread() / S::kSegments * S::kFirst;
-  }
-  __device__ static __forceinline__ int segment() { return thread() % S::kSegments; }
-
-  // First chunks whose numbers are on their way at once, as many as there are registers for.
-  static constexpr int kTogether = S::kIsApart ? 1 : S::kAhead;
-  // Columns' numbers that are read at once, where those of a thread lie side by side.
-  static constexpr int kAtOnce = S::kStep == 1 ? 4 : 1;
 
   const Problem& problem_;
-  const int32_t* const& columns_;
-  const Place& place_;
-  const Rows first_, second_;
+  const Tables& tables_;
+  Item item_;
+  int first_, end_;
+};
+
+// The side of the warps that gather, which take turns: two tensors' rows, and what goes with each
+// column.
+template <class Pass>
+class Gatherer {
+  using T = typename Pass::Element;
+  using S = Shape<Pass>;
+  using M = Memory<Pass>;
+  using Turn = typename Ring<Pass>::Turn;
+
+ public:
+  __device__ __forceinline__ Gatherer(const typename Pass::Arguments& arguments,
+                                      const Tables& tables, char* memory, int team, int warp)
+      : arguments_(arguments), tables_(tables), memory_(shared_address(memory)),
+        beside_(memory + M::kBeside), lane_(hidden_lane()),
+        cursor_(arguments.problem, tables, team, warp) {
+    turn_.advance(warp);
+  }
+
+  // All chunks of all items that are this warp's, each as soon as there is room.
+  __device__ __forceinline__ void gather() {
+    fetch();
+    while (cursor_.is_there()) {
+      copy();
+      turn_.advance(S::kGatherers);
+    }
+  }
+
+ private:
+  static constexpr int kWords = (S::kChunk + 31) / 32;
+  static constexpr int kSegments = S::kSegments, kAtOnce = 32 / kSegments;
+  static_assert(S::kGatherers <= S::kStages && S::kWarps <= 32 && S::kChunk % kAtOnce == 0);
+
+  // Of the columns that are copied at once the one of this lane, and which 16 bytes of it.
+  __device__ __forceinline__ int column() const { return lane_ / kSegments; }
+  __device__ __forceinline__ int segment() const { return lane_ % kSegments; }
+  // Whether a chunk has so many columns.
+  __device__ __forceinline__ bool has(int column) const {
+    return S::kChunk % 32 == 0 || column < S::kChunk;
+  }
+
+  // The numbers of the columns under the cursor, one or a few a lane.
+  __device__ __forceinline__ void fetch() {
+    if (!cursor_.is_there()) return;
+    const int32_t* const first = tables_.columns + cursor_.chunk() * S::kChunk;
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      const int column = 32 * word + lane_;
+      numbers_[word] = has(column) ? first[column] : -1;
+    }
+  }
+
+  // Where this lane's 16 bytes of a head's first row, or column, lie.
+  __device__ __forceinline__ const char* start_of(const T* tensor, int64_t first) const {
+    const char* start = reinterpret_cast<const char*>(tensor) + first * S::kRowBytes + 16 * segment();
+    hide(start);  // lest each column's address be put together from parts
+    return start;
+  }
+
+  __device__ __forceinline__ void copy() {
+    const Problem& problem = arguments_.problem;
+    const bool are_rows = cursor_.is_of_rows(), is_masked = Ring<Pass>::is_masked(problem);
+    const T *tensor = arguments_.columns[0], *next_tensor = arguments_.columns[1];
+#pragma unroll
+    for (int pair = 0; pair < S::kPairs; ++pair)
+      if (cursor_.place / S::kPairChunks == pair) {
+        tensor = arguments_.rows[2 * pair];
+        next_tensor = 2 * pair + 1 < Pass::kRowSources ? arguments_.rows[2 * pair + 1] : nullptr;
+      }
+    const bool has_next = next_tensor != nullptr;
+    const int64_t first = are_rows ? cursor_.first_row : cursor_.first_column;
+    const char* const start = start_of(tensor, first);
+    const char* const next_start = start_of(next_tensor, first);
+    const int32_t* const ends = tables_.group_ends + cursor_.chunk() * S::kWarps;
+    const bool* const mask = problem.context_mask + cursor_.first_masked;
+    const float2* statistics = nullptr;
+    if constexpr (Pass::kMirrored) statistics = arguments_.statistics + cursor_.first_statistic;
+
+    // Of each column, in 16 bytes, how far from the first one it lies in its tensor, and is it there?
+    // Masked columns are zeros, lest 0 · inf of a padding token spoil a sum; so are slots of nothing,
+    // which no group names.
+    uint32_t far[kWords], is_real[kWords];
+    int numbers[kWords];
+    bool is_seen[kWords];
+#pragma unroll
+    for (int word = 0; word < kWords; ++word) {
+      numbers[word] = max(numbers_[word], 0);
+      is_seen[word] = numbers_[word] >= 0;
+      if (is_masked && !are_rows) is_seen[word] &= mask[numbers[word]];
+      is_real[word] = __ballot_sync(kAllLanes, is_seen[word]) >> column();
+      far[word] = numbers[word] * (problem.heads * kSegments);
+    }
+    // The next ones are on their way while these are copied.
+    cursor_.advance(S::kGatherers);
+    fetch();
+
+    // No warp reads what lies there: the last step that may is the one after that chunk's own. Of a
+    // barrier that has just started, the phase before counts as ended.
+    const Turn last = turn_.before(S::kStages - 1);
+    wait_for_phase(memory_ + M::done(last.stage), last.phase);
+    const int stage = turn_.stage, slot = stage * S::kChunk;
+    if (!are_rows) {
+#pragma unroll
+      for (int word = 0; word < kWords; ++word) {
+        const int own = 32 * word + lane_;
+        if (!has(own)) continue;
+        if constexpr (Pass::kMirrored)
+          copy_async_8(memory_ + M::kBeside + (slot + own) * sizeof(float2),
+                       statistics + numbers[word], is_seen[word]);
+        else if (is_masked) beside_[slot + own] = is_seen[word];
+      }
+      if (lane_ < S::kWarps) copy_async_4(memory_ + M::end(stage, lane_), ends + lane_);
+    }
+    const uint32_t target = memory_ + swizzled<Pass::kSize>(slot + column(), segment());
+#pragma unroll
+    for (int i = 0; i < S::kChunk; i += kAtOnce) {
+      const uint64_t bytes =
+          static_cast<uint64_t>(__shfl_sync(kAllLanes, far[i / 32], i % 32 + column())) * 16;
+      const bool is_there = is_real[i / 32] >> i % 32 & 1;
+      const uint32_t to = (target ^ turn_of<Pass::kSize>(i)) + i * S::kRowBytes;
+      copy_async_16(to, start + bytes, is_there);
+      if (has_next) copy_async_16(to + M::kTensor, next_start + bytes, is_there);
+    }
+    arrive_with_copies(memory_ + M::full(stage));
+    if (is_masked) arrive_for_warp(memory_ + M::full(stage));
+  }
+
+  const typename Pass::Arguments& arguments_;
+  const Tables& tables_;
   const uint32_t memory_;
-  char* const is_seen_;
-  const uint32_t target_;
-  const float2* statistics_;
-  uint32_t next_column_;
-  int next_[S::kPasses], first_columns_[kTogether][S::kPasses];
+  char* const beside_;
+  const int lane_;
+  Cursor<Pass> cursor_;
+  Turn turn_;
+  int numbers_[kWords];
 };
 
 }  // namespace megatron_nuwa

@@ -7,6 +7,7 @@ namespace megatron_nuwa {
 
 constexpr int kTileRows = 16;
 constexpr int kGroup = 32;
+constexpr int kRegistersAPart = 512;  // for each of a warp's lanes
 
 // Whether a multiprocessor has the shared memory of compute capability 9.0.
 #if defined(MEGATRON_NUWA_SMALL) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
@@ -23,11 +24,13 @@ struct Tables {
   const int32_t* group_starts;
   const int32_t* group_ends;
   const uint32_t* entries;
+  int32_t blocks;
 };
 
 // Tensors are (batch, tokens, heads, size); "rows" are what tiles are made of, "columns" what is
 // gathered: queries and keys, or the other way round in the mirrored pass.
 struct Problem {
+  int32_t batch;
   int32_t heads;
   int32_t row_tokens;
   int32_t column_tokens;
@@ -38,14 +41,14 @@ struct Problem {
 // What a pass sums: outputs, the gradient of queries, those of keys and values.
 enum class Sums { kOutputs, kQueryGradients, kContextGradients };
 
-// How a pass is spread over a multiprocessor.
+// How a pass is spread over a multiprocessor. Its teams of warps know nothing of one another; each
+// takes items of its own.
 struct Layout {
-  int warps;      // of a block that compute
-  int gatherers;  // and that do nothing but gather; without any, those that compute gather as well
-  int blocks;     // that a multiprocessor is to hold
+  int teams;
+  int warps;      // of a team that compute
+  int gatherers;  // and that do nothing but gather
   int chunk;      // columns that are gathered at once
   int stages;     // of the ring
-  int ahead;      // by how many steps columns are fetched ahead of their use
   int at_once;    // columns of a group that the forward pass computes at once: 32 or 16
 };
 
@@ -62,10 +65,12 @@ constexpr Layout layout_of(Sums sums, int size, bool is_large) {
 #ifdef MEGATRON_NUWA_CONTEXT_GRADIENTS
   if (is_tuned && sums == Sums::kContextGradients) return {MEGATRON_NUWA_CONTEXT_GRADIENTS};
 #endif
-  // Sums of two gradients take so many registers that two blocks of eight warps do not fit.
-  if (sums == Sums::kContextGradients && size == 64) return {6, 0, 2, is_large ? 96 : 48, 4, 2, 16};
-  const int blocks = size > 64 ? 1 : 2, chunk = size > 64 ? 32 : 64;
-  return is_large ? Layout{8, 0, blocks, chunk, 6, 3, 32} : Layout{8, 0, blocks, chunk, 4, 2, 32};
+  const int teams = size > 64 ? 1 : 2, chunk = size > 64 ? 32 : 64;
+  // Sums of two gradients take so many registers that there is room for fewer warps.
+  const bool is_wide = sums == Sums::kContextGradients && size == 64;
+  if (!is_large) return {teams, is_wide ? 5 : 7, 1, chunk, 4, 16};
+  if (is_wide) return {teams, 6, 2, chunk, 6, 16};
+  return {teams, 8, 4 / teams, chunk, size == 64 ? 7 : 6, size > 64 ? 16 : 32};
 }
 
 // What follows from a pass's layout.
@@ -74,22 +79,33 @@ struct Shape {
   static constexpr int kSize = Pass::kSize;
   static constexpr Layout kLayout = layout_of(Pass::kSums, kSize, is_large);
   static constexpr int kWarps = kLayout.warps;
-  static constexpr bool kIsApart = kLayout.gatherers > 0;
-  static constexpr int kGatherers = kIsApart ? kLayout.gatherers : kWarps;
-  static constexpr int kThreads = 32 * (kIsApart ? kWarps + kGatherers : kWarps);
+  static constexpr int kGatherers = kLayout.gatherers;
+  // Teams are parts of one block of threads, which may take registers from one another, or blocks of
+  // their own, of which a small device holds fewer.
+  static constexpr int kTeams = is_large ? kLayout.teams : 1;
+  static constexpr int kBlocks = is_large ? 1 : kLayout.teams;
+  static constexpr int kComputing = 32 * kTeams * kWarps;  // threads
+  static constexpr int kThreads = kComputing + 32 * kTeams * kGatherers;
+  // Where each of a multiprocessor's four parts has as many warps of either kind as the others,
+  // those that compute take registers from those that gather, on devices that can. Together they
+  // have no more than at the start, when all have the same number, a multiple of eight.
+  static constexpr bool kCanTake =
+      is_large && kTeams * kWarps % 4 == 0 && kTeams * kGatherers % 4 == 0;
+  static constexpr int kGathererRegisters = 32;
+  static constexpr int kAtStart = kRegistersAPart / (kThreads / 128) / 8 * 8 * (kThreads / 128);
+  static constexpr int kRegisters =
+      kCanTake
+          ? (kAtStart - kGathererRegisters * (kTeams * kGatherers / 4)) / (kTeams * kWarps / 4) / 8 * 8
+          : 0;
   static constexpr int kRowBytes = 2 * kSize;
   static constexpr int kSegments = kRowBytes / 16;
-  static constexpr int kChunk = kLayout.chunk, kStages = kLayout.stages, kAhead = kLayout.ahead;
-  // The threads that gather copy kRowsAPass columns at once, and kPasses times so many make a chunk:
-  // a thread's columns are every kStep-th from its first one on, which is kFirst times its row.
-  static constexpr int kRowsAPass = 32 * kGatherers / kSegments;
-  static constexpr int kPasses = kChunk / kRowsAPass;
-  static constexpr int kStep = kIsApart ? 1 : kRowsAPass;
-  static constexpr int kFirst = kIsApart ? kPasses : 1;
-  // The turn of a thread's first column is that of its row alone, and a table's entry has 16 bits
-  // for a place.
-  static_assert(kChunk % kRowsAPass == 0 && (kIsApart ? kPasses : kRowsAPass) % 8 == 0);
-  static_assert(kChunk % 32 == 0 || !kIsApart);
+  static constexpr int kChunk = kLayout.chunk, kStages = kLayout.stages;
+  // Rows come before the columns, two tensors at a time, in so many chunks.
+  static constexpr int kPairs = (Pass::kRowSources + 1) / 2;
+  static constexpr int kPairChunks = (kWarps * kTileRows + kChunk - 1) / kChunk;
+  static constexpr int kRowChunks = kPairs * kPairChunks;
+  // A tile lies in one chunk; a table's entry has 16 bits for a place.
+  static_assert(kChunk % kTileRows == 0 && kStages > 2);
   static_assert(kStages * kChunk * kRowBytes <= 1 << 16);
 };
 
@@ -109,17 +125,48 @@ __device__ __forceinline__ uint32_t at_step(uint32_t offset, int step) {
   return offset ^ (step << 5);
 }
 
-// Everything a warp needs to know of its place.
-struct Place {
-  int lane, warp, block, head, batch;
+// A block of the tables for one head of one batch item, one after another of which a team works at.
+// Neighbours in time are heads of one block, whose rows lie side by side.
+class Item {
+ public:
+  __device__ __forceinline__ Item(const Problem& problem, const Tables& tables, int team, int teams)
+      : problem_(problem), tables_(tables), number_(team * gridDim.x + blockIdx.x),
+        step_(teams * gridDim.x) {}
 
-  __device__ Place() {
-    lane = threadIdx.x % 32;
-    warp = threadIdx.x / 32;
-    block = blockIdx.x;
-    head = blockIdx.y;
-    batch = blockIdx.z;
+  __device__ __forceinline__ bool is_there() const {
+    return number_ < static_cast<uint32_t>(tables_.blocks * problem_.heads * problem_.batch);
   }
+  __device__ __forceinline__ void advance() { number_ += step_; }
+  // The same, of which the compiler knows nothing, so that it need not keep what it found before.
+  __device__ __forceinline__ Item again() const {
+    Item same = *this;
+    hide(same.number_);
+    return same;
+  }
+  __device__ __forceinline__ int head() const { return number_ % problem_.heads; }
+  __device__ __forceinline__ int block() const { return number_ / problem_.heads % tables_.blocks; }
+  __device__ __forceinline__ int batch() const { return number_ / problem_.heads / tables_.blocks; }
+
+ private:
+  const Problem& problem_;
+  const Tables& tables_;
+  uint32_t number_;
+  const uint32_t step_;
+};
+
+// A thread's lane; the compiler would rather ask the hardware again each time, which takes long.
+__device__ __forceinline__ int hidden_lane() {
+  uint32_t lane = threadIdx.x % 32;
+  hide(lane);
+  return lane;
+}
+
+// Everything a warp that computes needs to know of its place.
+struct Place {
+  int lane, tile, block, head, batch;
+
+  __device__ __forceinline__ Place(const Item& item, int tile, int lane)
+      : lane(lane), tile(tile), block(item.block()), head(item.head()), batch(item.batch()) {}
 
   // Where a lane finds `token` among the statistics (batch, heads, tokens).
   template <class Statistic>
@@ -137,82 +184,63 @@ struct TileRows {
   __device__ __forceinline__ int operator[](int row) const { return all[first + row]; }
 };
 
-// A tensor's rows of one head of one batch item.
+// A tensor's rows of one head of one batch item, from `byte` of each row on.
 class Rows {
  public:
-  // From `byte` of each row on; `Byte` is const char, or char where rows are written.
-  __device__ __forceinline__ Rows(const void* tensor, int tokens, int row_bytes,
-                                  const Problem& problem, const Place& place, int byte)
+  __device__ __forceinline__ Rows(void* tensor, int tokens, int row_bytes, const Problem& problem,
+                                  const Place& place, int byte)
       : stride_(problem.heads * row_bytes),
-        first_(static_cast<const char*>(tensor) +
+        first_(static_cast<char*>(tensor) +
                (static_cast<int64_t>(place.batch) * tokens * problem.heads + place.head) *
                    row_bytes +
                byte) {}
-  __device__ __forceinline__ const char* operator[](int token) const {
+  __device__ __forceinline__ char* operator[](int token) const {
     return first_ + static_cast<int64_t>(token) * stride_;
   }
 
  private:
   int stride_;
-  const char* first_;
+  char* first_;
 };
 
-// The tokens whose rows a lane copies when a warp copies a tile, 16 bytes a lane.
-template <int size>
-struct TileTokens {
-  static constexpr int kSegments = size / 8, kRowsAPass = 32 / kSegments;
-  int tokens[kTileRows / kRowsAPass];  // -1 = none
-
-  __device__ __forceinline__ TileTokens(const TileRows& rows, int lane) {
+// Lane t of four, which holds word t of four segments, gets the words of segment t.
+__device__ __forceinline__ uint4 transposed(const uint32_t (&words)[4], int lane) {
+  const bool is_odd = lane & 1, is_high = lane & 2;
+  uint32_t pairs[2][2];
 #pragma unroll
-    for (int pass = 0; pass < kTileRows / kRowsAPass; ++pass) tokens[pass] = rows[row(pass, lane)];
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t even = words[2 * i], odd = words[2 * i + 1];
+    const uint32_t other = __shfl_xor_sync(kAllLanes, is_odd ? even : odd, 1);
+    pairs[i][0] = is_odd ? other : even;
+    pairs[i][1] = is_odd ? odd : other;
   }
-  __device__ static __forceinline__ int row(int pass, int lane) {
-    return pass * kRowsAPass + lane / kSegments;
-  }
-  __device__ static __forceinline__ int segment(int lane) { return lane % kSegments; }
-};
-
-// 16 rows of a tile from global memory to `target` in shared memory; zeros for rows of no token.
-template <int size>
-__device__ __forceinline__ void copy_tile(uint32_t target, const void* tensor,
-                                          const TileTokens<size>& tile, const Problem& problem,
-                                          const Place& place) {
-  using Tile = TileTokens<size>;
-  const int segment = Tile::segment(place.lane);
-  const Rows source(tensor, problem.row_tokens, 2 * size, problem, place, 16 * segment);
+  uint32_t others[2];
 #pragma unroll
-  for (int pass = 0; pass < kTileRows / Tile::kRowsAPass; ++pass) {
-    const int token = tile.tokens[pass];
-    copy_async_16(target + swizzled<size>(Tile::row(pass, place.lane), segment),
-                  source[max(token, 0)], token >= 0);
-  }
+  for (int i = 0; i < 2; ++i)
+    others[i] = __shfl_xor_sync(kAllLanes, is_high ? pairs[0][i] : pairs[1][i], 2);
+  if (is_high) return {others[0], others[1], pairs[1][0], pairs[1][1]};
+  return {pairs[0][0], pairs[0][1], others[0], others[1]};
 }
 
-// A tile's accumulators to global memory by way of `staging`, 16 rows of this warp's own.
+// A tile's accumulators to global memory, 16 bytes a lane.
 template <int size, class T>
 __device__ __forceinline__ void store_tile(T* tensor, const float (&sums)[size / 8][4],
-                                           char* staging, const TileTokens<size>& tile,
-                                           const Problem& problem, const Place& place) {
-  using Tile = TileTokens<size>;
-  char* const low = staging + swizzled<size>(place.lane / 4, 0) + 4 * (place.lane % 4);
-  const uint32_t turn = swizzled<size>(place.lane / 4, 0) & 0x70;
+                                           const TileRows& rows, const Problem& problem,
+                                           const Place& place) {
+  const Rows target(tensor, problem.row_tokens, 2 * size, problem, place, 16 * (place.lane % 4));
 #pragma unroll
-  for (int n = 0; n < size / 8; ++n) {
-    // Row g + 8 has the turn of row g.
-    char* const here = low - turn + (turn ^ n << 4);
-    *reinterpret_cast<uint32_t*>(here) = pack<T>(sums[n][0], sums[n][1]);
-    *reinterpret_cast<uint32_t*>(here + 16 * size) = pack<T>(sums[n][2], sums[n][3]);
-  }
-  __syncwarp();
-  const int segment = Tile::segment(place.lane);
-  const Rows target(tensor, problem.row_tokens, 2 * size, problem, place, 16 * segment);
+  for (int half = 0; half < 2; ++half) {
+    const int token = rows[place.lane / 4 + 8 * half];
+    char* const row = target[max(token, 0)];
 #pragma unroll
-  for (int pass = 0; pass < kTileRows / Tile::kRowsAPass; ++pass) {
-    const int token = tile.tokens[pass];
-    if (token < 0) continue;
-    *reinterpret_cast<uint4*>(const_cast<char*>(target[token])) = *reinterpret_cast<const uint4*>(
-        staging + swizzled<size>(Tile::row(pass, place.lane), segment));
+    for (int first = 0; first < size / 8; first += 4) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        words[i] = pack<T>(sums[first + i][2 * half], sums[first + i][2 * half + 1]);
+      const uint4 segment = transposed(words, place.lane);
+      if (token >= 0) *reinterpret_cast<uint4*>(row + 16 * first) = segment;
+    }
   }
 }
 
