@@ -112,10 +112,16 @@ def _check_kinds(
             )
 
 
+# PyTorch 2.11 does not trace the question itself.
+@torch.compiler.assume_constant_result
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In autocast's dtype, but for float64, which PyTorch's own attention keeps as well."""
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type):
+    if not _has_autocast(device_type):
         return tensors
     if not torch.is_autocast_enabled(device_type):
         return tensors
