@@ -3,7 +3,8 @@
 python -m benchmarks.nearby_kernels --output benchmarks/results/nearby_kernels.json
 
 benchmarks.nearby_attention times whole calls, which a GPU may finish before Python has sent the
-next; this says what the kernels alone take. It needs a GPU.
+next; this says what the kernels alone take, and, with --peers, what those of other attentions take:
+forward and backward as one CUDA graph, which a GPU replays without Python. It needs a GPU.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from rich.console import Console
@@ -21,13 +23,17 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.cases import Case, Load, cases
+from benchmarks.harness.measure import reason_of
 from benchmarks.harness.options import add_output, benchmark_parser, positive
+from benchmarks.harness.peers import Peer, all_peers
 from benchmarks.harness.report import Floors, device_name, write_json
 from benchmarks.harness.timing import clock_of, copy_bandwidth
 from megatron_nuwa.errors import UserError, run_command
 from megatron_nuwa.ops import nearby_attention
 
 # By a part of a kernel's name, the more special first.
+_COMPARED = ("video-3-causal", "video-7-causal")
+_PEERS = ("cuda", "sdpa-flash", "sdpa-cudnn", "flex")
 _KERNELS = {
     "Forward<": "forward",
     ", true>": "backward dK dV",
@@ -50,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         floors = Floors.of(case, load, bytes_a_second)
         reports[case.name] = {"microseconds": times, "floor_ms": floors.forward_backward_ms}
     _show(reports, device)
+    peers: dict[str, dict[str, dict[str, float] | str]] = {
+        case.name: _peers_times(case, load, options.peers, options.repeats)
+        for case in cases(False)
+        if case.name in _COMPARED and options.peers
+    }
+    _show_peers(peers)
     if options.output is not None:
         report = {
             "device": device_name(device),
@@ -60,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "dtype": "bfloat16",
             "copy_gigabytes_a_second": bytes_a_second / 1e9,
             "cases": reports,
+            "replayed_milliseconds": peers,
         }
         write_json(options.output, report)
     return 0
@@ -103,6 +116,79 @@ def kernel_times(case: Case, load: Load, repeats: int) -> dict[str, float]:
     return {kernel: statistics.median(found) for kernel, found in times.items()}
 
 
+def _peers_times(
+    case: Case, load: Load, names: Sequence[str], repeats: int
+) -> dict[str, dict[str, float] | str]:
+    """Milliseconds of each peer's forward pass, and of both passes; or why there are none."""
+    found: dict[str, dict[str, float] | str] = {}
+    for peer in all_peers(load.device):
+        if peer.name not in names:
+            continue
+        try:
+            found[peer.name] = _replayed(peer, case, load, repeats)
+        except Exception as error:  # a peer that breaks must not end the run
+            found[peer.name] = reason_of(error)
+        torch.cuda.empty_cache()
+    return found
+
+
+def _replayed(peer: Peer, case: Case, load: Load, repeats: int) -> dict[str, float]:
+    grids = (case.geometry.grid, *2 * (case.geometry.context_grid,))
+    leaves = [
+        peer.layout.pack(load.random(grid.cells, seed), grid).requires_grad_()
+        for seed, grid in enumerate(grids)
+    ]
+    call = peer.make(case, load)
+    grad = torch.randn_like(call(*leaves))
+
+    def forward() -> object:
+        with torch.no_grad():
+            return call(*leaves)
+
+    def train() -> object:
+        return torch.autograd.grad(call(*leaves), leaves, grad)
+
+    return {
+        "forward": _replay_ms(forward, repeats),
+        "forward_backward": _replay_ms(train, repeats),
+    }
+
+
+def _replay_ms(step: Callable[[], object], repeats: int) -> float:
+    """Median milliseconds of a step, replayed from a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()  # what it returns lives as long as the graph
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    graph.replay()
+    for event in events[:-1]:
+        event.record()
+        graph.replay()
+    events[-1].record()
+    torch.cuda.synchronize()
+    del kept
+    return statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+
+
+def _show_peers(peers: dict[str, dict[str, dict[str, float] | str]]) -> None:
+    for case, rows in peers.items():
+        table = Table("replayed, ms", "forward", "forward + backward", "of ours", title=case)
+        ours = rows.get(_PEERS[0])
+        for name, times in rows.items():
+            if isinstance(times, str):
+                table.add_row(name, times)
+                continue
+            total = times["forward_backward"]
+            ratio = f"{total / ours['forward_backward']:.2f}×" if isinstance(ours, dict) else "–"
+            table.add_row(name, f"{times['forward']:.3f}", f"{total:.3f}", ratio)
+        Console(width=120).print(table)
+
+
 def _show(reports: dict[str, dict[str, object]], device: torch.device) -> None:
     kernels = list(_KERNELS.values())
     table = Table("µs", *kernels, "all", "of floor", title=device_name(device))
@@ -120,6 +206,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = benchmark_parser("nearby_kernels", __doc__)
     parser.add_argument(
         "--repeats", type=positive, default=12, metavar="N", help="times of a median (default: 12)"
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=_PEERS,
+        default=(),
+        help=f"what else to time at {', '.join(_COMPARED)}",
     )
     add_output(parser)
     return parser

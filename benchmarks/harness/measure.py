@@ -84,7 +84,7 @@ def measure_case(
             yield _measure(peer, case, load, inputs, clock, repeats)
         except Exception as error:
             # A peer that breaks must not end the run, and the table says how it broke.
-            yield Result(peer.name, peer.agrees, peer.note, reason=_reason(error))
+            yield Result(peer.name, peer.agrees, peer.note, reason=reason_of(error))
         if load.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -171,7 +171,7 @@ def _largest_error(
     return max(errors, default=0.0) if all(map(math.isfinite, errors)) else math.inf
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "needs more memory than the device has"
     lines = str(error).strip().splitlines()
