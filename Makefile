@@ -65,7 +65,8 @@ bench-gpu: install ## on a GPU: encoding, sampling, a step of 870 M, the kernels
 	$(BIN)/python -m benchmarks.real_step --clips 8 --images 16 --clip-batches 4 \
 		--output runs/bench-gpu/real_step.json \
 		training.checkpoint_activations=none training.compile=true
-	$(BIN)/python -m benchmarks.nearby_kernels --output runs/bench-gpu/nearby_kernels.json
+	$(BIN)/python -m benchmarks.nearby_kernels --peers cuda sdpa-flash sdpa-cudnn flex \
+		--output runs/bench-gpu/nearby_kernels.json
 	$(BIN)/python -m benchmarks.kernel_layouts --output runs/bench-gpu/kernel_layouts.json
 	$(BIN)/python -W ignore -m benchmarks.nearby_attention --output runs/bench-gpu/nearby_attention.json
 
