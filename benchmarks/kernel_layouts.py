@@ -66,7 +66,7 @@ class Layout(NamedTuple):
     def shape(self, sums: Sums) -> Shape:
         """What tables must know of it."""
         rounds = warp_tables.ROW_ROUNDS[sums]
-        return Shape(self.warps, self.chunk, self.stages, 2 * HEAD_SIZE, rounds)
+        return Shape(self.warps, self.chunk, self.stages, 2 * HEAD_SIZE, rounds, self.teams)
 
 
 class Candidate(NamedTuple):

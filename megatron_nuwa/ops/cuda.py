@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_nuwa.ops.block_order import Sharing, shared_tables
 from megatron_nuwa.ops.native import operators, why_missing
 from megatron_nuwa.ops.tables import Geometry
-from megatron_nuwa.ops.warp_tables import Sums, row_tables, shape_of, warp_tables
+from megatron_nuwa.ops.warp_tables import Sums, row_tables, shape_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)
@@ -97,7 +98,9 @@ def tables(query: Tensor, geometry: Geometry, sums: Sums) -> list[Tensor]:
     if query.dtype == torch.float32:
         return list(row_tables(geometry, mirrored, query.device))
     shape = shape_of(query.shape[-1], sums, _is_large(query.device))
-    return list(warp_tables(geometry, mirrored, shape, query.device))
+    teams = shape.teams * _processors(query.device)
+    sharing = Sharing(query.shape[0], query.shape[2], teams)
+    return list(shared_tables(geometry, mirrored, shape, sharing, query.device))
 
 
 def _why_not_device(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -122,6 +125,13 @@ def _why_not_device(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 def _is_large(device: torch.device) -> bool:
     """Whether the kernels' deeper ring is the one that is built for this device."""
     return device.type != "cuda" or torch.cuda.get_device_properties(device).major >= 9
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors of a device; two of the one that tests simulate on a CPU."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _built_size(head_dim: int) -> int:

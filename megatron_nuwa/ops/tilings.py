@@ -21,7 +21,7 @@ TILE_ROWS = 16
 # Columns that a warp computes at once.
 GROUP = 32
 # A group takes a warp about as long as gathering so many columns takes its block.
-_GROUP_COST = 6
+GROUP_COST = 6
 _TRIED_CUTS = 10
 _SAMPLED_BLOCKS = 6
 _MOST_BOXES = 4
@@ -224,7 +224,7 @@ def _costs_of_strips(visibility: Visibility, cut: Cut, warps: int) -> dict[Strip
             groups = -(-np.logical_or.reduceat(seen, tiles, axis=0).sum(1) // GROUP)
             # All warps of a block wait for its slowest, and another block fills some of the gaps.
             computed = (groups.sum() + warps * groups.max()) / 2
-            costs[strip] += len(columns) + _GROUP_COST * computed
+            costs[strip] += len(columns) + GROUP_COST * computed
     rows_of_sample = sum(len(box) for i in sample for box in blocks[i])
     return {strip: cost / rows_of_sample for strip, cost in costs.items()}
 

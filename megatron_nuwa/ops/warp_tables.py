@@ -39,8 +39,9 @@ BoolArray = npt.NDArray[np.bool_]
 class Shape(NamedTuple):
     """What the tables must know of a kernel.
 
-    Warps a block, columns a chunk, stages of the ring, bytes a column, and how many times a block's
-    rows come: two of their tensors pass through the ring side by side.
+    Warps a block, columns a chunk, stages of the ring, bytes a column, how many times a block's
+    rows come (two of their tensors pass through the ring side by side), and how many teams of so
+    many warps a multiprocessor has.
     """
 
     warps: int
@@ -48,6 +49,7 @@ class Shape(NamedTuple):
     stages: int
     row_bytes: int
     row_rounds: int = 1
+    teams: int = 1
 
     @property
     def row_chunks(self) -> int:
@@ -111,7 +113,7 @@ def shape_of(head_dim: int, sums: Sums, is_large: bool) -> Shape:
         warps, stages = (6, 6) if is_large else (5, 4)
     else:
         warps, stages = (8, 7 if head_dim == 64 else 6) if is_large else (7, 4)
-    return Shape(warps, chunk, stages, 2 * head_dim, ROW_ROUNDS[sums])
+    return Shape(warps, chunk, stages, 2 * head_dim, ROW_ROUNDS[sums], 1 if head_dim > 64 else 2)
 
 
 @lru_cache(maxsize=_CACHED_GEOMETRIES)
