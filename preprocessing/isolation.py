@@ -145,7 +145,10 @@ def main() -> int:
     arrays = [frames] if maps is None else [frames, maps]
     out.write(json.dumps({"real": real, "rate": rate, "arrays": len(arrays)}).encode() + b"\n")
     for array in arrays:
-        np.save(out, array, allow_pickle=False)
+        # Not to the pipe itself, in which numpy would look for its place.
+        content = io.BytesIO()
+        np.save(content, array, allow_pickle=False)
+        out.write(content.getbuffer())
     return 0
 
 
