@@ -17,7 +17,7 @@ import torch
 
 from megatron_nuwa.ops.tables import Geometry
 from megatron_nuwa.ops.tilings import GROUP_COST, TILE_ROWS
-from megatron_nuwa.ops.warp_tables import Shape, WarpTables, warp_tables
+from megatron_nuwa.ops.warp_tables import Shape, WarpTables, int32, warp_tables
 
 _MOST_RUNS = 8
 # The grid's own order, in which neighbours follow one another, reads the least from memory; another
@@ -96,11 +96,11 @@ def reordered(tables: WarpTables, shape: Shape, order: Array) -> WarpTables:
     chunk_counts = np.diff(first_chunks)[order]
     ends = tables.group_ends.numpy().reshape(-1, shape.warps)[chunks]
     return WarpTables(
-        _int32(np.cumsum([0, *chunk_counts])),
+        int32(np.cumsum([0, *chunk_counts])),
         tables.columns.view(-1, shape.chunk)[chunks].flatten(),
         tables.rows.view(-1, shape.warps * TILE_ROWS)[order].flatten(),
-        _int32((starts[order] + moved[:, None]).reshape(-1)),
-        _int32((ends + np.repeat(moved, chunk_counts)[:, None]).reshape(-1)),
+        int32((starts[order] + moved[:, None]).reshape(-1)),
+        int32((ends + np.repeat(moved, chunk_counts)[:, None]).reshape(-1)),
         torch.cat([tables.entries[groups], tables.entries[-1:]]),
     )
 
@@ -128,7 +128,3 @@ def _ordered_tables(
 def _of_blocks(firsts: Array, order: Array) -> Array:
     """The numbers firsts[b] … firsts[b + 1] - 1 of one block after another."""
     return np.concatenate([np.arange(firsts[block], firsts[block + 1]) for block in order])
-
-
-def _int32(values: Array) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int32))

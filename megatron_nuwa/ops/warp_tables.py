@@ -163,11 +163,11 @@ def _build(visibility: Visibility, shape: Shape) -> WarpTables:
     slots = (np.concatenate(places) + shape.row_chunks * chunk) % (stages * chunk)
     columns = [part for block in blocks for part in (block.row_places(shape), block.columns)]
     return WarpTables(
-        _int32(np.cumsum([0, *(len(end) for end in ends)])),
-        _int32(np.concatenate(columns)),
-        _int32(np.concatenate([block.rows for block in blocks])),
-        _int32(starts[:-1]),
-        _int32(group_ends.reshape(-1)),
+        int32(np.cumsum([0, *(len(end) for end in ends)])),
+        int32(np.concatenate(columns)),
+        int32(np.concatenate([block.rows for block in blocks])),
+        int32(starts[:-1]),
+        int32(group_ends.reshape(-1)),
         torch.from_numpy(_entries(shape, slots, np.concatenate(masks)).view(np.int32)),
     )
 
@@ -181,12 +181,11 @@ class _Block:
 
     def __init__(self, rows: Array, columns: Array, seen: BoolArray, shape: Shape) -> None:
         self.chunks = len(columns) // shape.chunk
-        missing = shape.warps * TILE_ROWS - len(rows)
+        all_rows = _padded(rows, shape.warps * TILE_ROWS)
+        missing = len(all_rows) - len(rows)
         tiles = np.pad(seen, ((0, missing), (0, 0))).reshape(shape.warps, TILE_ROWS, -1)
         order = np.argsort(-tiles.any(1).sum(1), kind="stable")
-        all_rows = np.pad(rows, (0, missing), constant_values=-1)
-        self.rows = all_rows.reshape(-1, TILE_ROWS)[order].reshape(-1)
-        tiles = tiles[order]
+        self.rows, tiles = all_rows.reshape(-1, TILE_ROWS)[order].reshape(-1), tiles[order]
         self.columns, self.seen = columns, tiles.reshape(len(self.rows), -1)
         self.by_warp = tiles.any(1).T.reshape(self.chunks, shape.chunk, shape.warps)
 
@@ -308,5 +307,6 @@ def _padded(values: Array, length: int) -> Array:
     return np.concatenate([values, np.full(length - len(values), -1)])
 
 
-def _int32(values: Array) -> Tensor:
+def int32(values: Array) -> Tensor:
+    """As the kernels read numbers."""
     return torch.from_numpy(values.astype(np.int32))
