@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_nuwa.ops.block_order import Sharing, shared_tables
 from megatron_nuwa.ops.native import operators, why_missing
+from megatron_nuwa.ops.schedule import Sharing, schedule
 from megatron_nuwa.ops.tables import Geometry
-from megatron_nuwa.ops.warp_tables import Sums, row_tables, shape_of
+from megatron_nuwa.ops.warp_tables import Sums, row_tables, shape_of, warp_tables
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIMS = (32, 64, 128)
@@ -98,9 +98,11 @@ def tables(query: Tensor, geometry: Geometry, sums: Sums) -> list[Tensor]:
     if query.dtype == torch.float32:
         return list(row_tables(geometry, mirrored, query.device))
     shape = shape_of(query.shape[-1], sums, _is_large(query.device))
-    teams = shape.teams * _processors(query.device)
-    sharing = Sharing(query.shape[0], query.shape[2], teams)
-    return list(shared_tables(geometry, mirrored, shape, sharing, query.device))
+    sharing = Sharing(query.shape[0], query.shape[2], shape.teams * _processors(query.device))
+    return [
+        *warp_tables(geometry, mirrored, shape, query.device),
+        schedule(geometry, mirrored, shape, sharing, query.device),
+    ]
 
 
 def _why_not_device(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

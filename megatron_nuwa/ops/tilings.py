@@ -140,8 +140,12 @@ def blocks_of(grid: Grid, cut: Cut) -> list[list[Array]]:
 def _rows(grid: Grid, cut: Cut, strip: Strip, boxes: list[Array]) -> Array:
     """A block's rows, strip after strip of one box after another."""
     ordered = [box[strip_order(grid, cut.shape, strip, box)] for box in boxes]
-    padded = [np.pad(box, (0, cut.box_rows - len(box)), constant_values=-1) for box in ordered[:-1]]
-    return np.concatenate([*padded, ordered[-1]])
+    return np.concatenate([*(padded(box, cut.box_rows) for box in ordered[:-1]), ordered[-1]])
+
+
+def padded(rows: Array, length: int) -> Array:
+    """So many rows, -1 where there are none."""
+    return np.concatenate([rows, np.full(length - len(rows), -1)])
 
 
 def strip_order(grid: Grid, shape: Grid, strip: Strip, box: Array) -> Array:
@@ -217,11 +221,15 @@ def _costs_of_strips(visibility: Visibility, cut: Cut, warps: int) -> dict[Strip
     sample = np.unique(np.linspace(0, len(blocks) - 1, _SAMPLED_BLOCKS).round().astype(np.int64))
     costs = dict.fromkeys(strips, 0.0)
     for block in (blocks[i] for i in sample):
+        cells = np.sort(np.concatenate(block))
+        columns, seen = visibility.of_rows(cells)
+        # A row of -1 sees nothing.
+        seen = np.pad(seen, ((0, 1), (0, 0)))
         for strip in strips:
             rows = _rows(visibility.grid, cut, strip, block)
-            columns, seen = visibility.of_rows(rows)
+            of_rows = seen[np.where(rows < 0, len(cells), np.searchsorted(cells, rows))]
             tiles = np.arange(0, len(rows), TILE_ROWS)
-            groups = -(-np.logical_or.reduceat(seen, tiles, axis=0).sum(1) // GROUP)
+            groups = -(-np.logical_or.reduceat(of_rows, tiles, axis=0).sum(1) // GROUP)
             # All warps of a block wait for its slowest, and another block fills some of the gaps.
             computed = (groups.sum() + warps * groups.max()) / 2
             costs[strip] += len(columns) + GROUP_COST * computed

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_nuwa.ops.tables import Geometry, key_table, query_table
-from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS, Visibility, best_blocks
+from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS, Visibility, best_blocks, padded
 
 # Rows of shared memory whose slots differ modulo this lie in different groups of banks.
 _BANKS = 8
@@ -181,7 +181,7 @@ class _Block:
 
     def __init__(self, rows: Array, columns: Array, seen: BoolArray, shape: Shape) -> None:
         self.chunks = len(columns) // shape.chunk
-        all_rows = _padded(rows, shape.warps * TILE_ROWS)
+        all_rows = padded(rows, shape.warps * TILE_ROWS)
         missing = len(all_rows) - len(rows)
         tiles = np.pad(seen, ((0, missing), (0, 0))).reshape(shape.warps, TILE_ROWS, -1)
         order = np.argsort(-tiles.any(1).sum(1), kind="stable")
@@ -211,7 +211,7 @@ class _Block:
     def row_places(self, shape: Shape) -> Array:
         """The rows as they pass through the ring, each time from a chunk's start on."""
         places = shape.row_chunks // shape.row_rounds * shape.chunk
-        return np.tile(_padded(self.rows, places), shape.row_rounds)
+        return np.tile(padded(self.rows, places), shape.row_rounds)
 
     def reorder(self, order: Array) -> None:
         """Let each chunk's columns stand in the order `order` (chunks, chunk)."""
@@ -259,10 +259,9 @@ def _groups_of_tile(tile: BoolArray, chunk: int) -> tuple[Array, Array, Array]:
         left = np.delete(left, chosen)
     groups.sort(key=lambda group: group.max() // chunk)
     # Padding repeats a column that is there, so that no row is read that was never gathered.
-    places = np.array(
-        [np.pad(group, (0, GROUP - len(group)), "edge") for group in groups], np.int64
-    )
-    places = places.reshape(-1, GROUP)
+    places = np.empty((len(groups), GROUP), np.int64)
+    for own, group in zip(places, groups, strict=True):
+        own[: len(group)], own[len(group) :] = group, group[-1]
     is_real = np.arange(GROUP) < np.array([len(group) for group in groups], np.int64)[:, None]
     bits = (1 << np.arange(tile.shape[0])) @ tile[:, places.reshape(-1)]
     steps = np.array([group.max() // chunk for group in groups], np.int64)
@@ -301,10 +300,6 @@ def _entries(shape: Shape, slots: Array, masks: Array) -> npt.NDArray[np.uint32]
     entries = shape.offsets(slots) | (visible << element).sum(2) << 16
     spare = np.zeros((1, GROUP), np.int64)
     return np.concatenate([entries, spare]).astype(np.uint32, order="C")
-
-
-def _padded(values: Array, length: int) -> Array:
-    return np.concatenate([values, np.full(length - len(values), -1)])
 
 
 def int32(values: Array) -> Tensor:

@@ -41,7 +41,7 @@ class Call(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int32) for name in ("batch", "heads", "queries", "keys")),
-        ("blocks", c_int32 * 3),
+        *((name, c_int32 * 3) for name in ("blocks", "teams")),
         ("scale", ctypes.c_float),
         ("at_end", c_int32),
         ("pace", c_uint32),
@@ -52,7 +52,7 @@ class Call(ctypes.Structure):
                 *("grad_query", "grad_key", "grad_value"),
             )
         ),
-        ("tables", Array * 6 * 3),
+        ("tables", Array * 7 * 3),
     )
 
 
@@ -124,10 +124,12 @@ def simulate(
     statistics = torch.empty(batch, heads, queries, 2)
     output, *gradients = results
     call = Call(
-        *(batch, heads, queries, key.shape[1], (c_int32 * 3)(*(len(t[0]) - 1 for t in tables))),
+        *(batch, heads, queries, key.shape[1]),
+        (c_int32 * 3)(*(len(t[0]) - 1 for t in tables)),
+        (c_int32 * 3)(*(t[-1].shape[-1] for t in tables)),
         *(scale, at_end, pace),
         *map(Array.of, (query, key, value, mask, grad, output, log_sum, statistics, *gradients)),
-        (Array * 6 * 3)(*((Array * 6)(*map(Array.of, t)) for t in tables)),
+        (Array * 7 * 3)(*((Array * 7)(*map(Array.of, t)) for t in tables)),
     )
     run = getattr(simulator, f"simulate_{_NAMES[query.dtype]}_{size}")
     raise_failure(run, ctypes.byref(call))

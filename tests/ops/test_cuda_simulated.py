@@ -9,11 +9,13 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from geometries import attention, definition, geometries
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulated_kernels import compiled_simulator, simulate, tables_of
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.kernel_layouts import CANDIDATES, Candidate, Layout
 from megatron_nuwa.grid import Extent, Grid
@@ -166,6 +168,27 @@ def test_kernels_of_many_chunks_equal_the_definition(
     grid = Grid(7, 9, 6)
     geometry = Geometry(grid, grid, Extent(7, 7, 7), causal)
     check(simulator, geometry, torch.bfloat16, size, 3, True, 4.0, images=(1, 1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_items_may_be_handed_out_in_any_way(simulator: ctypes.CDLL, seed: int) -> None:
+    """To teams that get many, one or none, in any order: the results have the same bits."""
+    grid, generator = Grid(7, 9, 6), torch.Generator().manual_seed(seed)
+    geometry = Geometry(grid, grid, Extent(3, 3, 3), True)
+    query, key, value, grad = torch.randn(4, 2, grid.cells, 3, 64, generator=generator).bfloat16()
+    tables = tables_of(geometry, query)
+    expected = simulate(simulator, query, key, value, grad, None, tables, 0.2)
+    for of_pass in tables:
+        items = int(of_pass[-1].max()) + 1
+        of_teams: list[list[int]] = [[] for _ in range(of_pass[-1].shape[1])]
+        for item in torch.randperm(items, generator=generator).tolist():
+            of_teams[len(of_teams) - 1 - min(item % 7, len(of_teams) - 2)].append(item)
+        rounds = [torch.tensor(own, dtype=torch.int32) for own in of_teams]
+        padded = pad_sequence(rounds, padding_value=-1)
+        of_pass[-1] = F.pad(padded, (0, 0, 0, 2), value=-1)
+    ours = simulate(simulator, query, key, value, grad, None, tables, 0.2, pace=seed)
+    for mine, of_schedule in zip(ours, expected, strict=True):
+        assert torch.equal(mine, of_schedule)
 
 
 # Columns, or in the mirrored pass rows, that go round the ring twice and more.

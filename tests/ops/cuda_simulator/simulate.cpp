@@ -55,41 +55,39 @@ struct Array {
 
 // What a call passes: sizes, and arrays by their places below.
 struct Call {
-  int32_t batch, heads, queries, keys, blocks[3];
+  int32_t batch, heads, queries, keys, blocks[3], teams[3];
   float scale;
   int32_t at_end;
   uint32_t pace;
   Array query, key, value, mask, grad, output, log_sum, statistics;
   Array grad_query, grad_key, grad_value;
-  Array tables[3][6];  // of outputs, gradients of queries, and those of keys and values
+  Array tables[3][7];  // of outputs, gradients of queries, and those of keys and values
 };
 
 struct WalkTables {
-  explicit WalkTables(const Array (&arrays)[6], bool at_end) {
+  explicit WalkTables(const Array (&arrays)[7], bool at_end) {
     for (const Array& array : arrays)
       copies.push_back(new Guarded(array.data, array.bytes, false, at_end));
   }
   ~WalkTables() {
     for (Guarded* copy : copies) delete copy;
   }
-  Tables walk(int blocks) const {
-    return {copies[0]->as<int32_t>(), copies[1]->as<int32_t>(), copies[2]->as<int32_t>(),
-            copies[3]->as<int32_t>(), copies[4]->as<int32_t>(), copies[5]->as<uint32_t>(),
-            blocks};
+  Tables walk(int blocks, int teams) const {
+    return {copies[0]->as<int32_t>(),  copies[1]->as<int32_t>(), copies[2]->as<int32_t>(),
+            copies[3]->as<int32_t>(),  copies[4]->as<int32_t>(), copies[5]->as<uint32_t>(),
+            copies[6]->as<uint32_t>(), blocks,                   teams};
   }
   RowTables direct() const { return {copies[0]->as<int64_t>(), copies[1]->as<int32_t>()}; }
   std::vector<Guarded*> copies;
 };
 
-// Few, so that a team has several items.
-constexpr int kProcessors = 2;
-
 template <class Pass>
-void run(const typename Pass::Arguments& arguments, const WalkTables& tables, int blocks) {
+void run(const typename Pass::Arguments& arguments, const WalkTables& tables, const Call& call,
+         int pass) {
   static_assert(Memory<Pass>::kBytes <= (kIsLarge ? 227 : 163) * 1024);
-  const int items = blocks * arguments.problem.heads * arguments.problem.batch;
-  run_kernel({std::min(items, kProcessors)}, Shape<Pass>::kThreads,
-             [&] { walk<Pass>(arguments, tables.walk(blocks)); });
+  const Tables walked = tables.walk(call.blocks[pass], call.teams[pass]);
+  run_kernel({walked.teams / Shape<Pass>::kTeams}, Shape<Pass>::kThreads,
+             [&] { walk<Pass>(arguments, walked); });
 }
 
 int direct_blocks(int64_t warps) { return (warps + kDirectWarps - 1) / kDirectWarps; }
@@ -137,13 +135,13 @@ void simulate(const Call& call) {
                [&] { direct_backward<size, true>(mirrored_backward, mirrored.direct()); });
   } else {
     run<Forward<T, size>>({problem, {q}, {k, v}, output.as<T>(), log_sum.as<float>()}, of_outputs,
-                          call.blocks[0]);
+                          call, 0);
     run<Backward<T, size, false>>({problem, {q, g, output.as<T>()}, {k, v}, of_query,
                                    {grad_query.as<T>()}, log_sum.as<float>()},
-                                  tables, call.blocks[1]);
+                                  tables, call, 1);
     run<Backward<T, size, true>>(
         {mirror, {k, v}, {q, g}, of_query, {grad_key.as<T>(), grad_value.as<T>()}, nullptr},
-        mirrored, call.blocks[2]);
+        mirrored, call, 2);
   }
 }
 

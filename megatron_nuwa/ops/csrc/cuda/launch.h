@@ -10,9 +10,10 @@
 
 namespace megatron_nuwa {
 
-// As many blocks of threads as the device holds at once, which share the items out evenly.
+// Starts blocks of threads for all teams of the schedule, which are as many as the device holds at
+// once. `is_large`: is its compute capability 9.0, for which the tables must have been made?
 template <class Pass>
-cudaError_t launch(const typename Pass::Arguments& arguments, const Tables& tables,
+cudaError_t launch(const typename Pass::Arguments& arguments, const Tables& tables, bool is_large,
                    cudaStream_t stream);
 
 template <int size>

@@ -116,13 +116,10 @@ bool has_large_memory() {
   return major >= 9;
 }
 
-template <class Pass>
-Tables tables_of(const std::vector<Tensor>& tables) {
-  // This runs on the CPU, where the kernels' own idea of the device's size is of no use.
-  const bool is_large = has_large_memory();
-  const int64_t warps = is_large ? Shape<Pass, true>::kWarps : Shape<Pass, false>::kWarps;
-  const int64_t chunk = is_large ? Shape<Pass, true>::kChunk : Shape<Pass, false>::kChunk;
-  check_tables(tables, 6);
+template <class S>
+Tables tables_of(const std::vector<Tensor>& tables, const Problem& problem) {
+  constexpr int64_t warps = S::kWarps, chunk = S::kChunk;
+  check_tables(tables, 7);
   const int64_t blocks = tables[0].numel() - 1, chunks = tables[4].numel() / warps;
   for (const Tensor& table : tables)
     STD_TORCH_CHECK(table.scalar_type() == ScalarType::Int, "a table is not int32");
@@ -132,9 +129,15 @@ Tables tables_of(const std::vector<Tensor>& tables) {
                       tables[4].numel() == chunks * warps &&
                       tables[5].numel() % kGroup == 0,
                   "tables do not fit each other or the head size");
+  const Tensor& schedule = tables[6];
+  STD_TORCH_CHECK(schedule.dim() == 2 && schedule.numel() < INT32_MAX &&
+                      schedule.numel() >= blocks * problem.heads * problem.batch &&
+                      schedule.size(1) > 0 && schedule.size(1) % S::kTeams == 0,
+                  "the schedule does not fit the tables, the heads or the batch");
   return {read<int32_t>(tables[0]), read<int32_t>(tables[1]), read<int32_t>(tables[2]),
           read<int32_t>(tables[3]), read<int32_t>(tables[4]), read<uint32_t>(tables[5]),
-          static_cast<int32_t>(blocks)};
+          read<uint32_t>(schedule), static_cast<int32_t>(blocks),
+          static_cast<int32_t>(schedule.size(1))};
 }
 
 RowTables row_tables_of(const std::vector<Tensor>& tables, int64_t rows) {
@@ -148,7 +151,11 @@ RowTables row_tables_of(const std::vector<Tensor>& tables, int64_t rows) {
 template <class Pass>
 void walk_with(const Call& call, const std::vector<Tensor>& tables,
                const typename Pass::Arguments& arguments) {
-  check(launch<Pass>(arguments, tables_of<Pass>(tables), call.stream));
+  // This runs on the CPU, where the kernels' own idea of the device's size is of no use.
+  const bool is_large = has_large_memory();
+  const Tables walked = is_large ? tables_of<Shape<Pass, true>>(tables, arguments.problem)
+                                 : tables_of<Shape<Pass, false>>(tables, arguments.problem);
+  check(launch<Pass>(arguments, walked, is_large, call.stream));
 }
 
 template <class T, int size>

@@ -117,7 +117,7 @@ class Cursor {
  public:
   __device__ __forceinline__ Cursor(const Problem& problem, const Tables& tables, int team,
                                     int chunk)
-      : problem_(problem), tables_(tables), item_(problem, tables, team, S::kTeams) {
+      : problem_(problem), tables_(tables), item_(problem, tables, team) {
     begin();
     advance(chunk);
   }

@@ -196,7 +196,7 @@ __device__ __forceinline__ void compute(const typename Pass::Arguments& argument
   // A block's tiles see ever fewer columns. Whoever had much to do has little the next time.
   int tile = warp;
 #pragma unroll 1
-  for (Item item(arguments.problem, tables, team, S::kTeams); item.is_there();
+  for (Item item(arguments.problem, tables, team); item.is_there();
        item.advance(), tile = S::kWarps - 1 - tile) {
     const Place place(item, tile, lane);
     const uint32_t start = turn.stage * M::kStageBytes;

@@ -16,7 +16,7 @@ constexpr bool kIsLarge = false;
 constexpr bool kIsLarge = true;
 #endif
 
-// WarpTables of warp_tables.py.
+// WarpTables of warp_tables.py, and the schedule of schedule.py, one item a team and round.
 struct Tables {
   const int32_t* block_chunks;
   const int32_t* columns;
@@ -24,7 +24,9 @@ struct Tables {
   const int32_t* group_starts;
   const int32_t* group_ends;
   const uint32_t* entries;
+  const uint32_t* schedule;
   int32_t blocks;
+  int32_t teams;  // of all multiprocessors
 };
 
 // Tensors are (batch, tokens, heads, size); "rows" are what tiles are made of, "columns" what is
@@ -125,18 +127,21 @@ __device__ __forceinline__ uint32_t at_step(uint32_t offset, int step) {
   return offset ^ (step << 5);
 }
 
-// A block of the tables for one head of one batch item, one after another of which a team works at.
-// Neighbours in time are heads of one block, whose rows lie side by side.
+// A block of the tables for one head of one batch item, of which a team works at one a round. The
+// next one's number is on its way meanwhile.
 class Item {
  public:
-  __device__ __forceinline__ Item(const Problem& problem, const Tables& tables, int team, int teams)
-      : problem_(problem), tables_(tables), number_(team * gridDim.x + blockIdx.x),
-        step_(teams * gridDim.x) {}
-
-  __device__ __forceinline__ bool is_there() const {
-    return number_ < static_cast<uint32_t>(tables_.blocks * problem_.heads * problem_.batch);
+  __device__ __forceinline__ Item(const Problem& problem, const Tables& tables, int team)
+      : problem_(problem), tables_(tables), place_(team * gridDim.x + blockIdx.x),
+        number_(tables.schedule[place_]) {
+    look_ahead();
   }
-  __device__ __forceinline__ void advance() { number_ += step_; }
+
+  __device__ __forceinline__ bool is_there() const { return number_ != kNone; }
+  __device__ __forceinline__ void advance() {
+    number_ = next_;
+    look_ahead();
+  }
   // The same, of which the compiler knows nothing, so that it need not keep what it found before.
   __device__ __forceinline__ Item again() const {
     Item same = *this;
@@ -148,10 +153,17 @@ class Item {
   __device__ __forceinline__ int batch() const { return number_ / problem_.heads / tables_.blocks; }
 
  private:
+  static constexpr uint32_t kNone = 0xffffffff;
+
+  // The schedule ends with two spare rounds.
+  __device__ __forceinline__ void look_ahead() {
+    place_ += tables_.teams;
+    next_ = tables_.schedule[place_];
+  }
+
   const Problem& problem_;
   const Tables& tables_;
-  uint32_t number_;
-  const uint32_t step_;
+  uint32_t place_, number_, next_;
 };
 
 // A thread's lane; the compiler would rather ask the hardware again each time, which takes long.
