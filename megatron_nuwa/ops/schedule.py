@@ -48,10 +48,18 @@ class Sharing(NamedTuple):
 def schedule(
     geometry: Geometry, mirrored: bool, shape: Shape, sharing: Sharing, device: torch.device
 ) -> Tensor:
-    """The item of each team in each round, int32 (rounds + 2, teams), -1 = none; made once."""
+    """The item of each team in each round, int32 (rounds + 2, teams), -1 = none; made once.
+
+    The mirrored pass begins with the last items: theirs is what the pass before it, which reads the
+    same tensors, has left in the cache.
+    """
     tables = warp_tables(geometry, mirrored, shape, torch.device("cpu"))
     costs = sharing.items(block_costs(tables, shape))
-    rounds = shared_out(costs, sharing.teams)
+    if mirrored:
+        rounds = shared_out(costs[::-1], sharing.teams)
+        rounds = np.where(rounds < 0, rounds, len(costs) - 1 - rounds)
+    else:
+        rounds = shared_out(costs, sharing.teams)
     spare = np.full((_SPARE_ROUNDS, sharing.teams), -1)
     return int32(np.concatenate([rounds, spare])).to(device)
 

@@ -197,12 +197,18 @@ def test_teams_get_like_shares(
     sharing = Sharing(batch, heads, shape.teams * processors)
     handed_out = schedule(geometry, mirrored, shape, sharing, CPU)
     assert handed_out is schedule(geometry, mirrored, shape, sharing, CPU)
+    items, first = handed_out[handed_out >= 0], handed_out[0]
+    assert torch.equal(items.sort().values, torch.arange(len(items), dtype=torch.int32))
+    assert (handed_out[-2:] == -1).all()
+    if batch > 1:
+        # The mirrored pass begins where the one before it has ended.
+        assert (first > len(items) / 2 if mirrored else first < len(items) / 2).all()
     costs = block_costs(warp_tables.warp_tables(geometry, mirrored, shape, CPU), shape)
-    of_teams = np.append(sharing.items(costs), 0)[handed_out.numpy()].sum(0)
+    of_items = sharing.items(costs)
+    of_teams = np.append(of_items, 0)[handed_out.numpy()].sum(0)
     assert of_teams.max() < most * of_teams.mean()
     # No worse than if teams took every so many items.
-    items = sharing.items(costs)
-    dealt = np.pad(items, (0, -len(items) % sharing.teams)).reshape(-1, sharing.teams).sum(0)
+    dealt = np.pad(of_items, (0, -len(of_items) % sharing.teams)).reshape(-1, sharing.teams).sum(0)
     assert of_teams.max() <= dealt.max()
 
 
