@@ -206,23 +206,31 @@ def test_one_draws_a_sketch(browser: Chrome) -> None:
 
 
 def test_who_waits_for_others_is_told(browser: Chrome, address: str) -> None:
-    def begin() -> None:
+    def prepare() -> None:
         choose(browser, "t2v")
         write(browser, "a green circle stays")
+
+    def begin(window: str) -> None:
+        browser.switch_to.window(window)
         browser.find_element("css selector", "#generate").click()
 
     first = browser.current_window_handle
-    begin()
-    wait(browser, lambda: browser.find_elements("css selector", ".strip"))
+    prepare()
     browser.switch_to.new_window("tab")
+    second = browser.current_window_handle
     try:
         browser.get(address)
         wait(browser, lambda: browser.find_elements("css selector", "#prompt textarea"))
-        begin()
+        prepare()
+        # Only now, lest the one be done before the other asks.
+        begin(first)
+        wait(browser, lambda: browser.find_elements("css selector", ".strip"))
+        begin(second)
         said = browser.find_element("css selector", "#status")
         wait(browser, lambda: said.text == "Waiting for its turn …")
         assert wait(browser, lambda: browser.execute_script(FINAL)) == "Done."
     finally:
+        browser.switch_to.window(second)
         browser.close()
         browser.switch_to.window(first)
 

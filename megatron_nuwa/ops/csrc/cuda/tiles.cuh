@@ -196,25 +196,6 @@ struct TileRows {
   __device__ __forceinline__ int operator[](int row) const { return all[first + row]; }
 };
 
-// A tensor's rows of one head of one batch item, from `byte` of each row on.
-class Rows {
- public:
-  __device__ __forceinline__ Rows(void* tensor, int tokens, int row_bytes, const Problem& problem,
-                                  const Place& place, int byte)
-      : stride_(problem.heads * row_bytes),
-        first_(static_cast<char*>(tensor) +
-               (static_cast<int64_t>(place.batch) * tokens * problem.heads + place.head) *
-                   row_bytes +
-               byte) {}
-  __device__ __forceinline__ char* operator[](int token) const {
-    return first_ + static_cast<int64_t>(token) * stride_;
-  }
-
- private:
-  int stride_;
-  char* first_;
-};
-
 // Lane t of four, which holds word t of four segments, gets the words of segment t.
 __device__ __forceinline__ uint4 transposed(const uint32_t (&words)[4], int lane) {
   const bool is_odd = lane & 1, is_high = lane & 2;
@@ -239,11 +220,14 @@ template <int size, class T>
 __device__ __forceinline__ void store_tile(T* tensor, const float (&sums)[size / 8][4],
                                            const TileRows& rows, const Problem& problem,
                                            const Place& place) {
-  const Rows target(tensor, problem.row_tokens, 2 * size, problem, place, 16 * (place.lane % 4));
+  const int64_t first_row =
+      static_cast<int64_t>(place.batch) * problem.row_tokens * problem.heads + place.head;
+  char* const target = reinterpret_cast<char*>(tensor) + first_row * (2 * size) + 16 * (place.lane % 4);
+  const int stride = problem.heads * (2 * size);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int token = rows[place.lane / 4 + 8 * half];
-    char* const row = target[max(token, 0)];
+    char* const row = target + static_cast<int64_t>(max(token, 0)) * stride;
 #pragma unroll
     for (int first = 0; first < size / 8; first += 4) {
       uint32_t words[4];
