@@ -26,7 +26,8 @@ from megatron_nuwa.ops.tilings import GROUP, TILE_ROWS, Visibility, best_blocks,
 
 # Rows of shared memory whose slots differ modulo this lie in different groups of banks.
 _BANKS = 8
-_CACHED_GEOMETRIES = 64
+# A geometry has six: one a pass, on the CPU and on a device.
+_CACHED_TABLES = 256
 
 # What a kernel sums.
 Sums = Literal["outputs", "query gradients", "context gradients"]
@@ -116,7 +117,7 @@ def shape_of(head_dim: int, sums: Sums, is_large: bool) -> Shape:
     return Shape(warps, chunk, stages, 2 * head_dim, ROW_ROUNDS[sums], 1 if head_dim > 64 else 2)
 
 
-@lru_cache(maxsize=_CACHED_GEOMETRIES)
+@lru_cache(maxsize=_CACHED_TABLES)
 def warp_tables(
     geometry: Geometry, mirrored: bool, shape: Shape, device: torch.device
 ) -> WarpTables:
@@ -126,7 +127,7 @@ def warp_tables(
     return _build(Visibility.of(geometry, mirrored), shape)
 
 
-@lru_cache(maxsize=_CACHED_GEOMETRIES)
+@lru_cache(maxsize=_CACHED_TABLES)
 def row_tables(geometry: Geometry, mirrored: bool, device: torch.device) -> RowTables:
     """Every row's neighbours without padding; made once."""
     table = (query_table if mirrored else key_table)(geometry, torch.device("cpu"))
