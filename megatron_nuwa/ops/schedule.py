@@ -24,7 +24,7 @@ from megatron_nuwa.ops.warp_tables import Shape, WarpTables, int32, warp_tables
 # So many rounds are handed out with the dearest items first, lest one come at the very end. Before
 # them items keep their order, in which neighbours share columns and lie side by side in memory.
 _LAST_ROUNDS = 4
-# A kernel asks for the item after the next while it works at one.
+# A kernel asks for the next item while it works at one, and once more when none is left.
 _SPARE_ROUNDS = 2
 _CACHED_SCHEDULES = 256
 

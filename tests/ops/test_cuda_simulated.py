@@ -191,6 +191,29 @@ def test_items_may_be_handed_out_in_any_way(simulator: ctypes.CDLL, seed: int) -
         assert torch.equal(mine, of_schedule)
 
 
+def test_items_of_a_larger_batch_are_nobodys(simulator: ctypes.CDLL) -> None:
+    """A schedule that does not fit the tensors has nothing read or written beyond them."""
+    grid = Grid(5, 7, 3)
+    geometry = Geometry(grid, grid, Extent(3, 3, 3), True)
+    query, key, value, grad = torch.randn(4, 2, grid.cells, 2, 64).bfloat16()
+    for_one, for_two = tables_of(geometry, query[:1]), tables_of(geometry, query)
+    # All that belongs to the first batch item, in the order of two.
+    one = [t[:1].contiguous() for t in (query, key, value, grad)]
+    expected = simulate(simulator, *one, None, for_one, 0.2)
+    ends_early = [
+        [*own[:-1], _without_gaps(of_two[-1])] for own, of_two in zip(for_one, for_two, strict=True)
+    ]
+    ours = simulate(simulator, *one, None, ends_early, 0.2)
+    for mine, of_one in zip(ours, expected, strict=True):
+        assert torch.equal(mine, of_one)
+
+
+def _without_gaps(schedule: Tensor) -> Tensor:
+    """Each team's items in ascending order, so that those of later batch items come last."""
+    unsigned = schedule.long() & 0xFFFFFFFF
+    return unsigned.sort(0).values.to(torch.uint32).view(torch.int32)
+
+
 # Columns, or in the mirrored pass rows, that go round the ring twice and more.
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("frames", [(1, 8), (8, 1)])

@@ -137,7 +137,10 @@ class Item {
     look_ahead();
   }
 
-  __device__ __forceinline__ bool is_there() const { return number_ != kNone; }
+  // What the schedule names must be one of this problem's; its -1 is the largest number of all.
+  __device__ __forceinline__ bool is_there() const {
+    return number_ < static_cast<uint32_t>(tables_.blocks * problem_.heads * problem_.batch);
+  }
   __device__ __forceinline__ void advance() {
     number_ = next_;
     look_ahead();
@@ -153,8 +156,6 @@ class Item {
   __device__ __forceinline__ int batch() const { return number_ / problem_.heads / tables_.blocks; }
 
  private:
-  static constexpr uint32_t kNone = 0xffffffff;
-
   // The schedule ends with two spare rounds.
   __device__ __forceinline__ void look_ahead() {
     place_ += tables_.teams;
@@ -222,7 +223,8 @@ __device__ __forceinline__ void store_tile(T* tensor, const float (&sums)[size /
                                            const Place& place) {
   const int64_t first_row =
       static_cast<int64_t>(place.batch) * problem.row_tokens * problem.heads + place.head;
-  char* const target = reinterpret_cast<char*>(tensor) + first_row * (2 * size) + 16 * (place.lane % 4);
+  char* const target =
+      reinterpret_cast<char*>(tensor) + first_row * (2 * size) + 16 * (place.lane % 4);
   const int stride = problem.heads * (2 * size);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
