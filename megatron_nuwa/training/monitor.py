@@ -31,7 +31,9 @@ class Monitor:
     def __init__(self, run: Path, *, enabled: bool, samples_a_step: int, step: int = 0) -> None:
         self._enabled = enabled
         self._run = run
-        self._step, self._samples_a_step = step, samples_a_step
+        # The last step that TensorBoard has been told of.
+        self._told = step
+        self._samples_a_step = samples_a_step
         self._start = time.monotonic()
         self._by_step: SummaryWriter | None = None
         self._by_samples: SummaryWriter | None = None
@@ -103,14 +105,15 @@ class Monitor:
     def _boards(self, step: int) -> list[tuple[SummaryWriter, int]]:
         """The boards, each with the place of a step on its axis."""
         by_step, by_samples = self._open()
+        self._told = step
         return [(by_step, step), (by_samples, self._samples(step))]
 
     def _open(self) -> tuple[SummaryWriter, SummaryWriter]:
         if self._by_step is None or self._by_samples is None:
             folder = self._run / "tensorboard"
-            self._by_step = SummaryWriter(str(folder), purge_step=self._step + 1)
+            self._by_step = SummaryWriter(str(folder), purge_step=self._told + 1)
             self._by_samples = SummaryWriter(
-                str(folder / "by_samples"), purge_step=self._samples(self._step) + 1
+                str(folder / "by_samples"), purge_step=self._samples(self._told) + 1
             )
         return self._by_step, self._by_samples
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 import signal
@@ -17,6 +18,7 @@ import pytest
 import torch
 from helpers import SmallWorld, lone_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training import pretrain as pretraining
@@ -226,6 +228,15 @@ def test_a_last_state_that_cannot_be_saved_ends_with_one_sentence(
     assert checkpoints.newest() == (checkpoints.folder / tag_of(1), [])
 
 
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def until_the_next_second() -> None:
+    """TensorBoard orders files of one second by their names: the tenth stands before the ninth."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 # TensorBoard's thread says so in its own way.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_figures_that_cannot_be_written_are_told_once_and_come_back(
@@ -251,10 +262,27 @@ def test_a_torn_last_line_does_not_spoil_the_next(tmp_path: Path) -> None:
     assert json.loads(last)["seconds"] >= 7.0
 
 
+def test_figures_before_a_stumble_of_the_disk_stay_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Monitor(tmp_path, enabled=True, samples_a_step=10, step=3) as monitor:
+        for step in range(4, 7):
+            monitor.scalars(step, {"x": 1.0})
+        with monkeypatch.context() as stumbling:
+            stumbling.setattr(SummaryWriter, "add_scalar", refuse)
+            monitor.scalars(7, {"x": 1.0})
+        until_the_next_second()
+        monitor.scalars(8, {"x": 1.0})
+    for folder, scale in ((tmp_path / "tensorboard", 1), (tmp_path / "tensorboard/by_samples", 10)):
+        board = EventAccumulator(str(folder)).Reload()
+        assert [event.step for event in board.Scalars("x")] == [scale * n for n in (4, 5, 6, 8)]
+
+
 def test_a_run_that_continues_tells_every_step_once(tmp_path: Path) -> None:
     with Monitor(tmp_path, enabled=True, samples_a_step=10) as monitor:
         for step in range(1, 6):
             monitor.scalars(step, {"x": 0.0})
+    until_the_next_second()
     with Monitor(tmp_path, enabled=True, samples_a_step=10, step=3) as monitor:
         for step in range(4, 7):
             monitor.scalars(step, {"x": 1.0})
