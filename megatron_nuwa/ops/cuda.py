@@ -34,11 +34,12 @@ def why_not(query: Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def is_ready(device: torch.device) -> bool:
-    """Whether the tensor-core kernels of some head size run on this device."""
+def is_ready(device: torch.device, head_dim: int) -> bool:
+    """Whether the tensor-core kernels run on this device for heads of this size."""
     return (
         device.type == "cuda"
-        and _why_not_device(device, torch.bfloat16, HEAD_DIMS[0]) is None
+        and head_dim <= HEAD_DIMS[-1]
+        and _why_not_device(device, torch.bfloat16, head_dim) is None
         and why_missing("cuda") is None
     )
 

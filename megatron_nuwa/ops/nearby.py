@@ -207,8 +207,7 @@ def _is_small_and_masked(query: Tensor, mask: Tensor | None, geometry: Geometry)
         mask is not None
         and geometry.context_grid.cells <= _SMALL_CONTEXT
         and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= cuda.HEAD_DIMS[-1]
-        and cuda.is_ready(query.device)
+        and cuda.is_ready(query.device, query.shape[-1])
     )
 
 
@@ -221,10 +220,11 @@ def _dense_attention(
         output = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
         return output.transpose(1, 2)
     allowed = mask[:, None, None, :]
+    # Padding may hold a NaN, which its probability of 0 would not keep from the sums.
+    key, value = (t.masked_fill(~mask[:, None, :, None], 0) for t in (key, value))
     if not causal:
         # A sample without keys would be NaN: let it see everything, of values that are zeros.
         has_keys = allowed.any(-1, keepdim=True)
-        value = value.masked_fill(~has_keys, 0)
         output = F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed | ~has_keys, scale=scale
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -26,7 +27,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output in the query's dtype, and the log-sum-exp of the scores (batch, heads, tokens)."""
     form = _cheaper_form(geometry, query.device)
-    output, log_sum = form.forward(*_promoted(query, key, value), mask, geometry, scale)
+    seen = _seen(mask, key, value)
+    with _exact(query.device):
+        output, log_sum = form.forward(*_promoted(query, *seen), mask, geometry, scale)
     return output.to(query.dtype), log_sum
 
 
@@ -43,14 +46,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value in their dtype."""
     form = _cheaper_form(geometry, query.device)
-    gradients = form.backward(
-        *_promoted(grad, query, key, value),
-        mask,
-        *_promoted(output),
-        log_sum,
-        geometry,
-        scale,
-    )
+    seen = _seen(mask, key, value)
+    with _exact(query.device):
+        gradients = form.backward(
+            *_promoted(grad, query, *seen),
+            mask,
+            *_promoted(output),
+            log_sum,
+            geometry,
+            scale,
+        )
     grad_query, grad_key, grad_value = (gradient.to(query.dtype) for gradient in gradients)
     return grad_query, grad_key, grad_value
 
@@ -60,6 +65,20 @@ def _cheaper_form(geometry: Geometry, device: torch.device) -> ModuleType:
     queries, keys = geometry.grid.cells, geometry.context_grid.cells
     is_dense = keys <= _DENSE_COLUMNS_A_SLOT * slots and queries * keys <= _DENSE_CELLS
     return dense if is_dense else gather
+
+
+def _exact(device: torch.device) -> AbstractContextManager[object]:
+    """Keeps autocast from narrowing the products of what has been promoted."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def _seen(mask: Tensor | None, *context: Tensor) -> list[Tensor]:
+    """Zeros for padding, which may hold a NaN that a probability of 0 keeps from no sum."""
+    if mask is None:
+        return list(context)
+    return [t.masked_fill(~mask[:, :, None, None], 0) for t in context]
 
 
 def _promoted(*tensors: Tensor) -> list[Tensor]:

@@ -365,5 +365,7 @@ def test_the_backend_says_why_it_cannot_take_a_query(
     monkeypatch.setattr(cuda, "why_missing", lambda name: None)
     query = MagicMock(device=torch.device("cuda:0"), dtype=dtype, shape=(1, 4, 1, size))
     said = cuda.why_not(query)
+    if dtype != torch.float32:
+        assert cuda.is_ready(query.device, size) == (said is None or "float64" in said)
     assert said is None if reason is None else reason in (said or "")
     assert "CPU" in (cuda.why_not(torch.zeros(1, 4, 1, 32)) or "").upper()

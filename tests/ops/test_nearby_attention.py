@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,6 +245,55 @@ def test_autocast_computes_in_its_dtype() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = nearby_attention(query, query, query, grid=(2, 2, 2), extent=(1, 3, 1))
     assert output.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("extent", [(1, 3, 1), (3, 3, 3)])
+def test_autocast_narrows_what_goes_in_and_no_sum(
+    dtype: torch.dtype, extent: tuple[int, int, int]
+) -> None:
+    """Scores of these tokens are beyond float16 before they are scaled."""
+    tokens = [(300 * torch.randn(1, 8, 2, 8)).to(dtype) for _ in range(3)]
+
+    def call(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+        output = nearby_attention(
+            *inputs, grid=(2, 2, 2), extent=extent, scale=1e-3, backend="reference"
+        )
+        return output, *torch.autograd.grad(output.sum(), inputs)
+
+    expected = call(*tokens)
+    with torch.autocast("cpu", dtype=dtype):
+        found = call(*tokens)
+    for one, other in zip(found, expected, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", [dense, gather])
+def test_padding_tokens_may_hold_anything(
+    form: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "_cheaper_form", lambda *_: form)
+    _with_a_nan_in_padding(extent=(3, 3, 1), backend="reference")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_tokens_may_hold_anything_where_all_is_to_be_seen(causal: bool) -> None:
+    _with_a_nan_in_padding(extent=(None, None, None), causal=causal)
+
+
+def _with_a_nan_in_padding(**settings: Any) -> None:
+    query, key, value = (torch.randn(2, 12, 2, 8) for _ in range(3))
+    mask = torch.rand(2, 12) < 0.5
+    results = []
+    for padding in (0.0, torch.nan):
+        inputs = [query, *(t.masked_fill(~mask[..., None, None], padding) for t in (key, value))]
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        output = nearby_attention(*inputs, grid=(2, 3, 2), context_mask=mask, **settings)
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+    for zeros, nans in zip(*results, strict=True):
+        assert torch.equal(zeros, nans)
 
 
 @pytest.mark.parametrize("extent", [(1, 3, 1), (None, None, None)])
