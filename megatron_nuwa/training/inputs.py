@@ -189,46 +189,49 @@ class _CorpusChecker:
 
     def open_all(self, task: TaskName, paths: Sequence[Path]) -> list[Corpus]:
         corpora = [self._open(task, path) for path in paths]
-        for path, corpus in zip(paths, corpora, strict=True):
-            if corpus.grid != corpora[0].grid:
+        first = corpora[0]
+        for corpus in corpora:
+            if corpus.grid != first.grid:
                 raise UserError(
-                    f"task {task}: corpus {path} has grid {tuple(corpus.grid)}, but {paths[0]} "
-                    f"has {tuple(corpora[0].grid)}; corpora of one task must share a grid"
+                    f"task {task}: corpus {corpus.address} has grid {tuple(corpus.grid)}, but "
+                    f"{first.address} has {tuple(first.grid)}; corpora of one task must share a "
+                    "grid"
                 )
         return corpora
 
     def _open(self, task: TaskName, path: Path) -> Corpus:
         corpus = Corpus(path)
+        name = corpus.address
         if corpus.manifest.codebook_size != self._model.codebook_size:
             raise UserError(
-                f"corpus {path} was written with a codebook of {corpus.manifest.codebook_size}, "
+                f"corpus {name} was written with a codebook of {corpus.manifest.codebook_size}, "
                 f"but model.codebook_size is {self._model.codebook_size}"
             )
         if task in SKETCH_TASKS and not corpus.has_sketches:
             raise UserError(
-                f"task {task} reads sketches, and corpus {path} has none; tokenize it with "
+                f"task {task} reads sketches, and corpus {name} has none; tokenize it with "
                 "--sketch-vqgan"
             )
         expected = self._expected | (self._sketch if task in SKETCH_TASKS else {})
-        for kind, (value, name, source) in expected.items():
+        for kind, (value, tokenizer, source) in expected.items():
             if getattr(corpus.manifest.fingerprints, kind) != value:
                 field = "sketch_vqgan" if kind == "sketch" else kind
                 raise UserError(
-                    f"corpus {path} was written with another {name} than {source}; tokenize it "
-                    f"again, or name the {name} that wrote it in tokenizers.{field}"
+                    f"corpus {name} was written with another {tokenizer} than {source}; tokenize "
+                    f"it again, or name the {tokenizer} that wrote it in tokenizers.{field}"
                 )
         grid, largest = corpus.grid, self._model.position_grid
         if any(side > most for side, most in zip(grid, largest, strict=True)):
             raise UserError(
-                f"corpus {path} has grid {tuple(grid)}, larger than model.position_grid "
+                f"corpus {name} has grid {tuple(grid)}, larger than model.position_grid "
                 f"{tuple(largest)}; set that to {list(grid)}, or tokenize with "
                 f"--frames {largest[2]} or fewer"
             )
         if (grid.s == 1) != (task in IMAGE_TASKS):
             raise UserError(
-                f"task {task} needs {'clips' if grid.s == 1 else 'images'}, but corpus {path} "
+                f"task {task} needs {'clips' if grid.s == 1 else 'images'}, but corpus {name} "
                 f"holds grids of {grid.s} frame{'s' if grid.s > 1 else ''}"
             )
         if len(corpus) == 0:
-            raise UserError(f"corpus {path} holds no items; tokenize a source into it first")
+            raise UserError(f"corpus {name} holds no items; tokenize a source into it first")
         return corpus

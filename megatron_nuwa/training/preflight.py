@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import secrets
 import socket
@@ -15,8 +16,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_nuwa.data.cache import DEFAULT_BYTES, DEFAULT_FOLDER, ShardCache
 from megatron_nuwa.data.shards import CORPUS_FILE
-from megatron_nuwa.files import sha256_of
+from megatron_nuwa.data.storage import Storage, storage_at
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.ops.backends import explain_auto
 from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.training.fused import find_apex
@@ -50,8 +53,8 @@ class ProcessReport:
     # Free memory of the process's GPU, and of its node; bytes.
     free_device_bytes: int | None
     free_host_bytes: int
-    # sha256 of every corpus's manifest, None where it cannot be read.
-    corpora: dict[str, str | None]
+    # By every corpus's address the sha256 of its manifest, or why that cannot be read.
+    corpora: dict[str, str | UserError]
     sees_run_folder: bool
 
     @property
@@ -140,7 +143,7 @@ def _report(recipe: Recipe, layout: Layout, processes: Processes) -> ProcessRepo
         attention_reason=reason,
         free_device_bytes=torch.cuda.mem_get_info(device)[0] if on_gpu else None,
         free_host_bytes=free_host_bytes(),
-        corpora={str(path): _fingerprint(path) for path in _corpora(recipe)},
+        corpora={corpus.address: _fingerprint(corpus) for corpus in _corpora(recipe)},
         sees_run_folder=_sees_run_folder(recipe, processes),
     )
 
@@ -187,20 +190,23 @@ def free_host_bytes() -> int:
     return max(0, min(free, int(limit) - used + cached))
 
 
-def _corpora(recipe: Recipe) -> list[Path]:
-    """Every corpus that the recipe names, once."""
+def _corpora(recipe: Recipe) -> list[Storage]:
+    """Where every corpus that the recipe names lies, once."""
     tasks = recipe.data.tasks.values() if recipe.data else []
     paths = [path for task in tasks for path in task.corpora]
     if recipe.evaluation:
         paths += [path for held_out in recipe.evaluation.corpora.values() for path in held_out]
-    return list(dict.fromkeys(paths))
+    # Manifests do not come through the cache: what is wrong with it is told when it is opened.
+    unused = ShardCache(DEFAULT_FOLDER, DEFAULT_BYTES)
+    return [storage_at(path, unused) for path in dict.fromkeys(paths)]
 
 
-def _fingerprint(corpus: Path) -> str | None:
+def _fingerprint(corpus: Storage) -> str | UserError:
     try:
-        return sha256_of(corpus / CORPUS_FILE)
-    except OSError:
-        return None
+        [manifest] = corpus.read([CORPUS_FILE])
+    except UserError as error:
+        return error
+    return hashlib.sha256(manifest).hexdigest()
 
 
 def _sees_run_folder(recipe: Recipe, processes: Processes) -> bool:
@@ -304,10 +310,13 @@ def _corpus_problems(reports: Sequence[ProcessReport]) -> list[str]:
     problems = []
     for corpus in reports[0].corpora:
         fingerprints = [report.corpora[corpus] for report in reports]
+        blind = [r for r in reports if isinstance(r.corpora[corpus], UserError)]
         other = _first_other(fingerprints)
-        if None in fingerprints:
-            blind = reports[fingerprints.index(None)]
-            problems.append(f"corpus {corpus} has no {CORPUS_FILE} that {blind.place} can read")
+        if blind:
+            problems.append(
+                f"corpus {corpus} has no {CORPUS_FILE} that {blind[0].place} can read: "
+                f"{blind[0].corpora[corpus]}"
+            )
         elif other is not None:
             problems.append(
                 f"corpus {corpus} is another one on {reports[other].place} than on "

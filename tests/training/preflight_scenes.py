@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from megatron_nuwa.data.storage import Storage, storage_at
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.ops import cpu
 from megatron_nuwa.parallel.layout import Layout
@@ -108,8 +109,8 @@ def corpus(processes: Processes, place: str) -> Any:
     real = room._fingerprint
     elsewhere = Path(place).absolute()
 
-    def fingerprint(path: Path) -> str | None:
-        return real(elsewhere / path if processes.rank == 2 else path)
+    def fingerprint(corpus: Storage) -> str | UserError:
+        return real(storage_at(elsewhere / corpus.address) if processes.rank == 2 else corpus)
 
     with patch.object(room, "_fingerprint", fingerprint):
         return check(processes)

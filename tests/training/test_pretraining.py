@@ -154,6 +154,38 @@ def test_another_recipe_is_refused_once_and_nothing_changes(
     assert (tmp_path / "run/recipe.yaml").read_bytes() == before
 
 
+def test_a_corpus_at_an_address_is_trained_on_like_one_in_a_folder(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEGATRON_NUWA_CACHE", str(tmp_path / "cache"))
+    for place in ("", "local://"):
+        images = f"{place}{small_world.images}"
+        named = [
+            f"data.tasks={{t2i: {{corpora: ['{images}'], batch_size: 4}}}}",
+            f"evaluation.corpora={{t2i: ['{images}']}}",
+        ]
+        run = tmp_path / f"run{place[:5]}"
+        for last in (2, 3):
+            train_here(small_world, run, *named, f"training.stop_at_step={last}")
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("run", "runlocal")
+    ]
+    tags = ("train/loss", "eval/loss_nats/t2i")
+    here, there = ([line[tag] for line in of for tag in tags if tag in line] for of in lines)
+    assert here == there
+    # Two starts of an evaluation each.
+    assert len(here) == 5
+
+
+def test_a_corpus_at_an_address_is_named_by_it(small_world: SmallWorld, tmp_path: Path) -> None:
+    for name, reason in (("memory://no/where", "/no/where"), ("nope://no/where", "not known")):
+        with pytest.raises(UserError) as caught:
+            train_here(small_world, tmp_path / "run", f"data.tasks.t2i.corpora=['{name}']")
+        assert f"corpus {name} has no corpus.json that " in str(caught.value)
+        assert reason in str(caught.value)
+
+
 def change_corpus(world: SmallWorld, folder: Path, **changes: object) -> Path:
     """A copy of the clip corpus whose manifest says something else."""
     shutil.copytree(world.clips, folder)
