@@ -26,7 +26,8 @@ class GuardSettings(Settings):
     """When the optimizer step of a batch is skipped, and when the run is stopped."""
 
     enabled: bool = True
-    # A loss is a spike above this multiple of the median of its task's last `window` losses …
+    # A loss is a spike above this multiple of the median of its task's last `window` losses (of a
+    # sketch task: of those with or without sketches, as it is) …
     spike_factor: float = Field(2.0, gt=1)
     window: int = Field(128, ge=8)
     # … once this many steps were taken; a loss that is no number is always skipped.
@@ -46,39 +47,40 @@ class Verdict:
 class Guard:
     """Judges the losses of every step and keeps account of the skipped ones.
 
-    Every process has one and must give it the same losses, the means over all processes. `path` is
-    the run's list of bad batches on the process that writes it, None on all others.
+    Every process has one and must give it the same losses, the means over all processes, under
+    names of what is comparable: a task, or the part of its steps that is of one kind. `path` is the
+    run's list of bad batches on the process that writes it, None on all others.
     """
 
     def __init__(self, settings: GuardSettings, path: Path | None) -> None:
         self._settings, self._path = settings, path
-        self._levels: dict[TaskName, Levels] = {}
+        self._levels: dict[str, Levels] = {}
         self._taken = 0
         self._in_a_row = 0
 
-    def verdict(self, losses: Mapping[TaskName, float], grad_norm: float | None = None) -> Verdict:
-        """Judge a step by its tasks' mean losses in nats a token; changes nothing."""
+    def verdict(self, losses: Mapping[str, float], grad_norm: float | None = None) -> Verdict:
+        """Judge a step by its mean losses in nats a token; changes nothing."""
         if not self._settings.enabled:
             return Verdict(False)
-        for task, loss in losses.items():
+        for name, loss in losses.items():
             if not math.isfinite(loss):
-                return Verdict(True, f"the loss of {task} is {loss}")
+                return Verdict(True, f"the loss of {name} is {loss}")
         if grad_norm is not None and not math.isfinite(grad_norm):
             return Verdict(True, f"the gradient norm is {grad_norm}")
         if self._taken < self._settings.warm_steps:
             return Verdict(False)
-        for task, loss in losses.items():
-            levels = self._levels.get(task)
+        for name, loss in losses.items():
+            levels = self._levels.get(name)
             usual = levels and levels.exceeded_by(loss, self._settings.spike_factor)
             if usual is not None:
-                reason = f"the loss of {task} jumped to {loss:.3f} from about {usual:.3f}"
+                reason = f"the loss of {name} jumped to {loss:.3f} from about {usual:.3f}"
                 return Verdict(True, reason)
         return Verdict(False)
 
-    def accepted(self, losses: Mapping[TaskName, float]) -> None:
+    def accepted(self, losses: Mapping[str, float]) -> None:
         """Note the losses of a step that was taken."""
-        for task, loss in losses.items():
-            self._levels.setdefault(task, self._new_levels()).add(loss)
+        for name, loss in losses.items():
+            self._levels.setdefault(name, self._new_levels()).add(loss)
         self._taken += 1
         self._in_a_row = 0
 
@@ -86,7 +88,7 @@ class Guard:
         self,
         step: int,
         reason: str,
-        losses: Mapping[TaskName, float],
+        losses: Mapping[str, float],
         items: Mapping[TaskName, Sequence[Sequence[str]]],
     ) -> None:
         """Write a skipped step down: `items` names each task's items, replica by replica.
@@ -98,7 +100,7 @@ class Guard:
             return
         self._in_a_row += 1
         if self._path is not None:
-            numbers = {t: v if math.isfinite(v) else str(v) for t, v in losses.items()}
+            numbers = {n: v if math.isfinite(v) else str(v) for n, v in losses.items()}
             entry = {"step": step, "reason": reason, "losses": numbers, "items": dict(items)}
             line = json.dumps(entry, ensure_ascii=False) + "\n"
             try_to_write(lambda: self._append(line))
@@ -108,12 +110,12 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know, as plain JSON values."""
-        levels = {task: values.state() for task, values in self._levels.items()}
+        levels = {name: values.state() for name, values in self._levels.items()}
         return {"levels": levels, "taken": self._taken, "in_a_row": self._in_a_row}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned."""
-        self._levels = {task: self._new_levels(v) for task, v in state["levels"].items()}
+        self._levels = {name: self._new_levels(v) for name, v in state["levels"].items()}
         self._taken, self._in_a_row = int(state["taken"]), int(state["in_a_row"])
 
     def _new_levels(self, logarithms: Sequence[float] = ()) -> Levels:
@@ -124,12 +126,12 @@ class Guard:
         with self._path.open("a", encoding="utf-8") as stream:
             stream.write(line)
 
-    def _ending(self, step: int, reason: str, tasks: Sequence[TaskName]) -> str:
+    def _ending(self, step: int, reason: str, names: Sequence[str]) -> str:
         count = self._in_a_row
         steps = f"{count} steps in a row were" if count > 1 else "the step was"
         where = "" if self._path is None else f"; their items are listed in {self._path}"
         return (
-            f"training of {', '.join(tasks)} stopped at step {step}, because {steps} skipped and "
+            f"training of {', '.join(names)} stopped at step {step}, because {steps} skipped and "
             f"in the last one {reason}{where}, and the run continues from its newest checkpoint "
             "when it is started again with the cause removed or training.guard changed"
         )

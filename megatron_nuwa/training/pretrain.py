@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_nuwa.config import dump_settings
-from megatron_nuwa.data.batches import TaskName, TokenBatch, interleave
+from megatron_nuwa.data.batches import SKETCH_TASKS, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.files import try_to_write, write_text_atomically
@@ -165,6 +165,8 @@ class Pretraining:
         bad_batches = self.folder / BAD_BATCHES_FILE if processes.is_first else None
         self.guard = Guard(recipe.training.guard, bad_batches)
         self._means: dict[TaskName, float] = {}
+        # The same under the names that the guard tells losses apart by.
+        self._judged: dict[str, float] = {}
         self._verdict = Verdict(False)
         self.step = 0
 
@@ -254,15 +256,25 @@ class Pretraining:
     def _should_skip(self) -> bool:
         """Judge the step before its optimizer step; DeepSpeed asks on every process."""
         self._means = self.figures.mean_losses(self.engine.losses())
-        self._verdict = self.guard.verdict(self._means)
+        self._judged = {self._kind(task): loss for task, loss in self._means.items()}
+        self._verdict = self.guard.verdict(self._judged)
         self.saver.wait_until_copied()
         return self._verdict.skip
+
+    def _kind(self, task: TaskName) -> str:
+        """A task's name where all of its losses are alike, else that of this step's kind.
+
+        A model that has learned to read sketches does far worse in the steps without them.
+        """
+        if task not in SKETCH_TASKS or self.tasks[task].reads_sketches(self.step):
+            return task
+        return f"{task} without sketches"
 
     def _account(self) -> None:
         """Note what became of the step that has just ended."""
         if self.engine.deepspeed.was_step_applied():
             self.figures.add(self._means)
-            self.guard.accepted(self._means)
+            self.guard.accepted(self._judged)
             return
         self.figures.add_skipped()
         # fp16 drops steps while it looks for a loss scale; that is no fault of the batch.
@@ -272,7 +284,7 @@ class Pretraining:
                 path = self.folder / BAD_BATCHES_FILE
                 print(f"step {self.step} skipped: {reason}; its items are in {path}", flush=True)
             try:
-                self.guard.skipped(self.step, reason, self._means, self._items(self.step - 1))
+                self.guard.skipped(self.step, reason, self._judged, self._items(self.step - 1))
             except UserError:
                 # The run ends here, on all processes alike.
                 self.saver.settle()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from helpers import SmallWorld, lone_process
 
+from megatron_nuwa.data.batches import TaskName
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.checkpoint import Checkpoints, tag_of
+from megatron_nuwa.training.engine import Loss
+from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
 from megatron_nuwa.training.pretrain import pretrain
 from megatron_nuwa.training.recipe import load_recipe
@@ -85,3 +88,38 @@ def test_a_save_under_way_is_made_whole_when_bad_steps_end_the_run(
         )
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=9)
     assert checkpoints.newest() == (checkpoints.folder / tag_of(4), [])
+
+
+def test_a_step_without_sketches_is_compared_with_others_without_them(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, spikes = 40, [0, 0]
+    kinds: list[bool] = []
+
+    def mean_losses(figures: StepFigures, losses: Sequence[Loss]) -> dict[TaskName, float]:
+        [task] = figures._tasks
+        step = len(kinds)
+        every = [task.reads_sketches(number) for number in range(steps)]
+        kinds.append(every[step])
+        # The last of each kind is a spike.
+        spikes[:] = [max(n for n in range(steps) if every[n] == kind) for kind in (False, True)]
+        return {"s2i": (0.5 if every[step] else 3.0) * (5 if step in spikes else 1)}
+
+    monkeypatch.setattr(StepFigures, "mean_losses", mean_losses)
+    train(
+        small_world,
+        tmp_path / "run",
+        *small_world.sketch_overrides(),
+        f"data.tasks={{s2i: {{corpora: ['{small_world.sketched_images}'], batch_size: 2}}}}",
+        "data.caption_dropout=0.3",
+        "training.guard={warm_steps: 8, window: 8}",
+        f"schedule.steps={steps}",
+        f"training.stop_at_step={steps}",
+    )
+    assert kinds.count(False) > 5
+    lines = (tmp_path / "run" / BAD_BATCHES_FILE).read_text().splitlines()
+    entries = {entry["step"]: entry for entry in map(json.loads, lines)}
+    assert sorted(entries) == sorted(spike + 1 for spike in spikes)
+    without, with_sketches = (entries[spike + 1] for spike in spikes)
+    assert without["reason"] == "the loss of s2i without sketches jumped to 15.000 from about 3.000"
+    assert with_sketches["reason"] == "the loss of s2i jumped to 2.500 from about 0.500"
