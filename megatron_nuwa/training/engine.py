@@ -39,10 +39,11 @@ class Engine(ABC):
 
     `model` is whole, or split over the tensor group; in a pipeline the units of other stages have
     no weights. Processes that compute no losses return none. `bounds` say where the pipeline is
-    cut; without one they are empty.
+    cut; without one they are empty. `adam` is the implementation that was taken.
     """
 
     bounds: list[int]
+    adam: str
 
     def __init__(self, model: Nuwa, place: Place, device: torch.device) -> None:
         self.model, self.place, self.device = model, place, device
@@ -169,7 +170,7 @@ class WholeEngine(Engine):
     def wrap(self) -> None:
         """Hand the model, with its starting weights, over to DeepSpeed."""
         settings = self._recipe.optimizer
-        self.deepspeed = _initialize(self._loss, settings, self._config, self.place.mpu)
+        self.deepspeed, self.adam = _initialize(self._loss, settings, self._config, self.place.mpu)
         streamline(self.deepspeed.optimizer, norm_at_once=self.place.layout.tensor == 1)
 
     def train_step(self, batches: Sequence[TokenBatch], seed: int) -> None:
@@ -236,7 +237,7 @@ class StageEngine(Engine):
         # Messages of different shapes travel; what a process sends is not split further.
         settings = {"pipe_partitioned": False, "grad_partitioned": False, "use_reentrant": False}
         config = {**self._config, "pipeline": settings}
-        self.deepspeed = _initialize(pipeline, self._recipe.optimizer, config, None)
+        self.deepspeed, self.adam = _initialize(pipeline, self._recipe.optimizer, config, None)
         streamline(self.deepspeed.optimizer, norm_at_once=False)
         self._traffic = Traffic(self.deepspeed, self.device)
         for weight, _ in self.deepspeed.module.get_tied_weights_and_groups():
@@ -362,7 +363,8 @@ def _task_weights(recipe: Recipe) -> dict[TaskName, float]:
 
 def _initialize(
     module: nn.Module, settings: OptimizerSettings, config: dict[str, Any], mpu: Any
-) -> Any:
+) -> tuple[Any, str]:
+    """A DeepSpeed engine, and which Adam it was given."""
     offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
     optimizer, taken = make_adam(
         settings.implementation,
@@ -383,4 +385,4 @@ def _initialize(
         engine, *_ = import_deepspeed().initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False, mpu=mpu
         )
-    return engine
+    return engine, taken

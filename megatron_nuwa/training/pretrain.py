@@ -174,7 +174,7 @@ class Pretraining:
         """Load the checkpoint that the run continues from, and say how the run begins."""
         if start.checkpoint is not None:
             state = read_state(start.checkpoint)
-            load(self.engine, start, state["bounds"])
+            load(self.engine, start, state)
             self.step = start.step
             self.guard.restore(state["guard"])
         if self.processes.is_first:
@@ -364,6 +364,7 @@ class Pretraining:
             "step": self.step,
             **self.description,
             "bounds": self.engine.bounds,
+            "adam": self.engine.adam,
             "guard": self.guard.state(),
         }
         return {

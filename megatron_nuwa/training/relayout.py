@@ -1,8 +1,8 @@
-"""Putting a checkpoint into an engine, of the layout that wrote it or of another."""
+"""Putting a checkpoint into an engine, of the layout and the Adam that wrote it or of others."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,16 +16,18 @@ from megatron_nuwa.training.resume import Start
 from megatron_nuwa.training.saved_state import KINDS, Kind, SavedState
 
 
-def load(engine: Engine, start: Start, bounds: Sequence[int]) -> None:
-    """Put the checkpoint of `start`, whose pipeline was cut at `bounds`, into an engine."""
+def load(engine: Engine, start: Start, state: Mapping[str, Any]) -> None:
+    """Put the checkpoint of `start`, which says `state` of its run, into an engine."""
     assert start.checkpoint is not None
-    # A pipeline cut by measured times may be cut elsewhere on the same layout.
-    if start.layout is None and bounds == engine.bounds:
+    adam = state.get("adam", "an Adam of unknown kind")
+    # A pipeline cut by measured times may be cut elsewhere on the same layout. Every kind of Adam
+    # keeps its counter and its settings in another form.
+    if start.layout is None and state["bounds"] == engine.bounds and adam == engine.adam:
         checkpoint.load(engine.deepspeed, start.checkpoint)
         return
     before = start.layout or engine.place.layout
     if _is_first():
-        print(f"{start.checkpoint} was written by layout {before.name}", flush=True)
+        print(f"{start.checkpoint} was written by layout {before.name} with {adam}", flush=True)
     take_over(engine, SavedState(start.checkpoint, before, engine.model.config), start.step)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,12 +26,30 @@ class FusedLayerNorm(nn.LayerNorm):
     """Stands in for apex's."""
 
 
-class FusedAdam(torch.optim.AdamW):
-    """Stands in for apex's, with its argument."""
+class FusedAdam(torch.optim.Optimizer):
+    """Stands in for apex's, with its argument, and keeps what that keeps where that keeps it."""
 
     def __init__(self, parameters: list, adam_w_mode: bool = True, **settings: object) -> None:
-        super().__init__(parameters, **settings)
+        super().__init__(parameters, {"bias_correction": True, **settings})
         self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            assert group["bias_correction"]
+            group["step"] = group.get("step", 0) + 1
+            first, second = group["betas"]
+            for weight in (weight for weight in group["params"] if weight.grad is not None):
+                state = self.state[weight]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(weight)
+                    state["exp_avg_sq"] = torch.zeros_like(weight)
+                mean, square = state["exp_avg"], state["exp_avg_sq"]
+                mean.lerp_(weight.grad, 1 - first)
+                square.mul_(second).addcmul_(weight.grad, weight.grad, value=1 - second)
+                deviation = (square / (1 - second ** group["step"])).sqrt() + group["eps"]
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.sub_(group["lr"] / (1 - first ** group["step"]) * mean / deviation)
 
 
 @pytest.fixture
@@ -143,3 +162,26 @@ def test_apex_is_refused_for_a_layout_that_offloads(
     monkeypatch.setattr(engines, "make_adam", noted)
     with pytest.raises(UserError, match="noted"):
         pretrain(recipe, ROOT / "ds_configs/zero2_bf16.json", lone_process())
+
+
+@pytest.mark.parametrize("layout", ["zero1_bf16", "zero1_fp32", "zero3_bf16"])
+@pytest.mark.usefixtures("apex")
+def test_a_run_goes_on_with_another_adam(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    """Where apex was installed in between, or is gone again."""
+    # DeepSpeed lists apex's when it is imported.
+    known = "deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS"
+    monkeypatch.setattr(known, [torch.optim.Adam, FusedAdam])
+    losses = {}
+    for kinds in (("torch", "torch", "torch"), ("torch", "apex", "torch")):
+        run = tmp_path / "-".join(kinds)
+        for number, kind in enumerate(kinds, 1):
+            overrides = [f"optimizer.implementation={kind}", f"training.stop_at_step={2 * number}"]
+            recipe = load_recipe(small_world.recipe, [f"run={run}", "evaluation=null", *overrides])
+            pretrain(recipe, ROOT / f"ds_configs/{layout}.json", lone_process())
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        losses[kinds] = [line["train/loss"] for line in lines]
+    of_torch, changed = losses.values()
+    assert len(changed) == 6
+    assert changed == pytest.approx(of_torch, rel=1e-5 if "fp32" in layout else 2e-3)

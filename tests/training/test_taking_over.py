@@ -78,15 +78,23 @@ def test_every_kind_of_adam_is_told_how_many_updates_it_has_made() -> None:
 
 
 @pytest.mark.parametrize(
-    ("layout", "bounds", "as_it_is"),
-    [(None, [0, 4, 9], True), (None, [0, 5, 9], False), ("another", [0, 4, 9], False)],
+    ("layout", "state", "as_it_is"),
+    [
+        (None, {"bounds": [0, 4, 9], "adam": "torch"}, True),
+        (None, {"bounds": [0, 5, 9], "adam": "torch"}, False),
+        (None, {"bounds": [0, 4, 9], "adam": "apex"}, False),
+        # Of an earlier version of this program.
+        (None, {"bounds": [0, 4, 9]}, False),
+        ("another", {"bounds": [0, 4, 9], "adam": "torch"}, False),
+    ],
 )
-def test_only_the_same_layout_with_the_same_cut_is_loaded_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, layout: Any, bounds: list[int], as_it_is: bool
+def test_only_the_same_layout_with_the_same_cut_and_adam_is_loaded_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, layout: Any, state: dict[str, Any], as_it_is: bool
 ) -> None:
     calls: list[tuple[Any, ...]] = []
     engine: Any = SimpleNamespace(
         bounds=[0, 4, 9],
+        adam="torch",
         deepspeed="deepspeed",
         place=SimpleNamespace(layout="own"),
         model=SimpleNamespace(config="config"),
@@ -96,6 +104,6 @@ def test_only_the_same_layout_with_the_same_cut_is_loaded_as_it_is(
     monkeypatch.setattr(relayout, "SavedState", lambda *found: found)
     monkeypatch.setattr(relayout, "take_over", lambda *found: calls.append(found))
     start: Any = SimpleNamespace(checkpoint="step_7", layout=layout, step=7)
-    load(engine, start, bounds)
+    load(engine, start, state)
     saved = ("step_7", layout or "own", "config")
     assert calls == [("deepspeed", "step_7") if as_it_is else (engine, saved, 7)]
