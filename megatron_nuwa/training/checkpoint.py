@@ -142,10 +142,13 @@ def check(checkpoint: Path, files: Collection[str] | None = None) -> None:
         if files is not None and name not in files:
             continue
         path = checkpoint / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{name} is missing")
-        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
-            raise DamagedCheckpointError(f"{name} was changed or cut short")
+        try:
+            if not path.is_file():
+                raise DamagedCheckpointError(f"{name} is missing")
+            if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
+                raise DamagedCheckpointError(f"{name} was changed or cut short")
+        except OSError as error:
+            raise DamagedCheckpointError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def read_manifest(checkpoint: Path) -> dict[str, FileRecord]:

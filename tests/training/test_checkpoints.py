@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -142,6 +143,23 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(
     assert two.newest()[0] == two.folder / tag_of(1)
     path.write_bytes(content)
     assert two.newest() == (two.folder / tag_of(2), [])
+
+
+def test_a_file_that_the_disk_does_not_read_is_named_and_the_checkpoint_before_is_used(
+    two: Checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = two.folder / tag_of(2) / "optimizer.pt"
+    read = checkpoint.sha256_of
+
+    def refuses(path: Path) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "sha256_of", refuses)
+    newest, [complaint] = two.newest()
+    assert newest == two.folder / tag_of(1)
+    assert "is damaged (optimizer.pt cannot be read: Input/output error)" in complaint
 
 
 def test_every_bit_of_the_manifest_counts(two: Checkpoints) -> None:
