@@ -94,16 +94,16 @@ class Guard:
         """Write a skipped step down: `items` names each task's items, replica by replica.
 
         `step` is counted from 1, as in the log. Raises `UserError` after `patience` such steps
-        without a taken one between them. Does nothing where the guard is off.
+        without a taken one between them, unless the guard is off.
         """
-        if not self._settings.enabled:
-            return
-        self._in_a_row += 1
         if self._path is not None:
             numbers = {n: v if math.isfinite(v) else str(v) for n, v in losses.items()}
             entry = {"step": step, "reason": reason, "losses": numbers, "items": dict(items)}
             line = json.dumps(entry, ensure_ascii=False) + "\n"
             try_to_write(lambda: self._append(line))
+        if not self._settings.enabled:
+            return
+        self._in_a_row += 1
         if self._in_a_row >= self._settings.patience:
             kind = ReportedElsewhereError if self._path is None else UserError
             raise kind(self._ending(step, reason, list(losses)))

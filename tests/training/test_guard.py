@@ -78,8 +78,16 @@ def test_no_jump_is_seen_before_the_guard_is_warm_or_when_it_is_off() -> None:
     assert trained(np.full(64, 4.0)).verdict({"t2i": 40.0}).skip
     off = trained(np.full(64, 4.0), GuardSettings(enabled=False))
     assert not off.verdict({"t2i": math.nan}).skip
-    for step in range(10):
-        off.skipped(step, "the loss of t2i is nan", {"t2i": math.nan}, {})
+
+
+def test_a_guard_that_is_off_writes_dropped_steps_down_and_stops_nothing(tmp_path: Path) -> None:
+    path = tmp_path / BAD_BATCHES_FILE
+    off = Guard(GuardSettings(enabled=False, patience=1), path)
+    for step in range(3):
+        off.skipped(step, "a gradient is not finite", {"t2i": math.nan}, {"t2i": [["images:a"]]})
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [entry["step"] for entry in entries] == [0, 1, 2]
+    assert off.state()["in_a_row"] == 0
 
 
 def test_a_noisy_task_is_judged_by_its_own_noise() -> None:
