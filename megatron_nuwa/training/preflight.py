@@ -210,26 +210,26 @@ def _fingerprint(corpus: Storage) -> str | UserError:
 
 
 def _sees_run_folder(recipe: Recipe, processes: Processes) -> bool:
-    """Whether a file that the first process leaves beside the run folder appears here."""
+    """Whether a file that the first process leaves in the run folder, or above, appears here."""
     if recipe.run is None or processes.world_size == 1:
         return True
-    parents = list(recipe.run.absolute().parents)
+    places = [recipe.run.absolute(), *recipe.run.absolute().parents]
     depth, token, failure = 0, None, None
     if processes.is_first:
         # The run folder itself may be missing, and must not appear before all is checked.
-        depth = next(number for number, parent in enumerate(parents) if parent.exists())
-        token = parents[depth] / f".megatron_nuwa-{secrets.token_hex(8)}"
+        depth = next(number for number, place in enumerate(places) if place.exists())
+        token = places[depth] / f".megatron_nuwa-{secrets.token_hex(8)}"
         try:
             token.touch(exist_ok=False)
         except OSError as error:
             failure = (
-                f"the folder {parents[depth]} of the run cannot be written: {error.strerror}; "
+                f"the folder {places[depth]} of the run cannot be written: {error.strerror}; "
                 "choose another with run=FOLDER"
             )
     processes.raise_first(failure)
     try:
         depth, name = processes.gather((depth, token.name if token else ""))[0]
-        seen = depth < len(parents) and _appears(parents[depth] / name)
+        seen = depth < len(places) and _appears(places[depth] / name)
         processes.barrier()
     finally:
         if token is not None:

@@ -9,11 +9,13 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers import SmallWorld, without_privileges
 
 from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.training import preflight as room
 from megatron_nuwa.training.preflight import Findings, ProcessReport, examine, free_host_bytes
-from megatron_nuwa.training.recipe import Recipe
+from megatron_nuwa.training.processes import Processes
+from megatron_nuwa.training.recipe import Recipe, load_recipe
 from megatron_nuwa.training.speed_probe import Speeds
 
 GIB = 2**30
@@ -137,6 +139,20 @@ def test_attention_is_asked_for_as_training_will_call_it(
     layout = Layout(1, 1, 1, 1, precision, False, False, "flops")
     room._attention(recipe, layout, torch.device("cpu"))
     assert [(query.dtype, query.shape[-1]) for query in asked] == [(dtype, 24)]
+
+
+def test_a_run_folder_that_is_there_needs_no_rights_to_its_parent(
+    small_world: SmallWorld, open_folder: Path
+) -> None:
+    """As where a volume is mounted at run=/output."""
+    run = open_folder / "output"
+    run.mkdir()
+    run.chmod(0o777)
+    recipe = load_recipe(small_world.recipe, [f"run={run}"])
+    open_folder.chmod(0o555)
+    with without_privileges():
+        assert room._sees_run_folder(recipe, Processes(0, 2, 0, torch.device("cpu")))
+    assert list(run.iterdir()) == []
 
 
 @pytest.mark.parametrize(
