@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,9 +15,13 @@ from megatron_nuwa.data.batches import IMAGE_TASKS, TaskBatches, TaskName, Token
 from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.sampling import Pick
 from megatron_nuwa.data.text import TextTokenizer
+from megatron_nuwa.files import try_to_write, write_text_atomically
 from megatron_nuwa.training.engine import Engine, Loss
 from megatron_nuwa.training.inputs import Inputs
 from megatron_nuwa.training.recipe import Recipe
+
+EVALUATION_FILE = "evaluation.json"
+_MADE_UP_FILE = ".evaluation_made_up"
 
 
 class HeldOut:
@@ -114,6 +120,39 @@ def summary(result: Mapping[TaskName, Mapping[str, float]]) -> dict[str, object]
     clips = [figures for task, figures in result.items() if task not in IMAGE_TASKS]
     worst = min(clips or result.values(), key=lambda figures: figures["below_unigram"])
     return {**worst, "tasks": result}
+
+
+def as_tags(result: Mapping[TaskName, Mapping[str, float]]) -> dict[str, float]:
+    """The tasks' figures under the tags of the run's figures."""
+    return {
+        f"eval/{figure}/{task}": value
+        for task, figures in result.items()
+        for figure, value in figures.items()
+    }
+
+
+def write_evaluation(run: Path, step: int, result: Mapping[TaskName, Mapping[str, float]]) -> None:
+    """Leave the figures of an evaluation after `step` steps in the run's folder."""
+    text = json.dumps({"step": step, "heldout": summary(result)}, indent=2)
+    try_to_write(lambda: write_text_atomically(run / EVALUATION_FILE, text))
+
+
+def must_be_made_up(run: Path, step: int) -> bool:
+    """Whether the evaluation after a run's last step was cut short; said once a step.
+
+    Whatever ends the run in there, a kernel's crash too, might do so at every start.
+    """
+    if step in (_step_of(run / EVALUATION_FILE), _step_of(run / _MADE_UP_FILE)):
+        return False
+    try_to_write(lambda: write_text_atomically(run / _MADE_UP_FILE, json.dumps({"step": step})))
+    return True
+
+
+def _step_of(file: Path) -> int | None:
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def in_words(result: Mapping[TaskName, Mapping[str, float]]) -> str:

@@ -13,7 +13,7 @@ from megatron_nuwa.config import dump_settings
 from megatron_nuwa.data.batches import SKETCH_TASKS, TaskName, TokenBatch, interleave
 from megatron_nuwa.data.sampling import mix
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import try_to_write, write_text_atomically
+from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.models.nuwa import Nuwa
 from megatron_nuwa.parallel.groups import find_place
 from megatron_nuwa.training import resume
@@ -22,7 +22,14 @@ from megatron_nuwa.training.checkpoint import STATE_FILE, Checkpoints, read_stat
 from megatron_nuwa.training.costs import unit_costs
 from megatron_nuwa.training.drawing import ShowSamples, draw_samples
 from megatron_nuwa.training.engine import Engine
-from megatron_nuwa.training.evaluation import evaluate, held_out_items, in_words, summary
+from megatron_nuwa.training.evaluation import (
+    as_tags,
+    evaluate,
+    held_out_items,
+    in_words,
+    must_be_made_up,
+    write_evaluation,
+)
 from megatron_nuwa.training.faults import clear_faults, written_down
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.guard import BAD_BATCHES_FILE, Guard, Verdict
@@ -200,6 +207,7 @@ class Pretraining:
         if self.step >= last:
             if self.processes.is_first:
                 print(f"nothing to do: step {self.step} of {last} is reached already", flush=True)
+            self._make_up_for_evaluation(last)
             return
         first = self.step
         self.watchdog.steps_begin()
@@ -215,6 +223,8 @@ class Pretraining:
 
     def _train(self, last: int, show_samples: ShowSamples | None) -> None:
         recipe = self.recipe
+        # What came before, the loading of a checkpoint too, is not the first step's time.
+        self.figures.restart_clock()
         for batches in prefetched(self._batches(), range(self.step, last), self.figures):
             self.watchdog.beat()
             begin = time.monotonic()
@@ -232,7 +242,8 @@ class Pretraining:
                 self._log(last)
             if not is_writing:
                 self.saver.settle()
-            raise_if_stopped(signal_number)
+            if not ended:
+                raise_if_stopped(signal_number)
             if self.step % recipe.training.checkpoint_every == 0 or ended:
                 warn_where_replicas_differ(self.engine, self.processes, self.step)
                 self.saver.save(self.step, self._texts())
@@ -334,7 +345,7 @@ class Pretraining:
             # at every start; so the next one shall begin behind it.
             self.saver.settle()
         if evaluates:
-            self._evaluate()
+            self._evaluate(ended)
         if draws:
             assert show_samples is not None
             corpora = {task: corpora[0] for task, corpora in self.inputs.train.items()}
@@ -342,18 +353,20 @@ class Pretraining:
                 show_samples, self.engine, self.processes, self.monitor, self.step, corpora
             )
 
-    def _evaluate(self) -> None:
-        self._asks_between = 1
+    def _make_up_for_evaluation(self, last: int) -> None:
+        """Evaluate a run that has ended, where it ended before its evaluation did."""
+        is_due = self.recipe.evaluation is not None and self.step == last
+        if is_due and self.processes.first_tells(lambda: must_be_made_up(self.folder, last)):
+            self.watchdog.steps_begin()
+            self._evaluate(ended=True)
+
+    def _evaluate(self, ended: bool) -> None:
+        # The last one is finished whatever signal comes: nothing else is left to do.
+        self._asks_between = int(not ended)
         result = evaluate(self.engine, self.held_out)
-        values = {
-            f"eval/{figure}/{task}": value
-            for task, figures in result.items()
-            for figure, value in figures.items()
-        }
-        self.monitor.scalars(self.step, values)
+        self.monitor.scalars(self.step, as_tags(result))
         if self.processes.is_first:
-            text = json.dumps({"step": self.step, "heldout": summary(result)}, indent=2)
-            try_to_write(lambda: write_text_atomically(self.folder / "evaluation.json", text))
+            write_evaluation(self.folder, self.step, result)
             print(f"held out after step {self.step}: {in_words(result)}", flush=True)
 
     def _texts(self) -> dict[str, str]:

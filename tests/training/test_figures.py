@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import training_flops
+from megatron_nuwa.training import pretrain as pretraining
 from megatron_nuwa.training.engine import Loss
 from megatron_nuwa.training.figures import StepFigures
 from megatron_nuwa.training.own_time import ratios_to_peers
@@ -126,6 +128,24 @@ def test_the_time_of_a_step_has_in_it_what_is_waited_for_when_it_ends(
     two, last = (line["speed/step_seconds"] for line in lines if "speed/step_seconds" in line)
     assert two > 0.4
     assert last > 0.4
+
+
+def test_the_loading_of_a_checkpoint_is_no_step_s_time(
+    small_world: SmallWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, load = tmp_path / "run", pretraining.load
+
+    def slowly(*arguments: Any) -> None:
+        time.sleep(3)
+        load(*arguments)
+
+    monkeypatch.setattr(pretraining, "load", slowly)
+    for last in (1, 2):
+        overrides = ("evaluation=null", f"training.stop_at_step={last}")
+        recipe = load_recipe(small_world.recipe, [f"run={run}", *overrides])
+        pretrain(recipe, recipe.training.deepspeed_config, lone_process())
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert lines[1]["speed/step_seconds"] < 3
 
 
 def test_peers_are_those_of_the_same_stage() -> None:

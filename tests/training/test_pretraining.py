@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from helpers import ROOT, SmallWorld, deepspeed_command, lone_process, run_comma
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import FailedProcessError, UserError
 from megatron_nuwa.training.checkpoint import read_state
-from megatron_nuwa.training.pretrain import pretrain
+from megatron_nuwa.training.evaluation import HeldOut
+from megatron_nuwa.training.pretrain import Pretraining, pretrain
 from megatron_nuwa.training.recipe import load_recipe
 
 SCRIPT = "launch/pretrain.py"
@@ -184,6 +186,62 @@ def test_a_corpus_at_an_address_is_named_by_it(small_world: SmallWorld, tmp_path
             train_here(small_world, tmp_path / "run", f"data.tasks.t2i.corpora=['{name}']")
         assert f"corpus {name} has no corpus.json that " in str(caught.value)
         assert reason in str(caught.value)
+
+
+def evaluated_step(run: Path) -> int:
+    return int(json.loads((run / "evaluation.json").read_text())["step"])
+
+
+@pytest.mark.parametrize("moment", ["the last step", "its evaluation"])
+def test_a_signal_at_the_last_step_leaves_its_evaluation_to_be_finished(
+    small_world: SmallWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+) -> None:
+    room, name = (Pretraining, "_train_step") if moment == "the last step" else (HeldOut, "batches")
+    act, calls = getattr(room, name), []
+
+    def disturbed(*arguments: object) -> object:
+        calls.append(name)
+        result = act(*arguments)
+        # Before the processes agree on the second of two steps, or between two tasks' items.
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(room, name, disturbed)
+    train_here(small_world, tmp_path / "run", "training.stop_at_step=2")
+    assert "held out after step 2: t2i " in capsys.readouterr().out
+    assert evaluated_step(tmp_path / "run") == 2
+
+
+def test_an_evaluation_that_a_crash_cut_short_is_made_up_for_once(
+    small_world: SmallWorld,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def crash(held_out: HeldOut) -> None:
+        raise RuntimeError("crashed")
+
+    one, other = tmp_path / "one", tmp_path / "other"
+    with monkeypatch.context() as patch:
+        patch.setattr(HeldOut, "batches", crash)
+        for run in (one, other, other):
+            with pytest.raises(FailedProcessError, match="crashed"):
+                train_here(small_world, run, "training.stop_at_step=1")
+        # The third start is not ended by it any more.
+        train_here(small_world, other, "training.stop_at_step=1")
+        assert not (other / "evaluation.json").exists()
+    train_here(small_world, one, "training.stop_at_step=1")
+    assert evaluated_step(one) == 1
+    capsys.readouterr()
+    train_here(small_world, one, "training.stop_at_step=1")
+    assert "held out" not in capsys.readouterr().out
+    train_here(small_world, one, "training.stop_at_step=2")
+    assert evaluated_step(one) == 2
 
 
 def change_corpus(world: SmallWorld, folder: Path, **changes: object) -> Path:
