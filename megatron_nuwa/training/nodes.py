@@ -18,9 +18,10 @@ from megatron_nuwa.training.recipe import Recipe
 
 _SSH_SECONDS = 5
 _HOSTFILE, _MASTER = ("--hostfile", "-H"), ("--master_addr",)
-_SLOTS_USED = ("--num_gpus", "--num_accelerators")
+_NODES_USED, _SLOTS_USED = ("--num_nodes",), ("--num_gpus", "--num_accelerators")
 # Which of a node's slots they leave is DeepSpeed's to say.
-_FILTERS = ("--include", "-i", "--exclude", "-e")
+_INCLUDE, _EXCLUDE = ("--include", "-i"), ("--exclude", "-e")
+_OPTIONS = (*_HOSTFILE, *_MASTER, *_NODES_USED, *_SLOTS_USED, *_INCLUDE, *_EXCLUDE)
 # Why a number of processes cannot train; None where it can.
 WhyNot = Callable[[int], "str | None"]
 
@@ -60,37 +61,45 @@ def why_not_with(recipe: Recipe, layout_file: Path) -> WhyNot:
 
 
 def on_nodes_left(command: Sequence[str], hostfile: Path, why_not: WhyNot) -> list[str]:
-    """A deepspeed command without the nodes of its hostfile that do not answer any more.
+    """A deepspeed command without the nodes that it uses and that do not answer any more.
 
     Where the nodes left cannot train together, it takes the most of them, from the top, that can.
     `hostfile` is where the shorter list is written. Other launchers' commands stay as they are.
     """
-    words = list(command)
+    words = _apart(command)
     place = _option(words, _HOSTFILE)
     if place is None or "deepspeed" not in Path(words[0]).name:
-        return words
+        return list(command)
     lines = Path(words[place]).read_text(encoding="utf-8").splitlines()
     nodes = [_Node(line) for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    left = [node for node in nodes if _answers(node.name)]
-    lost = [node.name for node in nodes if node not in left]
+    used = [node for node in nodes if _is_used(words, node.name)]
+    left = [node for node in used if _answers(node.name)]
+    lost = [node.name for node in used if node not in left]
     if not lost or not left:
-        return words
+        return list(command)
     _say(f"without {', '.join(lost)}, which no longer answer{'s' if len(lost) == 1 else ''}")
     taken = _most_that_fit(words, left, why_not)
-    write_text_atomically(hostfile, "\n".join(node.line for node in taken) + "\n")
+    # DeepSpeed refuses a filter with a node that its hostfile lacks.
+    listed = [node.line for node in nodes if node in taken or node not in used]
+    write_text_atomically(hostfile, "\n".join(listed) + "\n")
     words[place] = str(hostfile)
+    for names in (_INCLUDE, _EXCLUDE):
+        chosen = _option(words, names)
+        if chosen is not None:
+            kept = [part for part in words[chosen].split("@") if part.split(":")[0] not in lost]
+            words[chosen] = "@".join(kept)
     master = _option(words, _MASTER)
     # The processes meet on the first node.
-    if master is not None and taken[0] != nodes[0]:
+    if master is not None and taken[0] != used[0]:
         words[master] = taken[0].name
     return words
 
 
 def _most_that_fit(words: Sequence[str], left: list[_Node], why_not: WhyNot) -> list[_Node]:
-    if any(_option(words, (name,)) is not None for name in _FILTERS):
+    if _option(words, (*_INCLUDE, *_EXCLUDE)) is not None:
         return left
     most = _number(words, _SLOTS_USED)
-    usable = left[: _number(words, ("--num_nodes",))]
+    usable = left[: _number(words, _NODES_USED)]
 
     def reason(nodes: Sequence[_Node]) -> str | None:
         return why_not(sum(node.slots if most is None else min(node.slots, most) for node in nodes))
@@ -107,6 +116,25 @@ def _most_that_fit(words: Sequence[str], left: list[_Node], why_not: WhyNot) -> 
             return usable[:count]
     # The run says why it cannot start.
     return left
+
+
+def _apart(command: Sequence[str]) -> list[str]:
+    """A command's words, the launcher's `--name=value` as two."""
+    words: list[str] = []
+    for place, word in enumerate(command):
+        if word.endswith(".py"):
+            return [*words, *command[place:]]
+        name, equals, value = word.partition("=")
+        words += [name, value] if equals and name in _OPTIONS else [word]
+    return words
+
+
+def _is_used(words: Sequence[str], name: str) -> bool:
+    """Whether the launcher's filters leave a node at least some of its slots."""
+    include, exclude = _option(words, _INCLUDE), _option(words, _EXCLUDE)
+    if include is not None:
+        return name in [part.split(":")[0] for part in words[include].split("@")]
+    return exclude is None or name not in words[exclude].split("@")
 
 
 def _option(words: Sequence[str], names: Sequence[str]) -> int | None:
