@@ -22,7 +22,8 @@ from megatron_nuwa.training.recipe import Recipe
 class StepFigures:
     """Collects what happens between two log lines, and averages it over steps and processes.
 
-    `stage` is this process's pipeline stage. Making one is collective.
+    The wait for data and the memory are those of the process that has most of it. `stage` is this
+    process's pipeline stage. Making one is collective.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class StepFigures:
             self._own_time.take() if self._own_time else self._seconds
         )
         self._slow = self._stragglers.names(ratios, steps)
+        waited, gib = self._largest(self._waited, allocated_gib(self._processes.device))
         values = self._loss_values()
         if math.isfinite(grad_norm):
             values["train/grad_norm"] = grad_norm
@@ -114,8 +116,8 @@ class StepFigures:
             "speed/step_seconds_spread": max(ratios),
             "speed/skipped_steps": float(self._skipped),
             "speed/mfu": self._flops(range(step - steps, step)) / self._peak / self._seconds,
-            "speed/data_wait_fraction": self._waited / self._seconds,
-            "memory/allocated_gib": allocated_gib(self._processes.device),
+            "speed/data_wait_fraction": waited / self._seconds,
+            "memory/allocated_gib": gib,
         }
         self._clear()
         return values
@@ -155,6 +157,12 @@ class StepFigures:
                 sketch = training_flops(self._model, *context_of(task.task, task.grid), task.grid)
                 total += task.order.batch_size * sketch * with_sketches
         return total
+
+    def _largest(self, *values: float) -> list[float]:
+        """The largest of each value over all processes; every process must call it."""
+        largest = torch.tensor(values, dtype=torch.float64, device=self._processes.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.tolist()
 
     def _loss_values(self) -> dict[str, float]:
         if not self._taken:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from megatron_nuwa.data.corpus import Corpus
 from megatron_nuwa.data.text import TextTokenizer
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import training_flops
+from megatron_nuwa.training import figures as room
 from megatron_nuwa.training import pretrain as pretraining
 from megatron_nuwa.training.engine import Loss
 from megatron_nuwa.training.figures import StepFigures
@@ -82,8 +84,10 @@ def one_rank(rank: int, port: int, recipe: Path, folder: Path) -> None:
         figures.watch(model)
         model(SECONDS[rank])
         means = figures.mean_losses(of_rank[rank])
-        figures.add(means)
-        values = figures.take(1, 0.5, 1e-3)
+        figures.add_wait(rank)
+        with patch.object(room, "allocated_gib", lambda device: 7 - rank):
+            figures.add(means)
+            values = figures.take(1, 0.5, 1e-3)
         bad = figures.mean_losses([("t2i", loss_of(math.nan if rank == 2 else 1), 1.0)])
         result = {"means": means, "slow": figures.stragglers(), "values": values, "bad": bad}
         (folder / f"{rank}.json").write_text(json.dumps(result))
@@ -104,7 +108,12 @@ def test_means_and_stragglers_are_right_on_every_process_of_a_pipeline(
         assert phrase.startswith(f"rank 2 on host {socket.gethostname()}: 1.")
         assert phrase.endswith("× the median over 1 steps")
         assert 1.4 < result["values"]["speed/step_seconds_spread"] < 1.8
-        assert result["values"]["train/loss/t2i"] == 3.375
+        values = result["values"]
+        assert values["train/loss/t2i"] == 3.375
+        # Of the process that has most of it.
+        waited = values["speed/data_wait_fraction"] * values["speed/step_seconds"]
+        assert waited == pytest.approx(RANKS - 1)
+        assert values["memory/allocated_gib"] == 7
 
 
 def test_the_time_of_a_step_has_in_it_what_is_waited_for_when_it_ends(
