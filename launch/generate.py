@@ -50,6 +50,7 @@ from megatron_nuwa.generation.tasks import (
     task_named,
 )
 from megatron_nuwa.generation.trained import Generator, open_generator
+from megatron_nuwa.training.trained_model import home_of
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,8 @@ def main() -> None:
         source = arguments.run or arguments.model
         if not source.exists():
             raise UserError(f"{'--run' if arguments.run else '--model'}: {source} does not exist")
-        folder = source if source.is_dir() else source.parent
-        place = reserve_new(folder / "generated" / task.name)
+        # Not in a checkpoint, which a training deletes when newer ones replace it.
+        place = reserve_new(home_of(source) / "generated" / task.name)
     with place:
         check_free(place.folder, samples_asked(arguments, prompts))
         generate_into(place, arguments, task, prompts, settings)

@@ -144,7 +144,14 @@ def open_located(path: Path, field: str, full_precision: bool = True) -> Trained
     """`open_trained` for what `locate` found."""
     if path.is_file():
         return _ExportedModel(path, field)
-    return _Checkpoint(path.resolve().parents[1], path, full_precision)
+    return _Checkpoint(home_of(path), path, full_precision)
+
+
+def home_of(path: Path) -> Path:
+    """The folder that lasts: the run, also of one of its checkpoints, or an exported file's."""
+    if (path / STATE_FILE).is_file():
+        return path.resolve().parent.parent
+    return path if path.is_dir() else path.parent
 
 
 def export(trained: TrainedModel, output: Path, dtype: torch.dtype) -> None:

@@ -17,6 +17,7 @@ from helpers import ROOT, without_privileges
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.outputs import check_free
 from megatron_nuwa.generation.reserved import reserve, reserve_new
+from megatron_nuwa.training.checkpoint import Checkpoints
 
 PROMPT, OTHER = "a red square moves left", "a blue circle stays"
 
@@ -41,6 +42,22 @@ def test_a_folder_holds_the_samples_of_one_call(
         monkeypatch.setattr(sys, "argv", ["generate", "t2i", "--prompt", PROMPT, "--run", str(own)])
         command.main()
     assert {path.name for path in (own / "generated").iterdir()} == {"t2i", "t2i-2", "t2i-3"}
+
+
+def test_samples_of_a_checkpoint_lie_with_its_run_which_outlives_it(
+    call, run: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(run, own)
+    checkpoint, _ = Checkpoints(own / "checkpoints", keep=1).newest()
+    assert checkpoint is not None
+    (tmp_path / "link").symlink_to(checkpoint)
+    before = contents(checkpoint)
+    for source in (checkpoint, tmp_path / "link", own):
+        call("t2i", "--prompt", PROMPT, run=source)
+    assert contents(checkpoint) == before
+    assert contents(own / "generated") == {"t2i", "t2i-2", "t2i-3"}
+    assert (own / "generated/t2i/0000.png").is_file()
 
 
 def test_a_place_that_cannot_be_written_to_is_named_before_anything_is_sampled(
