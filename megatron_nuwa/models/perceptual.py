@@ -22,8 +22,8 @@ class PerceptualLoss(nn.Module):
     """`‖CNN(I) − CNN(Î)‖²` over feature maps of a frozen network (paper: `L_P`).
 
     Features are scaled to unit length at every position, so that no layer drowns the others
-    (as in LPIPS); `channel_weights`, one (1, channels, 1, 1) tensor a feature map, weigh the
-    squared differences further.
+    (as in LPIPS); the maps' distances are averaged. With `channel_weights`, one (1, channels, 1, 1)
+    tensor a feature map, which weigh the squared differences, they are summed (as in LPIPS).
     """
 
     def __init__(self, network: nn.Module, channel_weights: Sequence[Tensor] = ()) -> None:
@@ -38,7 +38,7 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, reconstruction: Tensor, images: Tensor) -> Tensor:
-        """Mean distance (scalar) of two batches (batch, 3, H, W) in [-1, 1].
+        """Distance (scalar) of two batches (batch, 3, H, W) in [-1, 1], mean over pictures.
 
         Gradients flow to `reconstruction` alone.
         """
@@ -53,7 +53,7 @@ class PerceptualLoss(nn.Module):
             if self.channel_weights:
                 difference = difference * self.channel_weights[place]
             total = total + difference.sum(dim=1).mean()
-        return total / len(wanted)
+        return total if self.channel_weights else total / len(wanted)
 
 
 class EfficientNetLite0(nn.Module):

@@ -40,7 +40,10 @@ class VqganData(Settings):
 
 
 class PerceptualSettings(Settings):
-    """The network of the perceptual loss; `weights` and `lpips_weights` are files of VGG16."""
+    """The network of the perceptual loss.
+
+    `weights` and `lpips_weights` are files of VGG16; with both the loss is LPIPS.
+    """
 
     network: Literal["efficientnet_lite0", "vgg16"] = "efficientnet_lite0"
     stages: int = Field(4, ge=1, le=5)

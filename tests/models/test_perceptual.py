@@ -112,16 +112,22 @@ def test_vgg16_takes_torchvision_s_names(suffix: str, tmp_path: Path) -> None:
     torch.testing.assert_close(features[0], hidden)
 
 
-def test_lpips_heads_weigh_the_channels(tmp_path: Path) -> None:
+def test_with_its_heads_the_loss_is_lpips(tmp_path: Path) -> None:
+    """Zhang et al., arXiv 1801.03924, equation 1: a sum over layers."""
     torch.save(vgg_weights(), tmp_path / "vgg.pth")
+    generator = torch.Generator().manual_seed(3)
     heads = {
-        f"lin{place}.model.1.weight": torch.full((1, width, 1, 1), 2.0)
+        f"lin{place}.model.1.weight": torch.rand(1, width, 1, 1, generator=generator)
         for place, width in enumerate((64, 128, 256, 512, 512))
     }
     torch.save(heads, tmp_path / "lpips.pth")
-    plain = vgg16_loss(tmp_path / "vgg.pth")
-    weighed = vgg16_loss(tmp_path / "vgg.pth", tmp_path / "lpips.pth")
-    torch.testing.assert_close(weighed(waves(1), waves(2)), 2 * plain(waves(1), waves(2)))
+    loss = vgg16_loss(tmp_path / "vgg.pth", tmp_path / "lpips.pth")
+    features = [Vgg16(tmp_path / "vgg.pth")(waves(seed)) for seed in (1, 2)]
+    expected = torch.zeros(())
+    for head, found, wanted in zip(heads.values(), *features, strict=True):
+        units = [each / each.square().sum(1, keepdim=True).sqrt() for each in (found, wanted)]
+        expected = expected + (head * (units[0] - units[1]).square()).sum(1).mean()
+    torch.testing.assert_close(loss(waves(1), waves(2)), expected)
     with pytest.raises(UserError, match="does not hold LPIPS's heads"):
         vgg16_loss(tmp_path / "vgg.pth", tmp_path / "vgg.pth")
 
