@@ -82,11 +82,11 @@ def parse_arguments() -> argparse.Namespace:
         "there (default: RUN/generated/TASK, or TASK-2 and so on where that is there already)",
     )
 
-    given = parser.add_argument_group("what it starts from; each but --region may be repeated")
+    given = parser.add_argument_group("what it starts from; texts and files may be repeated")
     text = {"action": "append", "default": []}
-    given.add_argument("--prompt", **text, help="text")
-    given.add_argument("--prompts", type=Path, metavar="FILE", help="a file with one text a line")
     files = {**text, "type": Path, "metavar": "FILE"}
+    given.add_argument("--prompt", **text, help="text")
+    given.add_argument("--prompts", **files, help="a file with one text a line")
     given.add_argument("--image", **files, help="to complete or change; the first frame for v2v")
     given.add_argument("--clip", **files, help="to continue or change")
     given.add_argument("--sketch", **files, help="PNG, GIF or .npy of class numbers")
@@ -243,17 +243,18 @@ def generate_into(
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The texts of the command line and of the file that it names."""
+    """The texts of the command line, then those of the files that it names."""
     prompts = list(arguments.prompt)
-    if arguments.prompts is not None:
+    for path in arguments.prompts:
         try:
             # Some editors begin a file with a byte-order mark, which is no part of the first text.
-            lines = arguments.prompts.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {arguments.prompts} cannot be read: {error}") from error
-        prompts += [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise UserError(f"--prompts {arguments.prompts} holds no text")
+            raise UserError(f"--prompts {path} cannot be read: {error}") from error
+        texts = [line.strip() for line in lines if line.strip()]
+        if not texts:
+            raise UserError(f"--prompts {path} holds no text")
+        prompts += texts
     return prompts
 
 

@@ -223,6 +223,18 @@ def test_a_byte_order_mark_is_no_part_of_the_first_prompt(generate, tmp_path: Pa
     assert [entry["prompt"] for entry in generate("t2i", "--prompts", listed)] == [PROMPT, OTHER]
 
 
+def test_of_several_files_of_prompts_all_are_read(generate, tmp_path: Path) -> None:
+    first, second, empty = (tmp_path / f"{number}.txt" for number in range(3))
+    first.write_text(f"{PROMPT}\n")
+    second.write_text(f"{OTHER}\n")
+    files = ("--prompts", first, "--prompts", second)
+    entries = generate("t2i", *files, "--prompt", "a green circle")
+    assert [entry["prompt"] for entry in entries] == ["a green circle", PROMPT, OTHER]
+    empty.write_text("\n")
+    with pytest.raises(UserError, match=r"^--prompts .*2\.txt holds no text$"):
+        generate("t2i", *files, "--prompts", empty)
+
+
 def test_a_longer_clip_has_as_many_frames_as_asked_for(
     generate, media: Path, tmp_path: Path
 ) -> None:
