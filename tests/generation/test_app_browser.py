@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from helpers import run_command_line
+from helpers import ROOT, run_command_line
 from PIL import Image
 from test_app_parts import slowed
 
 from megatron_nuwa.generation.app.__main__ import OFFLINE
 from megatron_nuwa.generation.trained import Generator
+from megatron_nuwa.training.launcher import free_port
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -265,3 +269,39 @@ def test_without_gradio_the_command_says_what_to_install(tmp_path: Path) -> None
     assert done.stderr.strip() == (
         "error: the page needs gradio (no gradio here); install it: pip install 'gradio>=6'"
     )
+
+
+def test_a_page_that_has_ended_leaves_no_file(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    httpx = pytest.importorskip("httpx")
+    port = free_port()
+    command = [sys.executable, "-m", "megatron_nuwa.generation.app", "--port", str(port)]
+    kept = {**os.environ, "TMPDIR": str(tmp_path)}
+    with (
+        subprocess.Popen([*command, "--run", str(run)], cwd=ROOT, env=kept) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client,
+    ):
+
+        def answers() -> bool:
+            assert process.poll() is None
+            with suppress(httpx.TransportError):
+                return bool(client.get("/config").is_success)
+            return False
+
+        try:
+            assert within(SECONDS, answers)
+            client.post("/gradio_api/upload", files={"files": ("mine.png", b"uploaded")})
+            runs = client.get("/config").json()["dependencies"]
+            number = max(runs, key=lambda each: len(each["inputs"]))["id"]
+            values = ["t2i", "a red square", None, None, None, None, 1, False, 3, 0, 1, 1, 0, 1, 1]
+            asked = {"data": values, "fn_index": number, "session_hash": "one"}
+            client.post("/gradio_api/queue/join", json=asked).raise_for_status()
+            with client.stream("GET", "/gradio_api/queue/data?session_hash=one") as told:
+                end = next(line for line in told.iter_lines() if "process_completed" in line)
+            assert '"success":true' in end.replace(" ", "")
+            names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+            assert names >= {"mine.png", "t2i-0.png"}
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(SECONDS)
+    assert list(tmp_path.iterdir()) == []

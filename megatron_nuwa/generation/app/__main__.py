@@ -45,7 +45,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Serve until interrupted."""
     arguments = parse_arguments()
-    os.environ.update(OFFLINE)
+    with tempfile.TemporaryDirectory(prefix="megatron_nuwa.") as name:
+        folder = Path(name).resolve()
+        # Otherwise gradio keeps what it shows and what visitors upload, for good.
+        os.environ.update(OFFLINE | {"GRADIO_TEMP_DIR": str(folder)})
+        serve(arguments, folder)
+
+
+def serve(arguments: argparse.Namespace, folder: Path) -> None:
+    """Serve a page that writes its files below `folder`."""
     try:
         from megatron_nuwa.generation.app.page import build_page, serving
     except ImportError as error:
@@ -55,14 +63,12 @@ def main() -> None:
     source, field = (
         (arguments.run, "--run") if arguments.model is None else (arguments.model, "--model")
     )
-    generator = open_generator(source, field)
-    with tempfile.TemporaryDirectory(prefix="megatron_nuwa.") as folder:
-        page = build_page(generator, Path(folder))
-        print(f"serving http://{arguments.host}:{arguments.port} (Ctrl+C ends it)", flush=True)
-        try:
-            page.launch(server_name=arguments.host, server_port=arguments.port, **serving())
-        except OSError as error:
-            raise UserError(f"--port {arguments.port} cannot be used: {error}") from error
+    page = build_page(open_generator(source, field), folder)
+    print(f"serving http://{arguments.host}:{arguments.port} (Ctrl+C ends it)", flush=True)
+    try:
+        page.launch(server_name=arguments.host, server_port=arguments.port, **serving())
+    except OSError as error:
+        raise UserError(f"--port {arguments.port} cannot be used: {error}") from error
 
 
 if __name__ == "__main__":

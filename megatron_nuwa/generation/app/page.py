@@ -30,6 +30,8 @@ _MOST_SAMPLES = 8
 _LONGEST = 6
 # Pairs, since the page shows them in two columns: what is read, for an image and for a video.
 _PAIRS = (("t2i", "t2v"), ("s2i", "s2v"), ("i2i", "v2v"), ("ti2i", "tv2v"))
+# A file that is older than a day is deleted, within an hour.
+_DELETE_CACHE = (3_600, 86_400)
 _EMPTY = '<div class="empty">What is generated appears here.</div>'
 _HINTS = {
     "t2i": "Describe an image.",
@@ -69,7 +71,9 @@ def build_page(generator: Generator, folder: Path) -> gr.Blocks:
     if generator.sketch_vqgan is None:
         tasks = [task for task in tasks if task.reads != "sketch"]
     classes = _classes(generator)
-    with gr.Blocks(analytics_enabled=False, title="megatron_nuwa") as page:
+    with gr.Blocks(
+        analytics_enabled=False, title="megatron_nuwa", delete_cache=_DELETE_CACHE
+    ) as page:
         gr.Markdown(f"# megatron_nuwa\n{_about(generator)}")
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
