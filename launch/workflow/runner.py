@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,10 @@ class StageError(Exception):
 
 
 class StageRecord(Settings):
-    """What is remembered of a stage: its key says from which commands and inputs it came."""
+    """What is remembered of a stage: its key says from which commands and inputs it came.
+
+    `seconds` and `peak_memory_bytes` are of all attempts with that key until it is done.
+    """
 
     name: str
     title: str
@@ -67,6 +70,7 @@ class Runner:
     def __init__(self, output: Path, display: Display) -> None:
         self._output = output
         self._display = display
+        self._peak_memory = 0
 
     def run(self, stages: Sequence[Stage]) -> None:
         """Run every stage that is not done; `StageError` at the first that does not succeed."""
@@ -117,6 +121,9 @@ class Runner:
             raise UserError(
                 f"--output {self._output} cannot be written: {error.strerror}; name a folder"
             ) from error
+        spent = read_record(self._output, stage.name)
+        if spent is not None and (spent.key != key or spent.state == "done"):
+            spent = None
         record = StageRecord(
             name=stage.name,
             title=stage.title,
@@ -124,40 +131,42 @@ class Runner:
             key=key,
             commands=[command_text(command, stage.environment) for command in stage.commands],
             log=str(log),
+            seconds=spent.seconds if spent else 0.0,
+            peak_memory_bytes=spent.peak_memory_bytes if spent else 0,
         )
         self._write(record)
         self._display.start(stage, log)
-        began = time.monotonic()
-        peak = 0
-        with log.open("wb") as stream:
+        with self._ending(stage, record), log.open("wb") as stream:
             for command, text in zip(stage.commands, record.commands, strict=True):
                 stream.write(f"$ {text}\n".encode())
                 stream.flush()
-                code, used = self._run_command(command, stage.environment, stream.fileno())
-                peak = max(peak, used)
+                code = self._run_command(command, stage.environment, stream.fileno())
                 if code != 0:
-                    self._write(record.model_copy(update={"state": "failed"}))
                     raise StageError(self._explain(stage, text, code, log))
-        missing = [path for path in stage.outputs if not path.exists()]
-        if missing:
-            self._write(record.model_copy(update={"state": "failed"}))
-            raise StageError(
-                f"stage '{stage.name}' ended well but did not write {missing[0]}; its log is {log}"
-            )
-        seconds = time.monotonic() - began
-        result = {
-            "state": "done",
-            "seconds": round(seconds, 2),
-            "peak_memory_bytes": peak,
-            "finished": datetime.now(timezone.utc).isoformat(),
-        }
-        self._write(record.model_copy(update=result))
+            missing = [path for path in stage.outputs if not path.exists()]
+            if missing:
+                raise StageError(
+                    f"stage '{stage.name}' ended well but did not write {missing[0]}; its log is "
+                    f"{log}"
+                )
+
+    @contextlib.contextmanager
+    def _ending(self, stage: Stage, record: StageRecord) -> Iterator[None]:
+        """Have the record say how a stage ended, and what it took until then, however it ends."""
+        began = time.monotonic() - record.seconds
+        self._peak_memory = record.peak_memory_bytes
+        result = {"state": "failed"}
+        try:
+            yield
+            result = {"state": "done", "finished": datetime.now(timezone.utc).isoformat()}
+        finally:
+            seconds, peak = round(time.monotonic() - began, 2), self._peak_memory
+            took = {"seconds": seconds, "peak_memory_bytes": peak}
+            self._write(record.model_copy(update=result | took))
         self._display.finish(stage, seconds, peak)
 
-    def _run_command(
-        self, command: Sequence[str], environment: Mapping[str, str], log: int
-    ) -> tuple[int, int]:
-        """Exit code and peak memory in bytes of one command and all its children."""
+    def _run_command(self, command: Sequence[str], environment: Mapping[str, str], log: int) -> int:
+        """Exit code of one command; `_peak_memory` grows to what it and its children held."""
         try:
             process = subprocess.Popen(
                 with_free_port(command),
@@ -182,7 +191,8 @@ class Runner:
             raise
         finally:
             memory.stop()
-        return process.returncode, memory.peak
+            self._peak_memory = max(self._peak_memory, memory.peak)
+        return process.returncode
 
     def _explain(self, stage: Stage, command: str, code: int, log: Path) -> str:
         tail = "\n".join(f"  {line}" for line in log_tail(log))

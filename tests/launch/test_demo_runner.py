@@ -141,6 +141,29 @@ def test_a_failing_command_shows_the_end_of_its_log(runner: Runner) -> None:
     assert record.state == "failed"
 
 
+def test_what_earlier_attempts_took_counts(runner: Runner) -> None:
+    Path("input.txt").write_text("a")
+    code = "import os, sys, time\nif os.path.exists('out/tried'): sys.exit()\n"
+    code += "held = b'1' * 10**8; open('out/tried', 'w'); time.sleep(1); sys.exit(3)"
+    stage = counting_stage(commands=(("python", "-c", code), *counting_stage().commands))
+    with pytest.raises(StageError):
+        runner.run([stage])
+    failed = read_record(Path("out"), "count")
+    runner.run([stage])
+    done = read_record(Path("out"), "count")
+    # Another key begins with nothing.
+    Path("input.txt").write_text("b")
+    runner.run([stage])
+    anew = read_record(Path("out"), "count")
+    assert failed is not None
+    assert done is not None
+    assert anew is not None
+    assert 1 <= failed.seconds < done.seconds
+    assert anew.seconds < done.seconds
+    assert 10**8 < failed.peak_memory_bytes <= done.peak_memory_bytes
+    assert anew.peak_memory_bytes < 10**8
+
+
 def test_an_interrupted_stage_leaves_no_process_behind(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +181,11 @@ def test_an_interrupted_stage_leaves_no_process_behind(
         runner.run([stage])
     state = Path(f"/proc/{Path('out/pid').read_text()}/stat")
     assert not state.exists() or state.read_text().split()[2] == "Z"
+    record = read_record(Path("out"), "sleep")
+    assert record is not None
+    assert record.state == "failed"
+    assert record.seconds > 0
+    assert record.peak_memory_bytes > 0
 
 
 def test_two_runs_on_one_machine_take_two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
