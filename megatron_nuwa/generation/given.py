@@ -25,7 +25,13 @@ from megatron_nuwa.decoders.facts import clip_facts
 from megatron_nuwa.decoders.images import in_8_bits, opened_image
 from megatron_nuwa.decoders.kinds import read_head
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.generation.regions import check_fits, frame_range, rectangle, touched
+from megatron_nuwa.generation.regions import (
+    check_fits,
+    check_frames,
+    frame_range,
+    rectangle,
+    touched,
+)
 
 _AN = {"image": "an image", "clip": "a video"}
 _NPY = b"\x93NUMPY"
@@ -123,6 +129,7 @@ def read_region(
     if region_frames is None:
         return found
     frames = len(given.frames)
+    check_frames(found, frames)
     chosen = np.zeros((frames, 1, 1), bool)
     chosen[frame_range(region_frames, frames, "--region-frames")] = True
     return found & chosen

@@ -106,6 +106,14 @@ def frame_range(text: str, frames: int, field: str) -> slice:
     return slice(start, stop)
 
 
+def check_frames(region: np.ndarray, frames: int) -> None:
+    """`UserError` for a region (frames, …) that has neither one frame nor as many as these."""
+    if len(region) not in (1, frames):
+        raise UserError(
+            f"the mask has {len(region)} frames: give one for all, or one for each of the {frames}"
+        )
+
+
 def composite(new: np.ndarray, original: np.ndarray, region: np.ndarray) -> np.ndarray:
     """`new` where the region is, the original's own pixels elsewhere.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.generation.longer import generate_long, window_starts
-from megatron_nuwa.generation.regions import touched
+from megatron_nuwa.generation.regions import check_frames, touched
 from megatron_nuwa.generation.sampling import NonFiniteLogitsError, SamplingSettings
 from megatron_nuwa.generation.trained import Generator
 from megatron_nuwa.grid import Grid
@@ -234,11 +234,7 @@ def _given(generator: Generator, grid: Grid, request: Request) -> tuple[Tensor, 
             )
         if request.region is None:
             raise UserError(f"task {task.name} needs a region that is made new")
-        if request.region.shape[0] not in (1, grid.s):
-            raise UserError(
-                f"the mask has {request.region.shape[0]} frames: give one for all, or one for each "
-                f"of the {grid.s}"
-            )
+        check_frames(request.region, grid.s)
         cells = cells_made_new(request.region, grid)
     tokens = torch.zeros(grid.cells, dtype=torch.int64, device=generator.device)
     found = generator.encode_frames(pixels)

@@ -345,6 +345,13 @@ def test_the_gallery_shows_what_was_given_beside_what_came_of_it(
             ("tv2v", "--clip", "photo.png", "--prompt", "x", "--region", "0,0,1,0.5"),
             "photo.png is an image, and a video is needed here",
         ),
+        (
+            (
+                *("tv2v", "--clip", "clip.mp4", "--prompt", "x", "--frames", "4"),
+                *("--mask", "moving-mask.npy", "--region-frames", "1:"),
+            ),
+            "the mask has 3 frames: give one for all, or one for each of the 4",
+        ),
         (("s2i",), "task s2i (sketch to image) needs --sketch"),
         (("s2i", "--sketch", "photo-mask.png"), "photo-mask.png has class 255"),
         (("s2i", "--sketch", "sketch.npy"), "sketch.npy has more than one map"),
