@@ -161,7 +161,12 @@ def parse_arguments() -> argparse.Namespace:
         help="draw N and keep the best --samples by CLIP",
     )
     how.add_argument("--clip-weights", type=Path, metavar="FILE", help="CLIP, for --best-of")
-    how.add_argument("--clip-architecture", default="ViT-B-32", help="(default %(default)s)")
+    how.add_argument(
+        "--clip-architecture",
+        default="ViT-B-32",
+        help="open_clip's name of it; OpenAI's weights are meant for those that end in -quickgelu, "
+        "such as ViT-B-32-quickgelu (default %(default)s)",
+    )
     how.add_argument(
         "--batch-size", type=whole_number(1), default=8, help="samples at once (default 8)"
     )

@@ -45,7 +45,8 @@ def best_of(pixels: np.ndarray, prompts: Sequence[str], count: int, ranker: Rank
     """The `count` best samples of every prompt, the best first, prompts in order of appearance.
 
     `pixels` uint8 (samples, frames, rows, columns, 3); samples with equal prompts compete. Equal
-    scores keep the samples' order. Raises `ValueError` where a prompt has fewer samples.
+    scores keep the samples' order. Raises `ValueError` where a prompt has fewer samples, and
+    `UserError` where CLIP's weights give no numbers.
     """
     if len(pixels) != len(prompts):
         raise ValueError(f"prompts must be one a sample: {len(pixels)}, not {len(prompts)}")
@@ -55,7 +56,9 @@ def best_of(pixels: np.ndarray, prompts: Sequence[str], count: int, ranker: Rank
     scores = ranker.scores(pixels, prompts)
     for sample, (prompt, score) in enumerate(zip(prompts, scores, strict=True)):
         if math.isnan(score):
-            raise ValueError(f"the ranker gives sample {sample} no score; are its weights whole?")
+            raise UserError(
+                f"CLIP gives sample {sample} no score (NaN): the file of --clip-weights is damaged"
+            )
         groups[prompt].append(Ranked(sample, float(score)))
     for prompt, group in groups.items():
         if len(group) < count:
@@ -106,8 +109,10 @@ class ClipRanker:
     ) -> ClipRanker:
         """A ranker of open_clip's `architecture` with weights from a file; downloads nothing.
 
-        `weights` is a .safetensors file, or a file that `torch.load(weights_only=True)` reads.
-        Raises `UserError` that names the file, the architecture or the missing package.
+        `weights` is a .safetensors file, or a file that `torch.load(weights_only=True)` reads. It
+        does not tell its activation: OpenAI's weights fit `ViT-B-32`, too, but are meant for
+        `ViT-B-32-quickgelu`. Raises `UserError` that names the file, the architecture or the
+        missing package.
         """
         state = _read_weights(weights)
         open_clip = _import_open_clip()
@@ -115,7 +120,8 @@ class ClipRanker:
         if architecture not in known:
             raise UserError(
                 f"CLIP architecture {architecture!r} is not one of open_clip's {len(known)}, such "
-                "as ViT-B-32, ViT-L-14 and ViT-H-14"
+                "as ViT-B-32, ViT-L-14 and ViT-H-14, or ViT-B-32-quickgelu and ViT-L-14-quickgelu "
+                "for OpenAI's weights"
             )
         text = open_clip.get_model_config(architecture).get("text_cfg", {})
         if "hf_model_name" in text or "hf_tokenizer_name" in text:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -50,7 +51,7 @@ def test_what_cannot_be_ranked_is_refused() -> None:
         best_of(samples(1, 2, 3), ["a", "a", "b"], 2, Brightness())
     broken = MagicMock()
     broken.scores.return_value = [float("nan")]
-    with pytest.raises(ValueError, match="sample 0 no score"):
+    with pytest.raises(UserError, match=r"sample 0 no score .* the file of --clip-weights is dam"):
         best_of(samples(1), ["a"], 1, broken)
 
 
@@ -77,8 +78,9 @@ def open_clip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             "layers": 1,
         },
     }
-    (tmp_path / "tiny.json").write_text(json.dumps(config))
-    package.add_model_config(tmp_path / "tiny.json")
+    for name, changes in (("tiny", {}), ("tiny-quickgelu", {"quick_gelu": True})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(config | changes))
+        package.add_model_config(tmp_path / f"{name}.json")
     return package
 
 
@@ -121,6 +123,28 @@ def test_scores_are_cosines_of_open_clips_own_vectors(
     assert ClipRanker.load(path, "tiny").scores(np.zeros((1, 1, 21, 13, 3), np.uint8), ["x"])
 
 
+def test_the_same_weights_are_another_network_with_another_activation(
+    model: Any,
+    command: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No error can tell which one OpenAI's weights are meant for, and so the help does."""
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 32, 3), dtype=np.uint8)
+    plain, quick = (
+        ClipRanker.load(tmp_path / "weights.pt", name).scores(pixels, ["a red square"])
+        for name in ("tiny", "tiny-quickgelu")
+    )
+    assert plain[0] != pytest.approx(quick[0], abs=1e-5)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["generate", "--help"])
+    with pytest.raises(SystemExit):
+        command.parse_arguments()
+    assert "ViT-B-32-quickgelu" in capsys.readouterr().out
+
+
 def test_bad_weights_are_one_sentence(open_clip: Any, model: Any, tmp_path: Path) -> None:
     other = tmp_path / "other.safetensors"
     save_file({"a": torch.zeros(1)}, other)
@@ -135,7 +159,7 @@ def test_bad_weights_are_one_sentence(open_clip: Any, model: Any, tmp_path: Path
         (code, "tiny", "code.pt holds more than plain tensors"),
         (listed, "tiny", "listed.pt holds no state_dict"),
         (other, "tiny", "other.safetensors do not fit architecture tiny"),
-        (other, "ViT-Z", "architecture 'ViT-Z' is not one of open_clip's"),
+        (other, "ViT-Z", "'ViT-Z' is not one of open_clip's .*-quickgelu for OpenAI's weights"),
         (other, "roberta-ViT-B-32", "Hugging Face hub"),
     ):
         with pytest.raises(UserError, match=message) as caught:
