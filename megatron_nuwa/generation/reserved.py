@@ -95,7 +95,10 @@ def reserve_new(folder: Path) -> ReservedFolder:
         is_new = True
         try:
             place.mkdir(parents=True)
-        except FileExistsError:
+        except FileExistsError as error:
+            # A folder above is a link to nowhere, and would be for every number.
+            if not os.path.lexists(place):
+                raise _unwritable(place, error) from error
             if not (place / _LOCK).exists():
                 continue
             is_new, made = False, [place]

@@ -249,7 +249,10 @@ def _whole(
     frames = window.s if frames is None else frames
     if frames != window.s and task.target == "image":
         raise UserError(f"task {task.name} writes images, which have no number of frames")
-    if frames < 1 + (task.given == "frames"):
+    fewest = 2 if task.given == "frames" else 1
+    if window.s == 1 < max(frames, fewest):
+        raise UserError(f"task {task.name} makes clips, and the model makes single frames only")
+    if frames < fewest:
         raise UserError(f"{frames} frames are too few for task {task.name}")
     overlap = max(1, window.s // 2) if overlap is None else overlap
     try:

@@ -250,6 +250,15 @@ def test_a_call_killed_while_it_puts_files_in_their_place_is_made_good_by_the_ne
     assert texts == {**made, "samples.json": new, "mine.txt": "old"}
 
 
+def test_a_folder_above_that_is_a_link_to_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "generated").symlink_to(tmp_path / "gone")
+    (tmp_path / "t2i").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="generated is no folder; name another folder"):
+        reserve_new(tmp_path / "generated" / "t2i")
+    with reserve_new(tmp_path / "t2i") as place:
+        assert place.folder == tmp_path / "t2i-2"
+
+
 def test_a_run_that_is_not_there_is_named_and_no_folder_made_for_it(call, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^--run: {tmp_path}/gone does not exist$"):
         call("t2i", "--prompt", PROMPT, run=tmp_path / "gone")

@@ -175,6 +175,19 @@ def test_a_wrong_length_is_one_clear_sentence(
         prepare(generator, [request(name)], frames, overlap)
 
 
+def test_a_model_of_images_says_that_it_makes_no_clips(generator: Generator) -> None:
+    image = Grid(4, 4, 1)
+    still = replace(generator, grids=dict.fromkeys(TASKS, image), clip_grid=image)
+    for name, frames in (("t2v", 2), ("v2v", 2), ("v2v", None)):
+        with pytest.raises(UserError) as caught:
+            prepare(still, [request(name)], frames)
+        assert (
+            str(caught.value) == f"task {name} makes clips, and the model makes single frames only"
+        )
+    assert prepare(still, [request("t2v")]).grid == image
+    assert prepare(still, [request("t2i")]).grid == image
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
