@@ -33,7 +33,7 @@ from megatron_nuwa.command_line import CommandParser, example_in, whole_number
 from megatron_nuwa.data.text import NO_CAPTION
 from megatron_nuwa.decoders import MediaKind
 from megatron_nuwa.errors import UserError, run_command
-from megatron_nuwa.generation.given import read_given, read_given_sketch, read_region
+from megatron_nuwa.generation.given import read_given, read_given_sketch, read_region, read_texts
 from megatron_nuwa.generation.outputs import check_free, origin_of, sample_writer
 from megatron_nuwa.generation.ranking import ClipRanker, best_samples
 from megatron_nuwa.generation.regions import composite
@@ -177,7 +177,9 @@ def main() -> None:
     """Generate what the command line asks for."""
     arguments = parse_arguments()
     task = task_named(arguments.task)
-    prompts = read_prompts(arguments)
+    prompts = list(arguments.prompt)
+    for path in arguments.prompts:
+        prompts += read_texts(path)
     check_arguments(arguments, task, prompts)
     try:
         settings = SamplingSettings(
@@ -245,22 +247,6 @@ def generate_into(
     noun = f"{task.target}{'' if asked == 1 else 's'}"
     output = place.folder
     print(f"wrote {asked} {noun} to {output}; look at {output / 'index.html'}")
-
-
-def read_prompts(arguments: argparse.Namespace) -> list[str]:
-    """The texts of the command line, then those of the files that it names."""
-    prompts = list(arguments.prompt)
-    for path in arguments.prompts:
-        try:
-            # Some editors begin a file with a byte-order mark, which is no part of the first text.
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {path} cannot be read: {error}") from error
-        texts = [line.strip() for line in lines if line.strip()]
-        if not texts:
-            raise UserError(f"--prompts {path} holds no text")
-        prompts += texts
-    return prompts
 
 
 def check_arguments(arguments: argparse.Namespace, task: Task, prompts: Sequence[str]) -> None:

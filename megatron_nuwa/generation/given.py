@@ -51,6 +51,19 @@ class Given:
     shape: tuple[int, int]
 
 
+def read_texts(path: Path) -> list[str]:
+    """The texts of a file of --prompts, one a line; `UserError` naming it where there are none."""
+    try:
+        # Some editors begin a file with a byte-order mark, which is no part of the first text.
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path} cannot be read: {error}") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UserError(f"--prompts {path} holds no text")
+    return texts
+
+
 def read_given(
     path: Path,
     kind: MediaKind,
