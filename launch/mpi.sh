@@ -24,18 +24,19 @@ script=${SCRIPT:-launch/pretrain.py}
 first=$(awk '!/^[[:space:]]*(#|$)/ { print $1; exit }' "$hostfile")
 slots=$(awk -F 'slots=' '!/^[[:space:]]*(#|$)/ { total += ($2 ? $2 : 1) } END { print total + 0 }' "$hostfile")
 
-# Only what -x names reaches other nodes.
-exports=(-x PATH -x MASTER_ADDR="${MASTER_ADDR:-$first}" -x MASTER_PORT="${MASTER_PORT:-29500}")
+# Only what -x names reaches other nodes; of two of one name mpirun takes the first.
+exports=()
+if [[ -f .deepspeed_env ]]; then
+    while IFS= read -r line || [[ -n $line ]]; do
+        [[ -z $line ]] || exports+=(-x "$line")
+    done <.deepspeed_env
+fi
+exports+=(-x PATH -x MASTER_ADDR="${MASTER_ADDR:-$first}" -x MASTER_PORT="${MASTER_PORT:-29500}")
 for name in LD_LIBRARY_PATH PYTHONPATH; do
     if [[ -n ${!name:-} ]]; then
         exports+=(-x "$name")
     fi
 done
-if [[ -f .deepspeed_env ]]; then
-    while IFS= read -r line; do
-        [[ -n $line ]] && exports+=(-x "$line")
-    done <.deepspeed_env
-fi
 
 # One process a slot; binding a process to one core would starve its loader threads.
 # shellcheck disable=SC2086

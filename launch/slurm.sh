@@ -24,12 +24,12 @@ fi
 python=${PYTHON:-.venv/bin/python}
 script=${SCRIPT:-launch/pretrain.py}
 
-# srun hands this environment to all nodes.
+# srun hands this environment to all nodes. The file is no shell script: a value may hold spaces.
 if [[ -f .deepspeed_env ]]; then
-    set -a
-    # shellcheck source=/dev/null
-    . ./.deepspeed_env
-    set +a
+    while IFS= read -r line || [[ -n $line ]]; do
+        # shellcheck disable=SC2163
+        [[ -z $line ]] || export "$line"
+    done <.deepspeed_env
 fi
 
 # Five minutes before the time limit, and when it is preempted, the run saves and ends; the job is
@@ -61,7 +61,9 @@ done
 if ((code != unfinished)); then
     exit "$code"
 fi
-if scontrol show job "$SLURM_JOB_ID" | grep -q 'JobState=CANCELLED'; then
+# Slurm calls a job that it ends, or that was cancelled, COMPLETING as long as this script runs.
+state=$(scontrol show job "$SLURM_JOB_ID")
+if ! grep -qE 'JobState=RUNNING|Reason=TimeLimit|PreemptTime=[0-9]' <<<"$state"; then
     echo "job $SLURM_JOB_ID was cancelled before the last step, so it is not queued again"
     exit 0
 fi

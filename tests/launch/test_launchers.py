@@ -41,7 +41,9 @@ exit $code
 """
 FAKE_SCONTROL = """#!/usr/bin/env bash
 if [[ $1 == show ]]; then
-    echo "JobId=71 JobState=${JOB_STATE:-RUNNING} Requeue=1"
+    echo "JobId=71 JobName=nuwa"
+    echo "   JobState=${JOB_STATE:-RUNNING Reason=None} Dependency=(null)"
+    echo "   PreemptEligibleTime=2026-01-02T03:04:05 PreemptTime=${PREEMPT_TIME:-None}"
 else
     echo "$@" >> "$SCONTROL_CALLS"
 fi
@@ -96,11 +98,11 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def run(
-    *command: str | Path, timeout: float = 180, **extra: str
+    *command: str | Path, timeout: float = 180, cwd: Path = ROOT, **extra: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(part) for part in command],
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(**extra),
         capture_output=True,
         text=True,
@@ -250,6 +252,61 @@ def test_the_mpi_job_starts_a_process_a_slot(tmp_path: Path) -> None:
     assert sums(done.stdout) == SUMS
 
 
+SHOWN = ("MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "SPACED", "LAST")
+
+
+@pytest.fixture
+def set_variables(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A working folder with a .deepspeed_env, and what a script in it then says of each rank."""
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "launch").symlink_to(ROOT / "launch")
+    (folder / "show.py").write_text(
+        f"import os\nfor name in {SHOWN}: print(name, os.environ[name])\n"
+    )
+    values = ("10.1.2.3", "29777", str(ROOT), "one two", "no new line after this")
+    pairs = list(zip(SHOWN, values, strict=True))
+    (folder / ".deepspeed_env").write_text("\n".join(f"{name}={value}" for name, value in pairs))
+    return folder, sorted(f"{name} {value}" for name, value in pairs)
+
+
+def shown(output: str) -> list[str]:
+    return sorted(line for line in output.splitlines() if line.startswith(SHOWN))
+
+
+def test_the_mpi_job_sets_what_the_environment_file_says(
+    set_variables: tuple[Path, list[str]],
+) -> None:
+    needs_mpirun()
+    folder, expected = set_variables
+    (folder / "hostfile").write_text("localhost slots=1\n")
+    done = run(
+        *("bash", "launch/mpi.sh", "hostfile", "RECIPE"),
+        cwd=folder,
+        PYTHONPATH=f"{ROOT}{os.pathsep}/elsewhere",
+        MASTER_ADDR="10.9.9.9",
+        SCRIPT="show.py",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert shown(done.stdout) == expected
+
+
+def test_the_slurm_job_sets_what_the_environment_file_says(
+    set_variables: tuple[Path, list[str]], fake_slurm: Path
+) -> None:
+    folder, expected = set_variables
+    done = run(
+        *("bash", "launch/slurm.sh", "RECIPE"),
+        cwd=folder,
+        PATH=f"{fake_slurm}{os.pathsep}{environment()['PATH']}",
+        PYTHONPATH=f"{ROOT}{os.pathsep}/elsewhere",
+        MASTER_ADDR="10.9.9.9",
+        SCRIPT="show.py",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert shown(done.stdout) == sorted(2 * expected)
+
+
 def test_deepspeeds_openmpi_launcher(tmp_path: Path) -> None:
     needs_mpirun()
     hostfile = tmp_path / "hostfile"
@@ -329,11 +386,20 @@ def test_near_the_time_limit_the_slurm_job_saves_and_is_queued_again(
     assert "--cpus-per-task=8 " in job.srun_calls.read_text()
 
 
-def test_a_preempted_slurm_job_is_queued_again(
-    small_world: SmallWorld, fake_slurm: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"JOB_STATE": "COMPLETING Reason=None", "PREEMPT_TIME": "2026-01-03T03:04:05"},
+        {"JOB_STATE": "COMPLETING Reason=TimeLimit"},
+    ],
+    ids=["preempted", "preempted, grace time over", "time limit over"],
+)
+def test_a_job_that_slurm_itself_ends_is_queued_again(
+    small_world: SmallWorld, fake_slurm: Path, tmp_path: Path, variables: dict[str, str]
 ) -> None:
     """Slurm tells the tasks to end, and nobody else."""
-    job = StoppableJob(small_world, fake_slurm, tmp_path, STEP="7")
+    job = StoppableJob(small_world, fake_slurm, tmp_path, STEP="7", **variables)
     job.signal_tasks(signal.SIGTERM)
     assert job.end() == (0, "requeue 71\n")
 
@@ -342,7 +408,7 @@ def test_a_preempted_slurm_job_is_queued_again(
     ("variables", "code"),
     [
         ({"STEP": "20"}, 0),
-        ({"STEP": "7", "JOB_STATE": "CANCELLED"}, 0),
+        ({"STEP": "7", "JOB_STATE": "COMPLETING Reason=None"}, 0),
         ({"CODE": "3"}, 3),
     ],
     ids=["last step", "cancelled", "failed to save"],
