@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console
 
@@ -17,6 +18,7 @@ from launch.workflow.stage import Stage
 from megatron_nuwa.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
+_END_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,8 +40,7 @@ def run_stages(
     console = Console(soft_wrap=True)
     output = _relative(output)
     os.chdir(ROOT)
-    # A command that is told to end must end the processes of its stage too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    _end_in_order()
     every = plan(output)
     if options.list:
         _list(console, every)
@@ -54,6 +55,22 @@ def run_stages(
     if len(stages) == len(every):
         close(console, output)
     return 0
+
+
+def _end_in_order() -> None:
+    """Have a signal to end also end the stage, whose processes get none from the terminal."""
+    # nohup has SIGHUP ignored.
+    heeded = [number for number in _END_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+    def end(number: int, _: FrameType | None) -> None:
+        # The kernel and the shell both tell of a closed terminal: one must not interrupt the end
+        # that the other began.
+        for each in heeded:
+            signal.signal(each, signal.SIG_IGN)
+        sys.exit(128 + number)
+
+    for number in heeded:
+        signal.signal(number, end)
 
 
 def _relative(output: Path) -> Path:

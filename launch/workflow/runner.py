@@ -26,7 +26,7 @@ from launch.workflow.display import Display
 from launch.workflow.stage import Stage
 from megatron_nuwa.config import Settings
 from megatron_nuwa.errors import UserError
-from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.files import Lock, try_lock, write_text_atomically
 from megatron_nuwa.training.launcher import free_port
 
 _POLL_SECONDS = 0.25
@@ -73,18 +73,22 @@ class Runner:
         self._peak_memory = 0
 
     def run(self, stages: Sequence[Stage]) -> None:
-        """Run every stage that is not done; `StageError` at the first that does not succeed."""
-        self._display.begin(stages)
-        for stage in stages:
-            key = self.key(stage)
-            record = read_record(self._output, stage.name)
-            if self.is_done(stage, record, key):
-                assert record is not None
-                self._display.skip(stage, record.seconds)
-                continue
-            if record is None or record.key != key:
-                self._clear(stage)
-            self._run_stage(stage, key)
+        """Run every stage that is not done; `StageError` at the first that does not succeed.
+
+        `UserError` where the folder cannot be written, or another runner or its stage is at work.
+        """
+        with self._locked() as lock:
+            self._display.begin(stages)
+            for stage in stages:
+                key = self.key(stage)
+                record = read_record(self._output, stage.name)
+                if self.is_done(stage, record, key):
+                    assert record is not None
+                    self._display.skip(stage, record.seconds)
+                    continue
+                if record is None or record.key != key:
+                    self._clear(stage)
+                self._run_stage(stage, key, lock)
 
     def key(self, stage: Stage) -> str:
         """Hash of a stage's commands, environment, inputs and the runs it follows."""
@@ -100,6 +104,26 @@ class Runner:
             return False
         return all(path.exists() for path in stage.outputs)
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[Lock]:
+        path = self._output / ".lock"
+        try:
+            self._output.mkdir(parents=True, exist_ok=True)
+            lock = try_lock(path)
+        except OSError as error:
+            raise UserError(
+                f"--output {self._output} cannot be written: {error.strerror}; name a folder"
+            ) from error
+        if lock is None:
+            raise UserError(
+                f"--output {self._output}: another command is at work there, or a stage of one "
+                f"that was killed (it holds {path}); wait for it, or end it"
+            )
+        try:
+            yield lock
+        finally:
+            lock.release()
+
     def _digest(self, path: Path) -> str:
         try:
             return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -113,14 +137,9 @@ class Runner:
             else:
                 path.unlink(missing_ok=True)
 
-    def _run_stage(self, stage: Stage, key: str) -> None:
+    def _run_stage(self, stage: Stage, key: str, lock: Lock) -> None:
         log = self._output / "logs" / f"{stage.name}.log"
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--output {self._output} cannot be written: {error.strerror}; name a folder"
-            ) from error
+        log.parent.mkdir(exist_ok=True)
         spent = read_record(self._output, stage.name)
         if spent is not None and (spent.key != key or spent.state == "done"):
             spent = None
@@ -140,7 +159,7 @@ class Runner:
             for command, text in zip(stage.commands, record.commands, strict=True):
                 stream.write(f"$ {text}\n".encode())
                 stream.flush()
-                code = self._run_command(command, stage.environment, stream.fileno())
+                code = self._run_command(command, stage.environment, stream.fileno(), lock)
                 if code != 0:
                     raise StageError(self._explain(stage, text, code, log))
             missing = [path for path in stage.outputs if not path.exists()]
@@ -165,7 +184,9 @@ class Runner:
             self._write(record.model_copy(update=result | took))
         self._display.finish(stage, seconds, peak)
 
-    def _run_command(self, command: Sequence[str], environment: Mapping[str, str], log: int) -> int:
+    def _run_command(
+        self, command: Sequence[str], environment: Mapping[str, str], log: int, lock: Lock
+    ) -> int:
         """Exit code of one command; `_peak_memory` grows to what it and its children held."""
         try:
             process = subprocess.Popen(
@@ -175,6 +196,8 @@ class Runner:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A command that outlives a killed runner keeps the next one out.
+                pass_fds=(lock.handle,),
             )
         except FileNotFoundError as error:
             raise UserError(

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from helpers import run_command_line
 from rich.console import Console
@@ -21,6 +27,7 @@ from launch.workflow.display import Display
 from launch.workflow.plan import moved
 from launch.workflow.runner import Runner, StageError, log_tail, read_record, with_free_port
 from launch.workflow.stage import Stage
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.recipe import load_recipe
 
 
@@ -186,6 +193,71 @@ def test_an_interrupted_stage_leaves_no_process_behind(
     assert record.state == "failed"
     assert record.seconds > 0
     assert record.peak_memory_bytes > 0
+
+
+SLEEPING = Stage("sleep", "Sleep", (("sh", "-c", "echo $$ > out/pid; exec sleep 600"),))
+# A command of one stage, as a terminal's foreground process has it.
+COMMAND = """
+import argparse, sys
+from pathlib import Path
+from launch.workflow import command
+from launch.workflow.stage import Stage
+command.ROOT = Path.cwd()
+options = argparse.Namespace(until=None, list=False)
+sys.exit(command.run_stages(options, Path("out"), lambda _: [{stage!r}], lambda *_: None))
+"""
+
+
+@pytest.fixture
+def sleeping(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], psutil.Process]]:
+    """A command that runs a stage, and the stage's process."""
+    code = COMMAND.format(stage=SLEEPING)
+    root = str(Path(__file__).resolve().parents[2])
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": root}
+    )
+    pid = tmp_path / "out/pid"
+    while not (pid.exists() and pid.read_text()):
+        assert command.poll() is None
+        time.sleep(0.05)
+    stage = psutil.Process(int(pid.read_text()))
+    yield command, stage
+    for process in (command, stage):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    command.wait()
+
+
+def has_ended(process: psutil.Process) -> bool:
+    # Nobody may wait for a process whose parent is gone.
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_told_to_end_or_loses_its_terminal_ends_its_stage(
+    sleeping: tuple[subprocess.Popen[bytes], psutil.Process], number: int
+) -> None:
+    command, stage = sleeping
+    for _ in range(2):
+        command.send_signal(number)
+    assert command.wait(30) == 128 + number
+    assert has_ended(stage)
+
+
+def test_no_second_command_works_beside_a_stage_even_if_the_first_was_killed(
+    runner: Runner, sleeping: tuple[subprocess.Popen[bytes], psutil.Process]
+) -> None:
+    command, stage = sleeping
+    with pytest.raises(UserError, match=r"--output out: another command is at work there"):
+        runner.run([SLEEPING])
+    command.kill()
+    command.wait()
+    with pytest.raises(UserError, match=r"or a stage of one that was killed"):
+        runner.run([SLEEPING])
+    stage.kill()
+    while not has_ended(stage):
+        time.sleep(0.05)
+    runner.run([replace(SLEEPING, commands=(("true",),))])
 
 
 def test_two_runs_on_one_machine_take_two_ports(monkeypatch: pytest.MonkeyPatch) -> None:
