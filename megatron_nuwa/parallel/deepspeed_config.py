@@ -18,22 +18,22 @@ FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
 
 
 class _Watched(dict[str, Any]):
-    """A dictionary that remembers which keys were asked for."""
+    """A dictionary that remembers which keys were asked for, and in which order."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         super().__init__(values)
-        self.asked: set[str] = set()
+        self.asked: list[str] = []
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.asked.add(key)
+        self.asked.append(key)
         return super().get(key, default)
 
     def __contains__(self, key: object) -> bool:
-        self.asked.add(str(key))
+        self.asked.append(str(key))
         return super().__contains__(key)
 
     def __getitem__(self, key: str) -> Any:
-        self.asked.add(key)
+        self.asked.append(key)
         return super().__getitem__(key)
 
 
@@ -45,19 +45,23 @@ def check_deepspeed_config(config: Mapping[str, Any], origin: str) -> None:
     in later may be missing.
     """
     import_deepspeed()
-    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
     watched = _Watched({"train_micro_batch_size_per_gpu": 1, **config})
     try:
         DeepSpeedConfig(watched)
     except ValidationError as error:
-        raise UserError(f"{origin}: DeepSpeed refuses it: {_explain(error, config)}") from error
+        reason = _explain(error, config, watched.asked[-1])
+        raise UserError(f"{origin}: DeepSpeed refuses it: {reason}") from error
+    except (DeepSpeedConfigError, AttributeError) as error:
+        # A key that was removed, or a value that is no group; both come when the key is asked for.
+        raise UserError(f"{origin}: DeepSpeed refuses '{watched.asked[-1]}': {error}") from error
     except (AssertionError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{origin}: DeepSpeed refuses it: {reason}") from error
     for key in config:
         if key not in watched.asked:
-            near = difflib.get_close_matches(key, sorted(watched.asked), n=1)
+            near = difflib.get_close_matches(key, sorted(set(watched.asked)), n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise UserError(f"{origin}: DeepSpeed does not know the key '{key}'{hint}")
 
@@ -80,13 +84,14 @@ def communication_dtype(config: Mapping[str, Any]) -> str | None:
     return "fp32" if is_bf16 and is_once and accumulated in FP32_NAMES else None
 
 
-def _explain(error: ValidationError, config: Mapping[str, Any]) -> str:
-    """The mistake, with the section that it is in, which DeepSpeed's models do not know."""
-    inner = error.errors()[0]["loc"][:1]
-    sections = [
-        name
-        for name, section in config.items()
-        if isinstance(section, Mapping) and inner and inner[0] in section
-    ]
-    name = sections[0] if len(sections) == 1 else ""
-    return explain(error, config.get(name, {}), section=name)
+def _explain(error: ValidationError, config: Mapping[str, Any], reading: str) -> str:
+    """The mistake, with the section that it is in, which DeepSpeed's models do not know.
+
+    `reading` is the key that DeepSpeed asked for last.
+    """
+    section = config.get(reading)
+    if isinstance(section, Mapping) and any(
+        set(e["loc"][:1]) & set(section) for e in error.errors()
+    ):
+        return explain(error, section, section=reading)
+    return explain(error, config)

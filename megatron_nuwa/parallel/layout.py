@@ -17,6 +17,20 @@ from megatron_nuwa.mistakes import found
 from megatron_nuwa.models.nuwa import NuwaConfig
 
 Precision = Literal["fp32", "bf16", "fp16"]
+# DeepSpeed's own names.
+GradientDtype = Literal[
+    "fp32",
+    "float32",
+    "float",
+    "torch.float32",
+    "bf16",
+    "bfloat16",
+    "torch.bfloat16",
+    "fp16",
+    "float16",
+    "half",
+    "torch.float16",
+]
 
 # What the recipe decides must not be decided a second time in the layout file.
 _OWNED_BY_RECIPE = {
@@ -27,13 +41,15 @@ _OWNED_BY_RECIPE = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
     "tensorboard": "run",
+    "activation_checkpointing": "training.checkpoint_activations",
 }
 # DeepSpeed's own words for what the key 'parallel' says.
 _OWNED_BY_PARALLEL = ("pipeline", "tensor_parallel")
 _OFFLOAD_KEYS = ("offload_optimizer", "offload_param")
 # DeepSpeed reads both names.
 _BF16_KEYS = ("bf16", "bfloat16")
-_GROUPS = ("zero_optimization", "fp16", "data_types", *_BF16_KEYS)
+_PRECISIONS = ("fp16", *_BF16_KEYS)
+_GROUPS = ("zero_optimization", "data_types", *_PRECISIONS)
 _SHOWN_LAYOUTS = 3
 
 
@@ -45,6 +61,12 @@ class ParallelSettings(Settings):
     sequence_parallel: bool = False
     # What the pipeline's stages are balanced by.
     cut: Literal["flops", "measured", "uniform"] = "flops"
+
+
+class DataTypes(Settings):
+    """The key 'data_types', of which DeepSpeed would ignore what it does not know."""
+
+    grad_accum_dtype: GradientDtype | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,8 @@ class Layout:
 def read_layout(path: Path) -> tuple[ParallelSettings, dict[str, Any]]:
     """The key 'parallel' of a layout file, and the rest, which is DeepSpeed's.
 
-    Raises `UserError` for a file that cannot be read or that repeats what the recipe says.
+    Raises `UserError` for a file that cannot be read or that repeats what the recipe says, and for
+    a precision that DeepSpeed would read in another way, or ignore.
     """
     try:
         # Some editors begin a file with a byte-order mark.
@@ -106,6 +129,17 @@ def read_layout(path: Path) -> tuple[ParallelSettings, dict[str, Any]]:
                 f"DeepSpeed config {path}: {key} must be a group of fields, not "
                 f"{found(layout[key])}"
             )
+    for key in _PRECISIONS:
+        # DeepSpeed takes 1 for true and "auto" for false.
+        enabled = layout.get(key, {}).get("enabled", False)
+        if not isinstance(enabled, bool):
+            raise UserError(
+                f"DeepSpeed config {path}: {key}.enabled must be true or false, not "
+                f"{found(enabled)}"
+            )
+    parse_settings(
+        DataTypes, layout.get("data_types", {}), f"DeepSpeed config {path}, 'data_types'"
+    )
     parallel = layout.pop("parallel", {})
     settings = parse_settings(ParallelSettings, parallel, f"DeepSpeed config {path}, 'parallel'")
     return settings, layout

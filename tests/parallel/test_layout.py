@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from helpers import ROOT
@@ -16,6 +16,7 @@ from megatron_nuwa.models.nuwa import NuwaConfig
 from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config, communication_dtype
 from megatron_nuwa.parallel.groups import import_deepspeed
 from megatron_nuwa.parallel.layout import (
+    GradientDtype,
     ParallelSettings,
     bf16_settings,
     check_layout,
@@ -198,6 +199,30 @@ def test_a_layout_may_choose_in_what_gradients_are_summed() -> None:
         ({"zero_optimization": {"stage": 7}}, "refuses it: zero_optimization.stage must be 0, 1"),
         ({"bf16": {"enable": True}}, "unknown key 'bf16.enable'"),
         ({"bf16": {"enabled": True, "loss_scale": 4}}, "loss_scale"),
+        # The same field stands in two sections.
+        (
+            {"bf16": {"enabled": True}, "compile": {"enabled": True}},
+            "unknown key 'compile.enabled'",
+        ),
+        (
+            {"bf16": {"enabled": True}, "fp16": {"enabled": "maybe"}},
+            "fp16.enabled must be true or false, not 'maybe'",
+        ),
+        # DeepSpeed reads them together.
+        (
+            {"bf16": {"enabled": True}, "wandb": {"enabled": "maybe"}},
+            "wandb.enabled must be true or false, not 'maybe'",
+        ),
+        ({"checkpoint": 5}, "refuses 'checkpoint'"),
+        # Keys that older guides use.
+        *(
+            ({key: {"enabled": True}}, f"refuses '{key}': ")
+            for key in (
+                *("elasticity", "nebula", "amp", "curriculum_learning", "eigenvalue"),
+                *("sparse_attention", "quantize_training", "compression_training"),
+            )
+        ),
+        ({"sparse_gradients": False}, "refuses 'sparse_gradients': "),
     ],
 )
 def test_what_deepspeed_would_ignore_or_refuse_is_named(
@@ -207,6 +232,15 @@ def test_what_deepspeed_would_ignore_or_refuse_is_named(
         check_deepspeed_config({**ZERO1, **change}, "layout.json")
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_gradients_may_be_summed_in_what_deepspeed_has_names_for() -> None:
+    import_deepspeed()
+    from deepspeed.runtime.config import DtypeEnum
+
+    named = DtypeEnum._value2member_map_.items()
+    words = {name for name, dtype in named if isinstance(name, str) and dtype != DtypeEnum.int8}
+    assert set(get_args(GradientDtype)) == words
 
 
 @pytest.mark.parametrize(
@@ -219,6 +253,15 @@ def test_what_deepspeed_would_ignore_or_refuse_is_named(
         ('{"parallel": {"pipelines": 2}}', "did you mean 'pipeline'?"),
         ('{"parallel": {"tensor": 0}}', "tensor must be at least 1, not 0"),
         ('{"bf16": true}', "bf16 must be a group of fields, not true"),
+        ('{"bf16": {"enabled": 1}}', "bf16.enabled must be true or false, not 1"),
+        ('{"bfloat16": {"enabled": "auto"}}', "bfloat16.enabled must be true or false, not 'auto'"),
+        ('{"fp16": {"enabled": null}}', "fp16.enabled must be true or false, not null"),
+        ('{"data_types": {"grad_accum_dtyp": "fp32"}}', "did you mean 'grad_accum_dtype'?"),
+        ('{"data_types": {"grad_accum_dtype": "fp33"}}', "grad_accum_dtype must be 'fp32', "),
+        (
+            '{"activation_checkpointing": {"partition_activations": true}}',
+            "'activation_checkpointing' is set by the recipe's training.checkpoint_activations",
+        ),
         ('{"parallel": 2}', "'parallel'"),
     ],
 )
