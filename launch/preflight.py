@@ -18,12 +18,12 @@ from megatron_nuwa.command_line import (
     example_in,
     number,
 )
-from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
-from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
+from megatron_nuwa.parallel.layout import Layout
 from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.preflight import Findings, examine
+from megatron_nuwa.training.preparing import read_whole_layout
 from megatron_nuwa.training.processes import join_processes
-from megatron_nuwa.training.recipe import Recipe, load_recipe
+from megatron_nuwa.training.recipe import load_recipe
 
 _LOG_WIDTH = 120
 
@@ -45,17 +45,6 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_local_rank(parser)
     return parser.parse_intermixed_args()
-
-
-def read_inputs(arguments: argparse.Namespace, ranks: int) -> tuple[Recipe, Layout]:
-    """The recipe and its layout over `ranks` processes."""
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
-    recipe.require("run", "model", "data")
-    assert recipe.model is not None
-    path = arguments.deepspeed_config or recipe.training.deepspeed_config
-    settings, deepspeed = read_layout(path)
-    check_deepspeed_config(deepspeed, f"DeepSpeed config {path}")
-    return recipe, check_layout(settings, deepspeed, recipe.model, ranks)
 
 
 def findings_table(findings: Findings) -> Table:
@@ -100,9 +89,11 @@ def main() -> None:
     """Run one process of the preflight."""
     arguments = parse_arguments()
     with join_processes() as processes:
-        recipe, layout = processes.first_then_all(
-            lambda: read_inputs(arguments, processes.world_size)
+        recipe = processes.first_then_all(
+            lambda: load_recipe(arguments.recipe, arguments.overrides)
         )
+        path = arguments.deepspeed_config or recipe.training.deepspeed_config
+        layout, _ = read_whole_layout(recipe, path, processes)
         needed = None if arguments.gib_needed is None else int(arguments.gib_needed * 2**30)
         findings = examine(recipe, layout, processes, bytes_needed=needed, measure_alone=True)
         if processes.is_first:

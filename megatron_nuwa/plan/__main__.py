@@ -22,6 +22,7 @@ from megatron_nuwa.command_line import (
 )
 from megatron_nuwa.errors import run_command
 from megatron_nuwa.files import write_text_atomically
+from megatron_nuwa.parallel.deepspeed_config import check_deepspeed_config
 from megatron_nuwa.parallel.layout import read_layout
 from megatron_nuwa.plan.candidates import Machine, all_candidates, judge_chosen
 from megatron_nuwa.plan.devices import DEVICES, device_named
@@ -37,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = Machine(device_named(options.device), options.gpus, options.gpus_per_node)
     recipe = load_recipe(options.recipe, options.overrides)
     recipe.require("model", "data")
-    settings, deepspeed = read_layout(options.deepspeed_config or recipe.training.deepspeed_config)
+    path = options.deepspeed_config or recipe.training.deepspeed_config
+    settings, deepspeed = read_layout(path)
+    check_deepspeed_config(deepspeed, f"DeepSpeed config {path}")
     chosen = judge_chosen(recipe, settings, deepspeed, machine)
     candidates = all_candidates(recipe, settings, deepspeed, machine)
     console = Console()

@@ -19,6 +19,8 @@ from megatron_nuwa.plan.workload import (
     micro_batches,
     task_grid,
 )
+from megatron_nuwa.training.compiling import check_compilable
+from megatron_nuwa.training.inputs import check_batches
 from megatron_nuwa.training.recipe import Recipe
 
 _RECOMPUTATIONS: tuple[Recomputation, ...] = ("none", "selective", "layer")
@@ -118,8 +120,8 @@ def judge_chosen(
 ) -> Judged:
     """The layout that the recipe and its layout file ask for; `UserError` for one that cannot."""
     assert recipe.data is not None
-    assert recipe.model is not None
-    layout = check_layout(settings, deepspeed, recipe.model, machine.gpus)
+    layout = _checked(recipe, settings, deepspeed, machine)
+    check_batches(recipe.data, layout.data)
     return judge(
         recipe,
         layout,
@@ -157,9 +159,8 @@ def all_candidates(
 def _of_one_layout(
     recipe: Recipe, settings: ParallelSettings, deepspeed: Mapping[str, Any], machine: Machine
 ) -> list[Judged]:
-    assert recipe.model is not None
     try:
-        layout = check_layout(settings, deepspeed, recipe.model, machine.gpus)
+        layout = _checked(recipe, settings, deepspeed, machine)
     except UserError:
         return []
     found = []
@@ -173,6 +174,15 @@ def _of_one_layout(
         if judged:
             found.append(min(judged, key=_rank))
     return found
+
+
+def _checked(
+    recipe: Recipe, settings: ParallelSettings, deepspeed: Mapping[str, Any], machine: Machine
+) -> Layout:
+    assert recipe.model is not None
+    layout = check_layout(settings, deepspeed, recipe.model, machine.gpus)
+    check_compilable(recipe.training, layout)
+    return layout
 
 
 def _micro_batch_sizes(recipe: Recipe, replicas: int) -> list[int | None]:

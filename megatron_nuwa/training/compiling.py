@@ -13,18 +13,35 @@ from megatron_nuwa.training.recipe import TrainingSettings
 
 def check_compile(settings: TrainingSettings, layout: Layout, device: torch.device) -> None:
     """`UserError` where the recipe asks for compiled layers and they cannot be had."""
-    reason = _why_not(settings, layout, device) if settings.compile else None
+    check_compilable(settings, layout)
+    reason = _why_not(layout, device) if settings.compile else None
     if reason is not None:
-        raise UserError(f"training.compile: {reason}; set it to false")
+        raise _refusal(reason)
 
 
-def _why_not(settings: TrainingSettings, layout: Layout, device: torch.device) -> str | None:
+def check_compilable(settings: TrainingSettings, layout: Layout) -> None:
+    """`UserError` where the recipe asks for compiled layers and no device has them."""
+    if not settings.compile:
+        return
     if layout.tensor > 1:
-        return f"layers that are split over processes (parallel.tensor {layout.tensor}) have none"
+        raise _refusal(
+            f"layers that are split over processes (parallel.tensor {layout.tensor}) have none"
+        )
     if layout.zero_stage == 3:
-        return "ZeRO stage 3 gathers weights in the middle of a layer, which cannot be compiled"
+        raise _refusal(
+            "ZeRO stage 3 gathers weights in the middle of a layer, which cannot be compiled"
+        )
     if settings.norm == "apex":
-        return "training.norm 'apex' keeps the compiler from fusing norms with their neighbours"
+        raise _refusal(
+            "training.norm 'apex' keeps the compiler from fusing norms with their neighbours"
+        )
+
+
+def _refusal(reason: str) -> UserError:
+    return UserError(f"training.compile: {reason}; set it to false")
+
+
+def _why_not(layout: Layout, device: torch.device) -> str | None:
     if device.type == "cuda":
         return None if has_triton() else "Triton, which compiles for GPUs, is missing or too old"
     if layout.precision != "fp32":

@@ -33,15 +33,14 @@ class Inputs:
     sketch_vqgan: Vqgan | None = None
 
 
-def open_inputs(recipe: Recipe, replicas: int) -> Inputs:
-    """Open everything that the recipe names, for a number of data-parallel replicas.
+def open_inputs(recipe: Recipe) -> Inputs:
+    """Open everything that the recipe names.
 
     Raises `UserError` for the first thing that does not fit.
     """
     assert recipe.tokenizers is not None
     assert recipe.data is not None
     assert recipe.model is not None
-    check_batches(recipe.data, replicas)
     vqgan = load_vqgan(recipe.tokenizers.vqgan)
     if vqgan.config.classes is not None:
         raise UserError(

@@ -12,7 +12,7 @@ from megatron_nuwa.parallel.layout import Layout, check_layout, read_layout
 from megatron_nuwa.training import resume
 from megatron_nuwa.training.compiling import check_compile
 from megatron_nuwa.training.fine_tuning import StartWeights, find_source, fit
-from megatron_nuwa.training.inputs import Inputs, open_inputs
+from megatron_nuwa.training.inputs import Inputs, check_batches, open_inputs
 from megatron_nuwa.training.name_patterns import check_frozen
 from megatron_nuwa.training.preflight import preflight
 from megatron_nuwa.training.processes import Processes
@@ -41,10 +41,12 @@ def read_whole_layout(
     def read() -> tuple[Layout, dict[str, Any]]:
         recipe.require("run", "model", "tokenizers", "data")
         assert recipe.model is not None
+        assert recipe.data is not None
         settings, config = read_layout(layout_path)
         check_deepspeed_config(config, f"DeepSpeed config {layout_path}")
         layout = check_layout(settings, config, recipe.model, processes.world_size)
         check_compile(recipe.training, layout, processes.device)
+        check_batches(recipe.data, layout.data)
         return layout, config
 
     return processes.first_then_all(read)
@@ -67,7 +69,7 @@ def prepare(
     def check() -> tuple[Inputs, resume.Start, StartWeights | None]:
         assert recipe.model is not None
         check_frozen(recipe.optimizer.frozen, recipe.model)
-        inputs = open_inputs(recipe, layout.data)
+        inputs = open_inputs(recipe)
         description = resume.describe(recipe, layout, config, inputs)
         start = resume.find_start(recipe, description, found)
         return inputs, start, fit(source, recipe, inputs)

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import queue
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from helpers import ROOT, SmallWorld
+from helpers import ROOT, SmallWorld, lone_process
 from preflight_scenes import HOSTS, SCENES, Outcome, play
 
+from launch import preflight
+from megatron_nuwa.errors import UserError, run_command
+from megatron_nuwa.plan.__main__ import main as plan
 from megatron_nuwa.training.launcher import free_port
+from megatron_nuwa.training.preparing import read_whole_layout
+from megatron_nuwa.training.recipe import load_recipe
 from megatron_nuwa.training.speed_probe import Speeds, link_rounds, slow_parts
 
 Outcomes = dict[str, list[Outcome]]
@@ -188,6 +195,39 @@ def test_rounds_give_every_process_one_partner_at_a_time(nodes: int, slots: int)
         assert slots == 1 or any(hosts[partner] == host for partner in partners)
         assert nodes == 1 or any(hosts[partner] != host for partner in partners)
     assert len(rounds) <= 6
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ({"zero_optimization": {"stage": 3}}, ["training.compile=true"]),
+        ({"zero_optimization": {"stage": 1}}, ["data.accumulation=3"]),
+        ({"zero_optimization": {"stage": 1}, "bf61": {"enabled": True}}, []),
+    ],
+    ids=["compile", "batch", "misspelt"],
+)
+def test_preflight_and_plan_refuse_what_the_run_refuses(
+    small_world: SmallWorld,
+    layout: dict[str, Any],
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "layout.json"
+    path.write_text(json.dumps(layout))
+    recipe = load_recipe(small_world.recipe, options)
+    with pytest.raises(UserError) as refusal:
+        read_whole_layout(recipe, path, lone_process())
+    arguments = [str(small_world.recipe), *options, "--deepspeed_config", str(path)]
+
+    monkeypatch.setattr(preflight, "join_processes", lambda: nullcontext(lone_process()))
+    monkeypatch.setattr(sys, "argv", ["launch/preflight.py", *arguments])
+    assert run_command(preflight.main) == 2
+    assert capsys.readouterr().err == f"error: {refusal.value}\n"
+    machine = ["--gpus", "1", "--device", "cpu"]
+    assert run_command(lambda: plan([*arguments, *machine])) == 2
+    assert capsys.readouterr().err == f"error: {refusal.value}\n"
 
 
 def test_a_taken_port_and_a_missing_process_are_named(tmp_path: Path) -> None:
