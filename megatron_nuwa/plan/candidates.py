@@ -94,10 +94,9 @@ def judge_batches(
 
 def _judge(step: Step, machine: Machine, micro_batch_tokens: int | None) -> Judged:
     layout = step.layout
-    costs = unit_costs(step)
     # A cut by measured times is not known beforehand; counted FLOPs stand for it.
-    balanced = [1.0] * len(costs) if layout.cut == "uniform" else costs
-    bounds = tuple(cut(balanced, layout.pipeline))
+    by = "flops" if layout.cut == "measured" else layout.cut
+    bounds = tuple(cut(unit_costs(step, by), layout.pipeline))
     links = Links(layout, machine.device, machine.gpus_per_node)
     traffic = tuple(communication(step, bounds, links))
     stage, memory = fullest_stage(step, bounds, machine.device)

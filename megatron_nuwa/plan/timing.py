@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_nuwa.models.flops import unit_names
-from megatron_nuwa.parallel.units import Recomputation
 from megatron_nuwa.plan.communication import Links, Traffic, boundary_bytes
 from megatron_nuwa.plan.memory import Step, layer_of
 from megatron_nuwa.plan.parameters import unit_parameters
 from megatron_nuwa.plan.state import partition
 from megatron_nuwa.plan.workload import MicroBatch, sample_flops
+from megatron_nuwa.training.costs import counted_costs, is_layer, passes
 
 _DAY = 86_400
 # Adam reads gradient, weight and two moments and writes three of them, all fp32.
@@ -51,19 +51,15 @@ def step_flops(step: Step) -> tuple[int, int, int]:
         units = sample_flops(step.config, batch)
         forward += batch.samples * sum(units)
         if step.recomputation == "layer":
-            layers = (f for n, f in zip(names, units, strict=True) if _is_layer(n))
+            layers = (f for n, f in zip(names, units, strict=True) if is_layer(n))
             recomputed += batch.samples * sum(layers)
     return forward, 2 * forward, recomputed
 
 
-def unit_costs(step: Step) -> list[float]:
-    """FLOPs a step of each unit, backward and repeated passes included."""
-    names = unit_names(step.config)
-    costs = [0.0] * len(names)
-    for batch in step.micro_batches:
-        for index, flops in enumerate(sample_flops(step.config, batch)):
-            costs[index] += batch.samples * flops * _passes(names[index], step.recomputation)
-    return costs
+def unit_costs(step: Step, by: str = "flops") -> list[float]:
+    """Costs of the units in a step, as the run counts them."""
+    work = ((batch.task, batch.grid, batch.samples) for batch in step.micro_batches)
+    return counted_costs(step.config, work, by, step.recomputation)
 
 
 def timing(step: Step, bounds: Sequence[int], links: Links, traffic: Sequence[Traffic]) -> Timing:
@@ -126,8 +122,8 @@ def _stage_seconds(step: Step, bounds: Sequence[int], stage: int, links: Links) 
             # However few the tokens, the weights are read once a pass; look-ups read few rows.
             read = parameters[unit].local(layout.tensor) * size / device.memory_bandwidth
             floor = 0.0 if names[unit] == "embedding" else read
-            total += max(work, floor) * _passes(names[unit], step.recomputation)
-            if step.recomputation == "selective" and _is_layer(names[unit]):
+            total += max(work, floor) * passes(names[unit], step.recomputation)
+            if step.recomputation == "selective" and is_layer(names[unit]):
                 layer = layer_of(step, names[unit], batch)
                 again = layer.saved - layer.kept("selective")
                 total += batch.samples * _TOUCHES * again / device.memory_bandwidth
@@ -147,11 +143,3 @@ def _update_seconds(step: Step, bounds: Sequence[int], links: Links) -> float:
     accumulated = len(step.micro_batches) * largest if layout.precision != "fp32" else 0
     moved = _UPDATE_BYTES * share + _ACCUMULATE_BYTES * accumulated
     return moved / links.device.memory_bandwidth
-
-
-def _passes(name: str, recomputation: Recomputation) -> int:
-    return 4 if recomputation == "layer" and _is_layer(name) else 3
-
-
-def _is_layer(name: str) -> bool:
-    return name.startswith(("encoder.", "decoder."))

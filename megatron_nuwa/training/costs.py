@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -14,11 +14,10 @@ from megatron_nuwa.data.batches import TaskName, context_of
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import unit_flops, unit_names
 from megatron_nuwa.models.nuwa import Context, Nuwa, NuwaConfig
-from megatron_nuwa.parallel.units import Flow, Units
+from megatron_nuwa.parallel.units import Flow, Recomputation, Units
 from megatron_nuwa.training.recipe import Recipe
 
 _REPEATS = 3
-_TRAINING_PASSES = 3
 
 
 def unit_costs(
@@ -26,37 +25,61 @@ def unit_costs(
 ) -> list[float]:
     """Costs of `unit_names`, over one step's samples of every task; no sketches are dropped.
 
-    `by` is "flops" (counted, forward and backward), "measured" (seconds on the first process,
-    which every process then gets) or "uniform" (1 a layer).
+    `by` is "measured" (seconds on the first process, which every process then gets), or one of
+    those of `counted_costs`.
     """
     assert recipe.model is not None
     assert recipe.data is not None
-    names = unit_names(recipe.model)
-    if by == "uniform":
-        return [1.0 if "." in name else 0.0 for name in names]
-    totals = [0.0] * len(names)
+    recompute = recipe.training.checkpoint_activations
+    samples = {task: recipe.data.tasks[task].batch_size for task in grids}
+    if by != "measured":
+        work = ((task, grid, samples[task]) for task, grid in grids.items())
+        return counted_costs(recipe.model, work, by, recompute)
+    totals = [0.0] * len(unit_names(recipe.model))
     for task, grid in grids.items():
-        samples = recipe.data.tasks[task].batch_size
-        costs = (
-            _measured(recipe.model, task, grid, device)
-            if by == "measured"
-            else _counted(recipe.model, task, grid)
-        )
-        totals = [total + samples * cost for total, cost in zip(totals, costs, strict=True)]
+        costs = _measured(recipe.model, task, grid, recompute, device)
+        totals = [total + samples[task] * cost for total, cost in zip(totals, costs, strict=True)]
     return totals
 
 
-def _counted(config: NuwaConfig, task: TaskName, grid: Grid) -> list[float]:
-    counted = unit_flops(config, *context_of(task, grid), grid)
-    return [_TRAINING_PASSES * flops for flops in counted]
+def counted_costs(
+    config: NuwaConfig,
+    work: Iterable[tuple[TaskName, Grid, int]],
+    by: str,
+    recompute: Recomputation,
+) -> list[float]:
+    """Costs of `unit_names` over the samples of `work`, a number for each task and target grid.
+
+    `by` is "flops" (forward, backward and repeated passes) or "uniform" (1 a layer).
+    """
+    names = unit_names(config)
+    if by == "uniform":
+        return [float(is_layer(name)) for name in names]
+    totals = [0.0] * len(names)
+    for task, grid, samples in work:
+        for unit, flops in enumerate(unit_flops(config, *context_of(task, grid), grid)):
+            totals[unit] += samples * flops * passes(names[unit], recompute)
+    return totals
 
 
-def _measured(config: NuwaConfig, task: TaskName, grid: Grid, device: torch.device) -> list[float]:
+def passes(name: str, recompute: Recomputation) -> int:
+    """How often a step does the work of a unit's forward pass; backward counts as two."""
+    return 4 if recompute == "layer" and is_layer(name) else 3
+
+
+def is_layer(name: str) -> bool:
+    """Whether a unit is a layer of the encoder or the decoder, which can be recomputed."""
+    return name.startswith(("encoder.", "decoder."))
+
+
+def _measured(
+    config: NuwaConfig, task: TaskName, grid: Grid, recompute: Recomputation, device: torch.device
+) -> list[float]:
     """Seconds of forward and backward of one sample: one layer of each kind stands for all."""
     times: dict[str, list[float]] = {}
     if dist.get_rank() == 0:
         small = config.model_copy(update={"encoder_layers": 1, "decoder_layers": 1})
-        units = Units(Nuwa(small).to(device))
+        units = Units(Nuwa(small).to(device), recompute)
         for _ in range(_REPEATS + 1):
             for name, seconds in _times(units, task, grid, device).items():
                 times.setdefault(name, []).append(seconds)

@@ -6,23 +6,27 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from helpers import ROOT
 
-from megatron_nuwa.data.batches import TEXT_GRID
+from megatron_nuwa.data.batches import TEXT_GRID, TaskName
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
 from megatron_nuwa.models.flops import forward_flops, training_flops
 from megatron_nuwa.models.nuwa import NuwaConfig
+from megatron_nuwa.parallel.cut import cut
 from megatron_nuwa.parallel.layout import Layout, ParallelSettings, check_layout
 from megatron_nuwa.parallel.units import Recomputation
-from megatron_nuwa.plan.candidates import Judged, Machine, all_candidates, judge
+from megatron_nuwa.plan.candidates import Judged, Machine, all_candidates, judge, judge_chosen
 from megatron_nuwa.plan.communication import Links, boundary_bytes, communication
 from megatron_nuwa.plan.devices import DEVICES, GIB
 from megatron_nuwa.plan.memory import Step
 from megatron_nuwa.plan.parameters import parameter_counts
 from megatron_nuwa.plan.report import task_figures
 from megatron_nuwa.plan.timing import days, pipelined, step_flops
-from megatron_nuwa.plan.workload import MicroBatch, micro_batches
+from megatron_nuwa.plan.workload import MicroBatch, micro_batches, task_grid
+from megatron_nuwa.training.costs import counted_costs
+from megatron_nuwa.training.costs import unit_costs as run_costs
 from megatron_nuwa.training.recipe import Recipe, load_recipe
 
 A100 = DEVICES["a100-80gb"]
@@ -212,6 +216,32 @@ def test_step_time_and_mfu_of_one_gpu(paper: Recipe, deepspeed: dict[str, Any]) 
     )
     assert 1.25 < again.timing.compute / found.timing.compute < 1.34
     assert again.memory.total < found.memory.total
+
+
+@pytest.mark.parametrize("recomputation", ["none", "layer"])
+@pytest.mark.parametrize("by", ["flops", "uniform"])
+@pytest.mark.parametrize("pipeline", [2, 4, 8])
+def test_a_pipeline_is_cut_where_the_run_cuts_it(
+    paper: Recipe, deepspeed: dict[str, Any], pipeline: int, by: Any, recomputation: Recomputation
+) -> None:
+    training = paper.training.model_copy(update={"checkpoint_activations": recomputation})
+    recipe = paper.model_copy(update={"training": training})
+    assert recipe.model is not None
+    assert recipe.data is not None
+    settings = ParallelSettings(pipeline=pipeline, cut=by)
+    chosen = judge_chosen(recipe, settings, deepspeed, Machine(A100, 16, 8))
+    grids = {task: task_grid(recipe.model, task) for task in recipe.data.tasks}
+    costs = run_costs(recipe, grids, by, torch.device("cpu"))
+    assert list(chosen.bounds) == cut(costs, pipeline)
+
+
+def test_layers_that_are_recomputed_weigh_a_pass_more(paper: Recipe) -> None:
+    assert paper.model is not None
+    work: list[tuple[TaskName, Grid, int]] = [("t2v", VIDEO, 1)]
+    once = counted_costs(paper.model, work, "flops", "none")
+    again = counted_costs(paper.model, work, "flops", "layer")
+    assert again[1:-1] == pytest.approx([4 / 3 * cost for cost in once[1:-1]])
+    assert (again[0], again[-1]) == (once[0], once[-1])
 
 
 def test_micro_batches_divide_a_replicas_share(paper: Recipe) -> None:
