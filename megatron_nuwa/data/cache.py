@@ -30,9 +30,9 @@ _POLL_SECONDS = 0.05
 class ShardCache:
     """Files by their sha256, the least recently opened ones leaving first.
 
-    At no moment do the files in the folder, with the room that arriving ones will take, exceed
-    `max_bytes`. A file that leaves while a reader maps it stays readable; the system frees its
-    blocks when the last such reader lets go.
+    At no moment do its files in the folder, with the room that arriving ones will take, exceed
+    `max_bytes`; what others keep there is neither counted nor touched. A file that leaves while a
+    reader maps it stays readable; the system frees its blocks when the last such reader lets go.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 PART = ".part"
+# A whole file by its sha256, or an arriving one by its bytes, too. All others are somebody else's.
+_OURS = re.compile(rf"[0-9a-f]{{64}}(?:\.([0-9]+){re.escape(PART)})?")
 _TABLES = (
     "CREATE TABLE files (name TEXT PRIMARY KEY, bytes INTEGER, opened INTEGER) WITHOUT ROWID",
     "CREATE INDEX files_by_age ON files (opened)",
@@ -19,11 +22,12 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CacheIndex:
-    """Sizes of whole and of arriving files, and when each was opened, at the earliest.
+    """Sizes of whole and of arriving shards, and when each was opened, at the earliest.
 
     Whoever calls anything here holds the lock of the cache's room. Every change of the folder's
     entries changes its time: where that is not the one noted at the last change (a process was
     killed amid one, somebody removed a file, the machine was started anew), the folder is listed.
+    Files of others in it are passed over.
     """
 
     def __init__(self, folder: Path, file: Path) -> None:
@@ -118,10 +122,11 @@ class CacheIndex:
         self._rows.execute("INSERT INTO state VALUES (0, '')")
         with os.scandir(self._folder) as entries:
             for entry in entries:
+                ours = _OURS.fullmatch(entry.name)
                 with contextlib.suppress(FileNotFoundError):
-                    if entry.name.endswith(PART):
-                        self.add_arrival(entry.name, int(entry.name.split(".")[1]))
-                    elif entry.is_file():
+                    if ours and ours[1]:
+                        self.add_arrival(entry.name, int(ours[1]))
+                    elif ours and entry.is_file():
                         self.add(entry.name)
 
     def _remove(self) -> None:

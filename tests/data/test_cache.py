@@ -327,6 +327,23 @@ def test_the_bound_holds_whatever_became_of_the_index(
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_files_of_others_in_the_folder_stay_while_shards_come_and_go(tmp_path: Path) -> None:
+    others = ["thesis.tex", "x.iso.part", "a.1000.part", "ab" * 32 + ".tar", "AB" * 32]
+    for other in others:
+        (tmp_path / other).write_bytes(b"theirs" * 500)
+    far, cache = Far(), ShardCache(tmp_path, 3000)
+    for number in range(7):
+        assert far.read(cache, content(number)) == content(number)
+        # Somebody works in the folder, which is listed anew.
+        (tmp_path / "notes").write_bytes(b"")
+        (tmp_path / "notes").unlink()
+    assert far.fetched == 7
+    shards = {path.name for path in tmp_path.iterdir() if path.is_file()} - set(others)
+    assert len(shards) == 3
+    assert shards < {name(content(number)) for number in range(7)}
+    assert all((tmp_path / other).read_bytes() == b"theirs" * 500 for other in others)
+
+
 def test_an_index_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "locks" / "index").mkdir(parents=True)
     with pytest.raises(UserError, match=r"far/shard\.tar cannot be brought into .*index"):
