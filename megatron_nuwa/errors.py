@@ -23,7 +23,10 @@ class UnreadableError(UserError):
 
 
 class MachineError(UserError):
-    """Something that a machine lacks or refuses, for which no input is to blame."""
+    """Something that a machine lacks or refuses, for which no input is to blame.
+
+    As with `UnreadableError`, the same start may go well another time.
+    """
 
 
 class FailedProcessError(Exception):

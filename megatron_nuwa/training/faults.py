@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_nuwa.errors import (
     FailedProcessError,
+    MachineError,
     ReportedElsewhereError,
     UnreadableError,
     UserError,
@@ -112,16 +113,17 @@ def write_fault(
 def written_down(run: Path, processes: Processes, step: Callable[[], int]) -> Iterator[None]:
     """Write down and show what ends the block, before anything is taken down.
 
-    A `UserError` is raised on, but for storage that fails: the same start goes well another time.
-    Any other exception becomes `FailedProcessError`, after its traceback was shown, or one line
-    where it only says that another process is gone.
+    A `UserError` is raised on, but for a storage or a machine that fails: the same start goes well
+    another time. Any other exception becomes `FailedProcessError`, after its traceback was shown,
+    or one line where it only says that another process is gone.
     """
     try:
         yield
     except (ReportedElsewhereError, StopRequested):
         raise
     except Exception as error:
-        if isinstance(error, UserError) and not isinstance(error, UnreadableError):
+        momentary = isinstance(error, (UnreadableError, MachineError))
+        if isinstance(error, UserError) and not momentary:
             write_fault(run, processes, step(), "mistake", str(error), traceback.format_exc())
             raise
         lost = _says_that_a_peer_is_gone(error)

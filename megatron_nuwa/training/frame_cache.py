@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from megatron_nuwa.files import write_text_atomically
 from megatron_nuwa.training.frames import MediaFrames
 from megatron_nuwa.training.progress import track
@@ -47,8 +47,8 @@ def cache_frames(
 
     A description beside it (`.json`) names the settings that it was made with, and appears last.
     `go_on` is called often; what it raises ends the work, and the next call goes on from there, as
-    after an `OSError`. Broken items are left out and reported. Raises `UserError` when no item can
-    be decoded.
+    after an `OSError` or a `MachineError`. Broken items are left out and reported. Raises
+    `UserError` when no item can be decoded.
     """
     kind = "maps" if media.are_maps else "frames"
     key = hashlib.sha256(f"{kind}/2 {media.size} {media.key(go_on)}".encode()).hexdigest()
@@ -68,6 +68,9 @@ def cache_frames(
                 f"{part.failures[0]}"
             )
         part.finish()
+    except MachineError:
+        part.leave()
+        raise
     except UserError:
         part.discard()
         raise
@@ -98,6 +101,8 @@ def _decode(media: MediaFrames, part: _Part, description: str, go_on: Callable[[
     for item in track(items, description, total=len(media.items), done=part.items):
         try:
             frames = media.decode(item)
+        except MachineError:
+            raise
         except UserError as error:
             part.skip(str(error))
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from megatron_nuwa.training.stopping import outlive_stop_signals
 
 # Decoding moves on to the next item after a broken one, but not for ever.
@@ -24,9 +24,10 @@ class MediaFrames:
     """Media items that can be decoded: the bridge to whoever reads manifests and media.
 
     `decode(item)` gives an item's real frames, uint8 (frames, size, size, 3), or maps of classes,
-    uint8 (frames, size, size), where `are_maps`, and raises `UserError` for a broken one; `key`
-    changes whenever any frame may, and calls its argument often while it looks at the files;
-    `name` is for messages. Every worker of a loader gets a copy, so `items` should hold little.
+    uint8 (frames, size, size), where `are_maps`, and raises `UserError` for a broken one,
+    `MachineError` where that says nothing of the item; `key` changes whenever any frame may, and
+    calls its argument often while it looks at the files; `name` is for messages. Every worker of a
+    loader gets a copy, so `items` should hold little.
     """
 
     items: Sequence[object]
@@ -83,6 +84,8 @@ class DecodedFrames(Dataset[Sample]):
             place = (draw.place + broken) % len(self)
             try:
                 frames = self._media.decode(self._media.items[place])
+            except MachineError:
+                raise
             except UserError as error:
                 reason = error
                 continue

@@ -80,9 +80,10 @@ class Processes:
 
         `work` calls its argument often; every few seconds that has all processes take a `turn`
         together, so that none waits long enough to be given up, and what a turn raises on all of
-        them ends the work. A `UserError` of the work ends them all.
+        them ends the work. A `UserError` of the work ends them all; on the first process it is the
+        same one.
         """
-        failure: str | None = None
+        failure: UserError | None = None
         result: T | None = None
         if self.is_first:
             last = time.monotonic()
@@ -97,12 +98,16 @@ class Processes:
             try:
                 result = work(go_on)
             except UserError as error:
-                failure = str(error)
+                failure = error
             self.agree([1])
         else:
             while not self.agree([0])[0]:
                 turn()
-        self.raise_first(failure)
+        told = self.first_tells(lambda: None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise ReportedElsewhereError(told)
         return cast(T, self.first_tells(lambda: result))
 
     def first_tells(self, work: Callable[[], T]) -> T:

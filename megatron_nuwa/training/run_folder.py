@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_nuwa.config import Settings, dump_settings
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from megatron_nuwa.files import write_text_atomically
 
 RECIPE_FILE = "recipe.yaml"
@@ -48,12 +48,15 @@ def taken_back(run: Path) -> Iterator[None]:
     """Leave the run's folder as it was where the block refuses the run with a `UserError`.
 
     Only the files of `prepare_run_folder` are put back in a folder that was there; a new one goes.
+    A `MachineError` refuses nothing: the next start goes on with what is there.
     """
     new = [folder for folder in (run, *run.parents) if not folder.exists()]
     files = (run / RECIPE_FILE, run / ENVIRONMENT_FILE)
     before = {path: path.read_bytes() if path.is_file() else None for path in files}
     try:
         yield
+    except MachineError:
+        raise
     except UserError:
         if run in new:
             shutil.rmtree(run, ignore_errors=True)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_nuwa.errors import (
     FailedProcessError,
+    MachineError,
     ReportedElsewhereError,
     UnreadableError,
     UserError,
@@ -102,6 +103,7 @@ def test_torn_and_earlier_records_are_left_out(
     [
         (UserError("a field"), "mistake", UserError),
         (UnreadableError("a shard"), "error", FailedProcessError),
+        (MachineError("no ffmpeg"), "error", FailedProcessError),
         (RuntimeError("a defect"), "error", FailedProcessError),
         (RuntimeError("Connection closed by peer [127.0.0.1]"), "lost", FailedProcessError),
         (dist.DistBackendError("NCCL"), "lost", FailedProcessError),

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 from ranks import Ranks
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from megatron_nuwa.training import frame_cache
 from megatron_nuwa.training.frame_cache import cache_frames, known_cache
 from megatron_nuwa.training.frames import MediaFrames
@@ -23,14 +23,16 @@ WHOLE = [item for item in range(30) if item != 3 for _ in range(1 + item % 2)]
 class Decoder:
     """Item n has n % 2 + 1 frames of the value n; item 3 is broken; writes down what it decodes."""
 
-    def __init__(self, fails_at: int | None = None) -> None:
-        self.fails_at = fails_at
+    def __init__(
+        self, fails_at: int | None = None, failure: type[BaseException] = KeyboardInterrupt
+    ) -> None:
+        self.fails_at, self.failure = fails_at, failure
         self.decoded: list[int] = []
 
     def __call__(self, item: object) -> np.ndarray:
         assert isinstance(item, int)
         if item == self.fails_at:
-            raise KeyboardInterrupt
+            raise self.failure
         self.decoded.append(item)
         if item == 3:
             raise UserError("item 3 cannot be decoded")
@@ -64,14 +66,19 @@ def test_a_decode_longer_than_the_backend_waits_is_stopped_and_continued(tmp_pat
     assert names(tmp_path / "run") == ["f.json", "f.npy"]
 
 
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MachineError])
 @pytest.mark.parametrize("note_seconds", [-1.0, 1000.0], ids=["noted each", "noted at the end"])
 def test_what_was_decoded_before_an_interruption_is_kept(
-    note_seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    note_seconds: float,
+    failure: type[BaseException],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A fault of the machine is one, too: its item is not to blame."""
     monkeypatch.setattr(frame_cache, "_NOTE_SECONDS", note_seconds)
     path = tmp_path / "f.npy"
-    with pytest.raises(KeyboardInterrupt):
-        cache_frames(Decoder(fails_at=20).media(), path)
+    with pytest.raises(failure):
+        cache_frames(Decoder(20, failure).media(), path)
     assert names(tmp_path) == [".f.npy.part", ".f.npy.part.json"]
     second = Decoder()
     report = cache_frames(second.media(), path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_nuwa.errors import UserError
+from megatron_nuwa.errors import MachineError, UserError
 from megatron_nuwa.training import frames as frames_room
 from megatron_nuwa.training.frame_cache import cache_frames
 from megatron_nuwa.training.frames import (
@@ -17,6 +17,7 @@ from megatron_nuwa.training.frames import (
     Draw,
     MediaFrames,
     batches,
+    load,
     to_bytes,
     to_images,
 )
@@ -72,6 +73,15 @@ def test_decoding_on_the_fly_passes_over_broken_items() -> None:
     assert dataset[Draw(1, 7)].frame[0, 0, 0] == 4
     with pytest.raises(UserError, match="2 items in a row cannot be decoded"):
         DecodedFrames(media([0, 0]))[Draw(0, 0)]
+
+
+def test_a_fault_of_the_machine_makes_no_item_broken() -> None:
+    def decode(item: object) -> np.ndarray:
+        raise MachineError("no ffmpeg here")
+
+    refused = MediaFrames([1, 2], decode, 8, lambda go_on: "k", "test frames")
+    with pytest.raises(MachineError, match=r"^no ffmpeg here$"):
+        next(load(DecodedFrames(refused), [[Draw(0, 0)]], workers=0))
 
 
 def test_batches_depend_on_seed_and_step_and_not_on_the_number_of_processes(

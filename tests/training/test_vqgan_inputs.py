@@ -14,7 +14,7 @@ from helpers import ROOT
 from PIL import Image
 from vqgan_runs import train_here, write_recipe
 
-from megatron_nuwa.errors import FailedProcessError, UserError
+from megatron_nuwa.errors import FailedProcessError, MachineError, UserError
 from megatron_nuwa.training import frames, processes
 from megatron_nuwa.training.faults import read_faults
 from megatron_nuwa.training.vqgan_step import VqganStep
@@ -169,6 +169,29 @@ def test_files_are_looked_at_only_for_a_cache_and_one_loader_is_open_at_a_time(
     assert lines == ["1/4", "2/4", "2", "3/4", "4/4"]
     train_here(monkeypatch, recipe, f"vqgan.run={tmp_path / 'b'}", "vqgan.data.cache_frames=true")
     assert len(looks) == 6
+
+
+def test_a_fault_of_the_machine_while_decoding_costs_a_new_run_nothing(
+    media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, capfd: Any
+) -> None:
+    decode = command.FrameDecoder.__call__
+
+    def fails(decoder: Any, item: SourceItem) -> Any:
+        if item.id == "5":
+            raise MachineError("no ffmpeg here")
+        return decode(decoder, item)
+
+    small = {"loss": {"perceptual_weight": 0, "adversarial_weight": 0}}
+    recipe = write_recipe(tmp_path, media, data={"held_out": []}, steps=1, batch_size=2, **small)
+    with monkeypatch.context() as patch:
+        patch.setattr(command.FrameDecoder, "__call__", fails)
+        with pytest.raises(MachineError, match=r"^no ffmpeg here$"):
+            train_here(monkeypatch, recipe)
+    train_here(monkeypatch, recipe)
+    said = "training frames: decoded 6 frames of 6 items, 3 of them before this start in "
+    shown = capfd.readouterr().out
+    assert said in shown
+    assert "left out" not in shown
 
 
 def test_an_error_while_training_is_written_down(
