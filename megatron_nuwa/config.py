@@ -104,10 +104,12 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     for parent in parents:
         child = node.get(parent)
         if child is None:
-            child = node[parent] = {}
+            child = {}
         if not isinstance(child, dict):
             raise UserError(f"override '{override}': '{parent}' is a value, not a group of fields")
-        node = child
+        # By an anchor, another group may be the same object.
+        node[parent] = dict(child)
+        node = node[parent]
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -48,6 +48,25 @@ def test_groups_may_share_names_and_anchors(tmp_path: Path) -> None:
     assert pair.right == {"a": 3, "b": 2, "c": 4}
 
 
+@pytest.mark.parametrize("alias", ["*l", "{<<: *l}", "{<<: *l, x: 0}"])
+def test_an_override_changes_no_group_that_shares_the_anchor(alias: str, tmp_path: Path) -> None:
+    class Group(Settings):
+        x: int
+        deep: dict[str, dict[str, int]]
+
+    class Pair(Settings):
+        left: Group
+        right: Group
+
+    path = tmp_path / "a.yaml"
+    path.write_text(f"left: &l\n  x: 0\n  deep: {{a: &d {{y: 0, z: 0}}, b: *d}}\nright: {alias}\n")
+    overrides = ["left.x=1", "left.deep.a.y=1", "left.deep.a.z=2", "left.deep.c.y=3"]
+    pair = load_settings(Pair, path, overrides)
+    shared = {"y": 0, "z": 0}
+    assert pair.left == Group(x=1, deep={"a": {"y": 1, "z": 2}, "b": shared, "c": {"y": 3}})
+    assert pair.right == Group(x=0, deep={"a": shared, "b": shared})
+
+
 def test_other_files_are_not_called_recipes(tmp_path: Path) -> None:
     (tmp_path / "filters.yaml").write_text("just words")
     with pytest.raises(UserError, match=r"--filters .*filters\.yaml must hold.*'filters: …'"):
