@@ -35,13 +35,18 @@ from megatron_nuwa.decoders import (
     DecodeSettings,
     decode_clip,
     decode_image,
-    decode_sketch,
     media_kind,
 )
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.ending import run_process
 from megatron_nuwa.training.stopping import StopSignals
-from preprocessing.sources import SourceItem, local_copy, read_manifest
+from preprocessing.sources import (
+    SourceItem,
+    decode_item_sketch,
+    local_copy,
+    named_as_source,
+    read_manifest,
+)
 from preprocessing.sources.items import Media, Texts
 from preprocessing.sources.locations import locate, suffix
 
@@ -172,9 +177,10 @@ class FrameDecoder:
     def __call__(self, item: object) -> np.ndarray:
         """Frames uint8 (frames, size, size, 3); `UserError` naming a file that is broken."""
         assert isinstance(item, SourceItem)
-        if media_kind(item.media) == "image":
-            return decode_image(item.media, self.images)
-        frames, real = decode_clip(item.media, self.clips, item.start, item.end)
+        with local_copy(item.media) as path, named_as_source(item.media, path):
+            if media_kind(path) == "image":
+                return decode_image(path, self.images)
+            frames, real = decode_clip(path, self.clips, item.start, item.end)
         return frames[:real]
 
 
@@ -194,11 +200,7 @@ class MapDecoder:
     def __call__(self, item: object) -> np.ndarray:
         """Maps uint8 (frames, size, size); `UserError` naming a file that is broken."""
         assert isinstance(item, SourceItem)
-        assert item.sketch is not None
-        with local_copy(item.sketch) as path:
-            maps, real = decode_sketch(
-                path, self.settings, self.classes, unlabelled=self.unlabelled
-            )
+        maps, real = decode_item_sketch(item, self.settings, self.classes, self.unlabelled)
         return maps[:real]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from helpers import ROOT
 from PIL import Image
 from vqgan_runs import train_here, write_recipe
 
+from megatron_nuwa.decoders import DecodeError
+from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import FailedProcessError, MachineError, UserError
 from megatron_nuwa.training import frames, processes
 from megatron_nuwa.training.faults import read_faults
+from megatron_nuwa.training.vqgan_recipe import VqganRecipe
 from megatron_nuwa.training.vqgan_step import VqganStep
 from preprocessing.sources import SourceItem, read_manifest
 
@@ -134,6 +138,52 @@ def test_a_sketch_s_key_follows_the_files_and_the_rules(
     picture = media / "2.png"
     picture.write_bytes(picture.read_bytes() + b"\0")
     assert key() != before
+
+
+@pytest.mark.parametrize("classes", [None, 4], ids=["media", "sketches"])
+def test_what_lies_at_an_address_is_decoded_and_named_as_a_file_is(
+    classes: int | None, tmp_path: Path, command: Any
+) -> None:
+    shades = np.random.default_rng(0).integers(0, 4, (40, 40)).astype(np.uint8)
+    Image.fromarray(shades).save(tmp_path / "a.png")
+    if classes:
+        np.save(tmp_path / "b.npy", np.stack([shades] * 8))
+    else:
+        source = ("-f", "lavfi", "-i", "testsrc=size=64x48:rate=8", "-t", "1")
+        subprocess.run([ffmpeg_program(), "-v", "error", *source, tmp_path / "b.mp4"], check=True)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nrubbish")
+    names = ["a.png", "b.npy" if classes else "b.mp4", "broken.png", "absent.png"]
+    column = "sketch" if classes else "media"
+
+    def media(manifest: str, prefix: str) -> Any:
+        rows = [
+            {"id": name, "media": "any.png", "captions": ["x"], column: f"{prefix}{name}"}
+            for name in names
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / manifest).write_text(text)
+        recipe = VqganRecipe.model_validate(
+            {
+                "run": tmp_path / "run",
+                "model": {"image_size": 32, "downsampling": 8, "classes": classes},
+                "data": {"train": [tmp_path / manifest], "frames": 4},
+                "loss": {
+                    "perceptual_weight": 0,
+                    "reconstruction": "cross_entropy" if classes else "l2",
+                },
+                "steps": 1,
+                "batch_size": 2,
+            }
+        )
+        return command.media_frames(recipe, recipe.data.train, "training frames")
+
+    near, far = media("near.jsonl", ""), media("far.jsonl", f"file://{tmp_path}/")
+    for place in (0, 1):
+        expected = near.decode(near.items[place])
+        assert np.array_equal(far.decode(far.items[place]), expected)
+    for place in (2, 3):
+        with pytest.raises(DecodeError, match=rf"^file://{tmp_path}/{names[place]} "):
+            far.decode(far.items[place])
 
 
 def test_files_are_looked_at_only_for_a_cache_and_one_loader_is_open_at_a_time(
