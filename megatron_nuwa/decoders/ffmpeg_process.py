@@ -120,33 +120,35 @@ def _limit(process: int, limits: DecodeLimits, renewable: bool) -> None:
         # and copying the page tables of a process that holds a VQ-GAN costs milliseconds.
         import resource
 
-        memory = limits.memory_bytes
-        resource.prlimit(process, resource.RLIMIT_AS, (memory, memory))
-        # For an ffmpeg whose parent was killed and cannot end it.
+        _set_limit(process, resource.RLIMIT_AS, limits.memory_bytes, limits.memory_bytes)
+        # For an ffmpeg whose parent was killed and cannot end it. The soft limit ffmpeg keeps by
+        # itself; of the hard one, which cannot be raised again, the system kills it, as if
+        # something outside had.
         seconds = _cpu_seconds(limits)
-        if renewable:
-            _limit_cpu_softly(process, seconds)
-        else:
-            # The soft limit ffmpeg keeps by itself; of the hard one the system kills it, as if
-            # something outside had.
-            resource.prlimit(process, resource.RLIMIT_CPU, (seconds, seconds + _GRACE_SECONDS))
+        hard = None if renewable else seconds + _GRACE_SECONDS
+        _set_limit(process, resource.RLIMIT_CPU, seconds, hard)
 
 
 def _allow_more(process: int, limits: DecodeLimits) -> None:
     """Let a process work for as long again."""
     with contextlib.suppress(ImportError, AttributeError, ProcessLookupError, psutil.Error):
+        import resource
+
         spent = psutil.Process(process).cpu_times()
-        _limit_cpu_softly(process, math.ceil(spent.user + spent.system) + _cpu_seconds(limits))
+        seconds = math.ceil(spent.user + spent.system) + _cpu_seconds(limits)
+        _set_limit(process, resource.RLIMIT_CPU, seconds, None)
 
 
-def _limit_cpu_softly(process: int, seconds: int) -> None:
-    """What the process is only asked to keep, which ffmpeg does: no hard limit can be raised."""
+def _set_limit(process: int, kind: int, soft: int, hard: int | None) -> None:
+    """Limit a process, within the hard limit that it has; None leaves that as it is."""
     import resource
 
-    hard = resource.prlimit(process, resource.RLIMIT_CPU)[1]
-    if hard != resource.RLIM_INFINITY:
-        seconds = min(seconds, hard)
-    resource.prlimit(process, resource.RLIMIT_CPU, (seconds, hard))
+    most = resource.prlimit(process, kind)[1]
+    hard = most if hard is None else hard
+    if most != resource.RLIM_INFINITY:
+        # Only root may exceed it.
+        soft, hard = min(soft, most), min(hard, most)
+    resource.prlimit(process, kind, (soft, hard))
 
 
 def _cpu_seconds(limits: DecodeLimits) -> int:

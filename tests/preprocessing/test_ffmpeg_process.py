@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -129,6 +130,34 @@ def test_limits_hold_for_the_program_itself() -> None:
     assert first.split() == [str(3 * 2**20), "95", "unlimited"]
     assert 95 < int(soft) < 300
     assert hard == "unlimited"
+
+
+# Under hard limits (ulimit -H) of its own, which only root could exceed.
+LIMITED = """
+import os, resource
+from pathlib import Path
+from megatron_nuwa.decoders import DecodeLimits
+from megatron_nuwa.decoders.ffmpeg_process import written_by
+
+resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 3 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, (50, 100))
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+waits = 'while [ "$(ulimit -Sv)" = 2097152 ] || [ "$(ulimit -St)" = 50 ]; do :; done; '
+shown = 'echo $(ulimit -Sv) $(ulimit -Hv) $(ulimit -St) $(ulimit -Ht)'
+for minute in (None, 1):
+    command = ["sh", "-c", waits + shown]
+    print(b"".join(written_by(Path("film.mp4"), command, DecodeLimits(), minute)).decode(), end="")
+"""
+
+
+def test_limits_lie_within_those_of_this_process() -> None:
+    pytest.importorskip("resource")
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.splitlines() == ["3145728 3145728 100 100"] * 2, done.stderr
 
 
 def test_program_is_found_without_a_child_that_could_be_killed(
