@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_nuwa.errors import MachineError, UserError
-from megatron_nuwa.training.stopping import outlive_stop_signals
+from megatron_nuwa.training.stopping import outlive_stop_signals, workers_start
 
 # Decoding moves on to the next item after a broken one, but not for ever.
 _ATTEMPTS = 20
@@ -153,7 +154,9 @@ def load(
         # Decoders start threads and processes, which a forked copy of this process could not.
         multiprocessing_context="spawn" if workers else None,
     )
-    for batch in loader:
+    with workers_start() if workers else nullcontext():
+        found = iter(loader)
+    for batch in found:
         if isinstance(batch, UserError):
             raise batch
         yield batch

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,23 @@ def told_before_the_first_step(
                 print(f"{request} received {ends}", flush=True)
 
 
+@contextmanager
+def workers_start() -> Iterator[None]:
+    """Start a loader's worker processes in the block: stop signals wait until each can ignore them.
+
+    The workers inherit this thread's mask. What this process is sent meanwhile another of its
+    threads takes, or this one at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        # The first worker's start would start it, and that lets SIGTERM through again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def outlive_stop_signals(_worker: int) -> None:
     """Have a loader's worker process ignore stop signals, and end when its parent does.
 
@@ -83,6 +101,7 @@ def outlive_stop_signals(_worker: int) -> None:
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # PyTorch's workers look for their parent, too, but only between two batches.

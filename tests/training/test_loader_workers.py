@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -38,6 +38,30 @@ if __name__ == "__main__":
     next(found)
     print("begun", flush=True)
     time.sleep(60)
+"""
+
+
+# A process whose loader gives nine batches; it says how many came, and which signal.
+STARTING = """
+import numpy as np
+from torch.utils.data import Dataset
+from megatron_nuwa.training.frames import Sample, batches
+from megatron_nuwa.training.stopping import StopSignals
+
+class Quick(Dataset):
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, draw):
+        return Sample(np.zeros((8, 8, 3), np.uint8), 0)
+
+if __name__ == "__main__":
+    with StopSignals() as stop:
+        found = batches(
+            Quick(), image_size=8, flip=False, seed=0, batch_size=1, rank=0, world_size=1,
+            first_step=0, steps=9, workers=2,
+        )
+        print(sum(1 for _ in found), stop.received)
 """
 
 
@@ -75,3 +99,28 @@ def test_workers_ignore_stop_signals_and_end_with_their_parent(tmp_path: Path) -
         while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
             assert time.monotonic() < end, "the worker outlives its parent"
             time.sleep(0.05)
+
+
+def test_stop_signals_while_workers_start_cost_no_batch(tmp_path: Path) -> None:
+    """Each gets them as soon as it exists, seconds before it can ignore them."""
+    script = tmp_path / "starting.py"
+    script.write_text(STARTING)
+    process = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    told: set[int] = set()
+    while process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(process.pid).children():
+                # Before it has a command line of its own, it is its parent still.
+                if child.pid not in told and "multiprocessing" in " ".join(child.cmdline()):
+                    told.add(child.pid)
+                    for number in STOP_SIGNALS:
+                        child.send_signal(number)
+                    process.send_signal(signal.SIGUSR1)
+        time.sleep(0.005)
+    output, errors = process.communicate()
+    assert output == f"9 {int(signal.SIGUSR1)}\n", errors
+    # Two workers, and what tracks their semaphores.
+    assert len(told) == 3
+    assert "resource_tracker" not in errors
