@@ -140,6 +140,7 @@ class VqganTraining:
         self.recipe, self.processes = state.recipe, state.processes
         self.frames, self.held_out = frames, held_out
         self.monitor, self.stop, self.watchdog = monitor, stop, watchdog
+        self.window = FigureWindow(self.recipe.model.codebook_size, self.processes)
 
     def run(self) -> VqganEvaluation | None:
         """Train to the end; returns the evaluation there, None where a signal has ended it."""
@@ -163,14 +164,14 @@ class VqganTraining:
 
     def _train(self) -> None:
         """Raises `StopRequested`, with the last step saved, after a signal."""
-        recipe, processes = self.recipe, self.processes
-        window = FigureWindow(recipe.model.codebook_size, processes)
+        recipe, processes, window = self.recipe, self.processes, self.window
         batches: Iterator[Batch] = self._batches()
         if processes.is_first:
             batches = track(batches, "training the VQ-GAN", total=recipe.steps, done=self.step)
         for batch in batches:
             self.watchdog.beat()
             figures, counts = self.state(self.step, batch.images(processes.device))
+            signal_number = processes.agree([self.stop.received])[0]
             window.add(figures, counts, batch.broken)
             self.step += 1
             step, last = self.step, self.step == recipe.steps
@@ -178,7 +179,6 @@ class VqganTraining:
                 means = window.close(recipe.batch_size)
                 self.monitor.scalars(step, means)
                 self._say(_line(step, recipe.steps, means))
-            signal_number = processes.agree([self.stop.received])[0]
             if step % recipe.checkpoint_every == 0 or last or signal_number:
                 _save(self.state, step, must=bool(last or signal_number))
             if last:
@@ -187,6 +187,7 @@ class VqganTraining:
             # After the save: an evaluation that fails would meet its step again at every start.
             if self.held_out and recipe.evaluate_every and step % recipe.evaluate_every == 0:
                 self._evaluate(self.held_out)
+            window.restart_clock()
 
     def _batches(self) -> Iterator[Batch]:
         """The batches of the steps left; on the way, the codes are placed by k-means.
@@ -203,7 +204,12 @@ class VqganTraining:
         yield from self._batches_between(self.step, recipe.steps)
 
     def _batches_between(self, first: int, end: int) -> Iterator[Batch]:
-        return training_batches(self.recipe, self.seed, self.processes, self.frames, first, end)
+        batches = training_batches(self.recipe, self.seed, self.processes, self.frames, first, end)
+        for step, batch in enumerate(batches, start=first):
+            if step == first:
+                # Its workers have started meanwhile, which takes seconds.
+                self.window.restart_clock()
+            yield batch
 
     def _evaluate(self, held_out: Dataset[Sample]) -> VqganEvaluation:
         """Reconstruct the held-out frames, log the figures and some pictures."""
