@@ -8,6 +8,7 @@ import html
 import json
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -216,7 +217,7 @@ def _read_merges(path: Path) -> list[tuple[str, str]]:
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise UserError(f"BPE {path} cannot be read: {error}") from error
     lines = text.splitlines()[1 : CLIP_VOCABULARY - SMALLEST_VOCABULARY + 1]
     known = {*_alphabet(), *(byte + WORD_END for byte in _alphabet())}

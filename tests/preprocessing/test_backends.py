@@ -119,9 +119,10 @@ def test_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         assert decode_media(tmp_path / "a.png", settings).real == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(("kills", "good"), [(2, True), (3, False)])
 def test_worker_that_is_killed_says_nothing_of_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, good: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kills: int, good: bool, number: int
 ) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     settings = DecodeSettings(image_size=8)
@@ -130,7 +131,7 @@ def test_worker_that_is_killed_says_nothing_of_the_file(
     def struck(worker: guard._Worker, *request: Any) -> Any:
         if len(killed) < kills:
             killed.append(worker.process_id)
-            os.kill(worker.process_id, signal.SIGKILL)
+            os.kill(worker.process_id, number)
         return ask(worker, *request)
 
     monkeypatch.setattr(guard._Worker, "ask", struck)
