@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 from helpers import ROOT
 
-from megatron_nuwa.config import Settings, load_settings, parse_settings
+from megatron_nuwa.config import Settings, dump_settings, load_settings, parse_settings
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.training.recipe import load_recipe
 from preprocessing.filters import FilterSettings
@@ -65,6 +65,16 @@ def test_an_override_changes_no_group_that_shares_the_anchor(alias: str, tmp_pat
     shared = {"y": 0, "z": 0}
     assert pair.left == Group(x=1, deep={"a": {"y": 1, "z": 2}, "b": shared, "c": {"y": 3}})
     assert pair.right == Group(x=0, deep={"a": shared, "b": shared})
+
+
+def test_a_corpus_address_keeps_its_slashes() -> None:
+    address = "hdfs:///folder/corpus"
+    given = (f"data.tasks.t2i.corpora=['{address}']", f"evaluation.corpora.t2i=['{address}']")
+    recipe = load_recipe(DEMO, given)
+    assert recipe.data is not None
+    assert recipe.evaluation is not None
+    assert recipe.data.tasks["t2i"].corpora == recipe.evaluation.corpora["t2i"] == [address]
+    assert dump_settings(recipe).count(f"- {address}\n") == 2
 
 
 def test_other_files_are_not_called_recipes(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from megatron_nuwa.data.shards import ShardEntry
 from megatron_nuwa.errors import UnreadableError, UserError
 
 T = TypeVar("T")
-# A path object folds the two slashes of an address into one.
-_ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+_ADDRESS = re.compile(r"^([a-z][a-z0-9+.-]+):(/+)", re.IGNORECASE)
 # What another attempt to open a corpus would not change.
 _FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
@@ -53,9 +52,11 @@ def storage_at(address: str | Path, cache: ShardCache | None = None) -> Storage:
     match = _ADDRESS.match(text)
     if match is None:
         return LocalFolder(Path(address))
-    rest = text[match.end() :]
-    root = "/" if match[1].lower() in ("file", "local") else ""
-    return RemoteFolder(f"{match[1]}://{root}{rest}", cache or ShardCache.default())
+    system, slashes = match.groups()
+    if slashes == "/":
+        # A path object has folded them: two, or three where no host can stand between them.
+        slashes = "///" if system.lower() in ("file", "local") else "//"
+    return RemoteFolder(f"{system}:{slashes}{text[match.end() :]}", cache or ShardCache.default())
 
 
 class LocalFolder:

@@ -186,7 +186,7 @@ class _CorpusChecker:
             path = recipe.tokenizers.sketch_vqgan
             self._sketch["sketch"] = (fingerprint(sketch_vqgan), "VQ-GAN-Seg", path)
 
-    def open_all(self, task: TaskName, paths: Sequence[Path]) -> list[Corpus]:
+    def open_all(self, task: TaskName, paths: Sequence[str]) -> list[Corpus]:
         corpora = [self._open(task, path) for path in paths]
         first = corpora[0]
         for corpus in corpora:
@@ -198,7 +198,7 @@ class _CorpusChecker:
                 )
         return corpora
 
-    def _open(self, task: TaskName, path: Path) -> Corpus:
+    def _open(self, task: TaskName, path: str) -> Corpus:
         corpus = Corpus(path)
         name = corpus.address
         if corpus.manifest.codebook_size != self._model.codebook_size:

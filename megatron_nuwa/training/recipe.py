@@ -31,7 +31,8 @@ class TokenizerPaths(Settings):
 class TaskSettings(Settings):
     """One task of the sum `L = L_T2I + L_V2V + L_T2V`, or one from sketches."""
 
-    corpora: list[Path] = Field(min_length=1)
+    # Folders or addresses; a path would fold the slashes of `hdfs:///corpora/vatex`.
+    corpora: list[str] = Field(min_length=1)
     # Each corpus's share of the samples; null for shares by size, every item once an epoch.
     corpus_weights: list[Annotated[float, Field(gt=0)]] | None = None
     # Samples a step over all processes.
@@ -126,7 +127,7 @@ class EvaluationSettings(Settings):
     """Held-out cross-entropy, against the unigram entropy of the same tokens."""
 
     every: int = Field(1000, ge=1)
-    corpora: dict[TaskName, list[Path]] = Field(min_length=1)
+    corpora: dict[TaskName, list[str]] = Field(min_length=1)
     batch_size: int = Field(8, ge=1)
     # Items a task; null for all.
     items: int | None = Field(None, ge=1)

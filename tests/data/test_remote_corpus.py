@@ -15,6 +15,7 @@ from test_shards import random_items, write_corpus
 from megatron_nuwa.data.batches import TaskBatches
 from megatron_nuwa.data.cache import ShardCache
 from megatron_nuwa.data.corpus import Corpus
+from megatron_nuwa.data.storage import storage_at
 from megatron_nuwa.data.text import TextTokenizer, train_bpe
 from megatron_nuwa.errors import UserError
 from megatron_nuwa.grid import Grid
@@ -56,6 +57,22 @@ def test_any_address_reads_like_the_folder(folder: Path, address: str, tmp_path:
         assert_same(pickle.loads(pickle.dumps(there)), here)
     tars = {entry.sha256 for entry in here.manifest.shards}
     assert {path.name for path in (tmp_path / "cache").iterdir()} == tars | {"locks"}
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("s3://bucket/corpus/", "s3://bucket/corpus"),
+        # Without a host in front.
+        ("hdfs:///folder/corpus", "hdfs:///folder/corpus"),
+        ("file:///folder/corpus", "file:///folder/corpus"),
+        # A path object has one slash left.
+        (Path("s3://bucket/corpus"), "s3://bucket/corpus"),
+        (Path("file:///folder/corpus"), "file:///folder/corpus"),
+    ],
+)
+def test_an_address_stays_as_it_is_written(given: str | Path, address: str, tmp_path: Path) -> None:
+    assert storage_at(given, ShardCache(tmp_path, 1)).address == address
 
 
 def test_cache_smaller_than_the_corpus_is_enough(
