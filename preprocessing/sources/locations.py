@@ -47,6 +47,12 @@ def suffix(location: Location) -> str:
     return Path(str(location)).suffix.lower()
 
 
+def file_name(address: str) -> str:
+    """What the file at an address is called; of a chain (`zip://a.png::x.zip`), the innermost."""
+    link = next(link for link in address.split("::") if "://" in link)
+    return link.rpartition("/")[2]
+
+
 def file_system(address: str) -> tuple[Any, str]:
     """fsspec's file system of an address and the path in it; raises what fsspec raises."""
     return fsspec.core.url_to_fs(address)
@@ -58,6 +64,8 @@ def open_binary(location: Location) -> IO[bytes]:
         return location.open("rb")
     system, path = file_system(location)
     stream: IO[bytes] = system.open(path, "rb")
+    # One of an archive (zip://, tar://) closes it as soon as nobody holds the file system.
+    stream.file_system = system  # type: ignore[attr-defined]
     return stream
 
 

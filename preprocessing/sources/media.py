@@ -20,7 +20,7 @@ from megatron_nuwa.decoders import (
 from megatron_nuwa.decoders.settings import DEFAULT_LIMITS
 from megatron_nuwa.errors import UserError
 from preprocessing.sources.items import Media, SourceItem, TarMember
-from preprocessing.sources.locations import open_binary, readable, reader_of
+from preprocessing.sources.locations import file_name, open_binary, readable, reader_of
 from preprocessing.state import writing
 
 _CHUNK = 1 << 20
@@ -76,7 +76,7 @@ def local_copy(media: Media, limits: DecodeLimits = DEFAULT_LIMITS) -> Iterator[
     if isinstance(media, Path):
         yield media
         return
-    name = media.name if isinstance(media, TarMember) else media.rpartition("/")[2]
+    name = media.name if isinstance(media, TarMember) else file_name(media)
     with ExitStack() as copies:
         place = Path(tempfile.gettempdir())
         with writing(place, "the folder for temporary files (TMPDIR)"):

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import tarfile
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,23 @@ def test_fsspec_addresses(files: Path, tmp_path: Path) -> None:
 
 def test_object_store(files: Path, tmp_path: Path, object_store: str) -> None:
     check_remote(files, tmp_path, object_store)
+
+
+def test_media_in_archives_are_read_through_their_addresses(tmp_path: Path) -> None:
+    # Only the name says what this one is.
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.bmp")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(tmp_path / "a.bmp", "a.bmp")
+    with tarfile.open(tmp_path / "x.tar", "w") as outer:
+        outer.add(tmp_path / "x.zip", "x.zip")
+    for address in (
+        f"zip://a.bmp::{tmp_path}/x.zip",
+        f"simplecache::zip://a.bmp::{tmp_path}/x.zip",
+        f"zip://a.bmp::tar://x.zip::{tmp_path}/x.tar",
+    ):
+        with local_copy(address) as path:
+            assert path.suffix == ".bmp"
+            assert path.read_bytes() == (tmp_path / "a.bmp").read_bytes()
 
 
 def test_long_manifest_is_not_held(tmp_path: Path) -> None:
