@@ -21,7 +21,7 @@ from megatron_nuwa.training.progress import track
 from preprocessing.item_json import item_of_tree, tree_of_item
 from preprocessing.sources import SourceItem
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 _STAMP = "plan.json"
 
 

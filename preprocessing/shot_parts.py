@@ -20,7 +20,7 @@ from preprocessing.state import writing
 # dies at the next: a part is one film, unless a folder would have to hold more files than this.
 MOST_PARTS = 1 << 16
 # Raised whenever parts of before would not do.
-RULES_VERSION = 2
+RULES_VERSION = 3
 
 
 @dataclass(frozen=True)

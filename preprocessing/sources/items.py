@@ -17,15 +17,21 @@ from preprocessing.sources.locations import Location
 
 @dataclass(frozen=True)
 class TarMember:
-    """A file inside a tar: its bytes lie at `offset`. A size of -1 says that there is none."""
+    """A file inside a tar: its bytes lie at `offset`. A size of -1 says that there is none.
+
+    `name` is what a corpus calls it: `raw_name`, which the tar has, without a "./" at its beginning
+    and with its suffixes in lower case.
+    """
 
     tar: Location
     name: str
+    raw_name: str
     offset: int
     size: int
 
     def __str__(self) -> str:
-        return f"tar://{self.name}::{self.tar}"
+        """The address at which fsspec finds it."""
+        return f"tar://{self.raw_name}::{self.tar}"
 
 
 Media = Path | str | TarMember

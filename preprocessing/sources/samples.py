@@ -18,10 +18,10 @@ MEDIA = (*IMAGE_SUFFIXES, *CLIP_SUFFIXES)
 
 
 def key_of(name: str) -> tuple[str, str]:
-    """The name up to the first dot of its last part, and the rest in lower case: webdataset's."""
+    """The name up to the first dot of its last part, which is webdataset's key, and the rest."""
     folder, slash, last = name.rpartition("/")
     stem, dot, rest = last.partition(".")
-    return folder + slash + stem, (dot + rest).lower()
+    return folder + slash + stem, dot + rest
 
 
 def sample_item(

@@ -20,7 +20,8 @@ from preprocessing.sources.locations import (
 )
 from preprocessing.sources.samples import CAPTIONS, MEDIA, SKETCHES, key_of, sample_item
 
-Members = dict[str, tuple[int, int]]
+# By suffix in lower case: the raw name without the key, the offset and the size.
+Members = dict[str, tuple[str, int, int]]
 
 
 class TarSource(Source):
@@ -32,8 +33,8 @@ class TarSource(Source):
         self._tars = list(tars)
         self._tar = array("l")
         self._keys = Texts()
-        # Four members a sample (medium, .txt, .json, sketch), each a suffix, an offset, a size.
-        self._suffixes = Texts()
+        # Four members a sample: medium, .txt, .json, sketch.
+        self._affixes = Texts()
         self._places = array("q")
         digest = hashlib.sha256()
         samples = ((number, *each) for number, tar in enumerate(tars) for each in _samples(tar))
@@ -63,9 +64,9 @@ class TarSource(Source):
         self._tar.append(tar)
         self._keys.append(key)
         for found in (media, *([name] for name in CAPTIONS), sketches[:1]):
-            name = found[0] if found else ""
-            self._suffixes.append(name)
-            self._places.extend(members.get(name, (0, -1)))
+            affix, *place = members.get(found[0] if found else "", ("", 0, -1))
+            self._affixes.append(affix)
+            self._places.extend(place)
 
     def _read(self, row: int) -> tuple[SourceItem, dict[str, bytes]]:
         tar = self._tars[self._tar[row]]
@@ -87,27 +88,33 @@ class TarSource(Source):
     def _member(self, row: int, number: int) -> TarMember:
         place = 4 * row + number
         offset, size = self._places[2 * place], self._places[2 * place + 1]
-        name = self._keys[row] + self._suffixes[place]
-        return TarMember(self._tars[self._tar[row]], name, offset, size)
+        key = self._keys[row]
+        # Suffixes hold no slash, so what ends in one stands before the key.
+        before, slash, rest = self._affixes[place].rpartition("/")
+        raw_name = before + slash + key + rest
+        return TarMember(self._tars[self._tar[row]], key + rest.lower(), raw_name, offset, size)
 
 
 def _samples(tar: Location) -> Iterator[tuple[str, Members]]:
-    """Key and members (suffix → offset, size) of each sample: neighbours with the same key."""
+    """Key and members of each sample: neighbours with the same key."""
     if suffix(tar) != ".tar":
         raise UserError(f"tar {tar} must end in .tar; unpack it first where it is compressed")
     current, members = None, Members()
-    for name, place in _files(tar):
+    for raw_name, offset, size in _files(tar):
+        name = raw_name.removeprefix("./")
         key, rest = key_of(name)
         if current is not None and key != current:
             yield current, members
             members = Members()
         current = key
-        members[rest] = place
+        before = raw_name.removesuffix(name)
+        members[rest.lower()] = before + rest, offset, size
     if current is not None:
         yield current, members
 
 
-def _files(tar: Location) -> Iterator[tuple[str, tuple[int, int]]]:
+def _files(tar: Location) -> Iterator[tuple[str, int, int]]:
+    """Raw name, offset and size of each file that is not hidden."""
     with readable(f"tar {tar}"), open_binary(tar) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
@@ -115,9 +122,9 @@ def _files(tar: Location) -> Iterator[tuple[str, tuple[int, int]]]:
                     # tarfile keeps all members; a tar may have more than fit in memory.
                     archive.members = []  # type: ignore[attr-defined]
                     # A link could name any file of this machine.
-                    name = member.name.removeprefix("./")
-                    hidden = any(part.startswith(".") for part in name.split("/"))
+                    parts = member.name.removeprefix("./").split("/")
+                    hidden = any(part.startswith(".") for part in parts)
                     if member.isreg() and not hidden:
-                        yield name, (member.offset_data, member.size)
+                        yield member.name, member.offset_data, member.size
         except tarfile.TarError as error:
             raise UserError(f"tar {tar} is damaged: {error}") from error

@@ -198,11 +198,12 @@ def test_an_interrupted_run_is_completed_and_an_old_manifest_is_left_alone(
     assert output.read_bytes() == whole
 
 
+@pytest.mark.parametrize("name", ["film.mp4", "./film.mp4", "film.MP4"])
 def test_media_in_tars_are_named_so_that_they_are_found_again(
-    films: Path, tmp_path: Path, stand_in: None, monkeypatch: pytest.MonkeyPatch
+    name: str, films: Path, tmp_path: Path, stand_in: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tarfile.open(tmp_path / "films.tar", "w") as tar:
-        tar.add(films / "film.mp4", "film.mp4")
+        tar.add(films / "film.mp4", name)
         (tmp_path / "film.txt").write_text("a film\n")
         tar.add(tmp_path / "film.txt", "film.txt")
     monkeypatch.chdir(tmp_path)

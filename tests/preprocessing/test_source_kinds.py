@@ -378,4 +378,29 @@ def test_csv_rows_may_span_lines(tmp_path: Path) -> None:
 
 
 def test_tar_member_reads_as_an_address() -> None:
-    assert str(TarMember(Path("a/b.tar"), "x/y.jpg", 0, 1)) == "tar://x/y.jpg::a/b.tar"
+    member = TarMember(Path("a/b.tar"), "x/y.jpg", "./x/y.JPG", 0, 1)
+    assert str(member) == "tar://./x/y.JPG::a/b.tar"
+
+
+@pytest.mark.parametrize(
+    ("raw_name", "name"),
+    [
+        ("x/Y.jpg", "x/Y.jpg"),
+        ("./x/Y.jpg", "x/Y.jpg"),
+        ("x/Y.JPG", "x/Y.jpg"),
+        ("./Y.Jpg", "Y.jpg"),
+        ("./x/Y", "x/Y"),
+    ],
+)
+def test_members_are_found_at_their_addresses_whatever_they_are_called(
+    raw_name: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "content").write_bytes(b"of a picture")
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(tmp_path / "content", raw_name)
+    (item,) = read_source(tmp_path / "a.tar")
+    assert item.id == f"a/{name.removesuffix('.jpg')}"
+    assert media_name(item.media, tmp_path) == f"tar://{name}::a.tar"
+    for media in (item.media, str(item.media)):
+        with local_copy(media) as path:
+            assert path.read_bytes() == b"of a picture"
