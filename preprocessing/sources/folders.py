@@ -49,7 +49,7 @@ class FolderSource(Source):
 
     def _content(self, name: str) -> bytes:
         location = join(self.folder, name)
-        with readable(str(location)), open_binary(location) as stream:
+        with readable(location), open_binary(location) as stream:
             return stream.read()
 
 
@@ -85,7 +85,7 @@ def _directories(folder: Location) -> Iterator[tuple[str, list[str]]]:
             prefix = "" if relative == "." else relative + "/"
             yield prefix, [name for name in names if not name.startswith(".")]
         return
-    with readable(f"folder {folder}"):
+    with readable(folder, "folder"):
         system, root = file_system(folder)
         found: dict[str, list[str]] = defaultdict(list)
         for path in system.find(root):

@@ -70,8 +70,12 @@ def open_binary(location: Location) -> IO[bytes]:
 
 
 @contextmanager
-def readable(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong with a file in the block into a `UserError` that begins `what`."""
+def readable(location: Location, kind: str = "") -> Iterator[None]:
+    """Turn whatever goes wrong with a file in the block into a `UserError` that begins with it.
+
+    `kind` stands before the file, as in "manifest s3://bucket/m.csv".
+    """
+    what = f"{kind} {location}".lstrip()
     try:
         yield
     except UserError:
@@ -80,12 +84,14 @@ def readable(what: str) -> Iterator[None]:
         raise UserError(f"{what} does not exist") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{what} is not UTF-8 text") from error
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what} cannot be read: {reason}") from error
-    except (ImportError, ValueError) as error:
-        # fsspec: a protocol that it does not know, or one whose package is not installed.
-        raise UserError(f"{what} cannot be read: {' '.join(str(error).split())}") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Every file system of fsspec has errors of its own, and so has every kind of archive.
+        if isinstance(location, Path) and not isinstance(error, (OSError, ValueError)):
+            raise
+        told = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{what} cannot be read: {told or type(error).__name__}") from error
 
 
 # Open files that are kept for the next piece.
@@ -102,7 +108,7 @@ class RandomReader:
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes from `offset` on; `UserError` naming the file where they are not there."""
-        with self._lock, readable(str(self.location)):
+        with self._lock, readable(self.location):
             if self._stream is None:
                 self._stream = open_binary(self.location)
             self._stream.seek(offset)

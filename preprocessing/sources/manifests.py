@@ -9,6 +9,7 @@ import json
 from abc import abstractmethod
 from array import array
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -43,7 +44,7 @@ class Manifest(Source):
     def fingerprint(self) -> str:
         """The sha256 of the file."""
         if not hasattr(self, "_fingerprint"):
-            with readable(self._name), open_binary(self._location) as stream:
+            with readable(self._location, "manifest"), open_binary(self._location) as stream:
                 self._fingerprint = _sha256(stream)
         return self._fingerprint
 
@@ -92,7 +93,7 @@ class TextManifest(Manifest):
     def _read(self) -> Iterator[tuple[str, int, int, Mapping[str, Any]]]:
         """What `_rows` says of the whole file; sets the fingerprint."""
         digest = hashlib.sha256()
-        with readable(self._name), open_binary(self._location) as stream:
+        with readable(self._location, "manifest"), open_binary(self._location) as stream:
             yield from self._rows(_hashed(stream, digest))
         found = digest.hexdigest()
         if getattr(self, "_fingerprint", found) != found:
@@ -230,34 +231,20 @@ class ParquetManifest(Manifest):
         return file.read_row_group(number, columns=columns)
 
 
-class _parquet:  # noqa: N801 - used like a function
-    """Opens a parquet file; `UserError` where pyarrow is absent or the file is none."""
-
-    def __init__(self, location: Location, name: str) -> None:
+@contextmanager
+def _parquet(location: Location, name: str) -> Iterator[Any]:
+    """Open a parquet file; `UserError` where pyarrow is absent or the file is none."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"{name} needs pyarrow: pip install 'megatron-nuwa[parquet]'") from error
+    with readable(location, "manifest"), open_binary(location) as stream:
         try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as error:
-            raise UserError(
-                f"{name} needs pyarrow: pip install 'megatron-nuwa[parquet]'"
-            ) from error
-        self._arrow = pyarrow
-        self._name = name
-        with readable(name):
-            self._stream = open_binary(location)
-
-    def __enter__(self) -> Any:
-        try:
-            return self._arrow.parquet.ParquetFile(self._stream)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._stream.close()
-        if isinstance(error, self._arrow.ArrowException):
+            yield pyarrow.parquet.ParquetFile(stream)
+        except pyarrow.ArrowException as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{self._name} is not a readable parquet file: {reason}") from error
+            raise UserError(f"{name} is not a readable parquet file: {reason}") from error
 
 
 def _sha256(stream: IO[bytes]) -> str:

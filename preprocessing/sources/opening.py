@@ -92,7 +92,7 @@ def _expanded(location: Location) -> list[Location]:
 def _is_folder(location: Location) -> bool:
     if isinstance(location, Path):
         return location.is_dir()
-    with readable(f"source {location}"):
+    with readable(location, "source"):
         system, path = file_system(location)
         return bool(system.isdir(path))
 
@@ -100,7 +100,7 @@ def _is_folder(location: Location) -> bool:
 def _tars_in(folder: Location) -> list[Location]:
     if isinstance(folder, Path):
         return sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
-    with readable(f"source {folder}"):
+    with readable(folder, "source"):
         system, root = file_system(folder)
         names = [path.rpartition("/")[2] for path in system.ls(root, detail=False)]
     return [f"{folder.rstrip('/')}/{name}" for name in sorted(names) if name.endswith(".tar")]

@@ -115,7 +115,7 @@ def _samples(tar: Location) -> Iterator[tuple[str, Members]]:
 
 def _files(tar: Location) -> Iterator[tuple[str, int, int]]:
     """Raw name, offset and size of each file that is not hidden."""
-    with readable(f"tar {tar}"), open_binary(tar) as stream:
+    with readable(tar, "tar"), open_binary(tar) as stream:
         try:
             with tarfile.open(fileobj=stream, mode="r:") as archive:
                 for member in archive:
