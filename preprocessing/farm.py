@@ -265,19 +265,26 @@ def _begin(
     key = plan_key(options, source)
     with writing(options.output):
         new = ledger.is_new()
+        # A retry that was interrupted goes on: what it has made is not made once more, and an item
+        # that has killed its rank is known by it. A note beside a whole corpus is of an ended one.
+        goes_on = not new and not ledger.is_committed() and folder.is_retrying(options.costs)
+        reopens = options.retry_failed and not goes_on
         try:
             # First: a farm that is killed later must not leave the attempts of a corpus that was
             # deleted, or of items that are given another chance, to the next one.
-            if new or options.retry_failed:
+            if new or reopens:
+                folder.forget_retry()
                 attempts.forget(folder.attempts)
             ledger.begin()
         except OSError:
             if new:
                 folder.discard()
             raise
-        if options.retry_failed:
+        if reopens:
             ledger.reopen_failed()
     with writing(folder.path, "farm folder"):
+        if reopens:
+            folder.note_retry(options.costs)
         _note_engines(folder, engines, new)
         pending = ledger.pending()
         if pending and plan.stamp(key) is None:
@@ -352,6 +359,7 @@ def _finish(
             )
     # The corpus is whole: what a disk keeps that has become read-only is in nobody's way.
     with suppress(OSError):
+        folder.forget_retry()
         attempts.forget(folder.attempts)
     folder.forget_plan()
     _tell(options.output, manifest, len(made), watch.figures, watch.seconds)

@@ -121,9 +121,13 @@ class Ledger:
         """Shards whose sidecar or tar is absent or of another size."""
         return [shard for shard in range(self.settings.shards) if not self._is_complete(shard)]
 
+    def is_committed(self) -> bool:
+        """Whether the corpus has its commit."""
+        return (self.folder / CORPUS_FILE).exists()
+
     def is_finished(self) -> bool:
         """Whether the corpus has its commit and all of its shards."""
-        return (self.folder / CORPUS_FILE).exists() and not self.pending()
+        return self.is_committed() and not self.pending()
 
     def is_new(self) -> bool:
         """Whether nothing has been written yet."""
@@ -143,6 +147,8 @@ class Ledger:
                 failures = read_sidecar(self._sidecar_path(shard)).failures
                 if any(failure.filter in (None, NEAR_DUPLICATES) for failure in failures):
                     self._sidecar_path(shard).unlink()
+        # Whoever notes that this is done must find it done when the power is back.
+        sync(self.folder)
 
     def begin(self) -> None:
         """Write the settings, and take back the commit and the remains of an earlier run."""

@@ -39,6 +39,11 @@ class LimitOptions(Settings):
     download_gib: float = Field(default=DEFAULT_LIMITS.download_gib, gt=0)
 
     @property
+    def costs(self) -> dict[str, object]:
+        """These fields alone, by their names."""
+        return self.model_dump(include=set(LimitOptions.model_fields))
+
+    @property
     def limits(self) -> DecodeLimits:
         """The same for decoders."""
         return DecodeLimits(

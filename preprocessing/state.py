@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class FarmFolder:
         self.tensorboard = self.path / "tensorboard"
         self.report = self.path / "report.html"
         self._engines = self.path / "engines.json"
+        self._retry = self.path / "retry.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -68,6 +69,21 @@ class FarmFolder:
         noted = sorted({*engines, *([] if new else self.engines())})
         write_text_atomically(self._engines, json.dumps(noted, indent=1))
         return noted
+
+    def is_retrying(self, limits: Mapping[str, object]) -> bool:
+        """Whether failed items are being tried again within these limits, and not to the end."""
+        try:
+            return bool(json.loads(self._retry.read_text()) == limits)
+        except (OSError, ValueError):
+            return False
+
+    def note_retry(self, limits: Mapping[str, object]) -> None:
+        """Note that the failed items are to be tried again within these limits."""
+        write_text_atomically(self._retry, json.dumps(limits, indent=1))
+
+    def forget_retry(self) -> None:
+        """Remove that note: they have come to their end, or another one begins."""
+        self._retry.unlink(missing_ok=True)
 
     def forget_plan(self) -> None:
         """Remove the plan, which a finished corpus needs no more."""

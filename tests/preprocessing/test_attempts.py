@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from farm_clips import clip_command
@@ -16,8 +17,10 @@ from power import Disk
 
 from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError
+from preprocessing import assembly
 from preprocessing.__main__ import main
 from preprocessing.attempts import Attempts, Journal, Journals, collect, forget
+from preprocessing.state import FarmFolder
 
 # In every Python process: an image of this name ends whoever opens it, as a broken library would.
 # Kills the rank itself, and not the process to which it hands what it decodes.
@@ -171,8 +174,14 @@ def test_item_that_kills_its_rank_is_found_and_the_others_go_on(
     failure = json.loads((tmp_path / "corpus" / "failures.jsonl").read_text())
     assert failure["id"] == "poison"
     assert "poison.png ends the process that decodes it (SIGKILL)" in failure["reason"]
+    # Another chance for it ends in the same way.
+    retry, before = [*command, "--retry-failed"], contents(tmp_path / "corpus")
+    assert run_farm(1, retry, PYTHONPATH=path).returncode == -9
+    done = run_farm(1, retry, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "corpus") == before
     # Without the poison it is a good image.
-    assert main([*command, "--retry-failed"]) == 0
+    assert main(retry) == 0
     assert main(arguments(manifest, tmp_path / "plain", tools)) == 0
     assert contents(tmp_path / "corpus") == contents(tmp_path / "plain")
 
@@ -201,6 +210,64 @@ def test_failed_items_are_left_alone_until_they_are_asked_for(
     assert contents(output) == contents(tmp_path / "undisturbed")
     assert main([*command, "--retry-failed"]) == 0
     assert "is finished already" in capsys.readouterr().out
+
+
+def test_a_retry_that_is_interrupted_goes_on_unless_it_has_other_limits(
+    media: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = image_rows(6)
+    for row in rows[::2]:
+        row["media"] = "gone.png"
+    output = tmp_path / "corpus"
+    command = arguments(write_manifest(media / "gone.jsonl", rows), output, tools)
+    assert main(command) == 0
+    before = contents(output)
+    real, made, limit = assembly.write_shard, list[int](), 0
+
+    def written(folder: Path, shard: int, *more: Any) -> Any:
+        if len(made) == limit:
+            raise KeyboardInterrupt
+        made.append(shard)
+        return real(folder, shard, *more)
+
+    def retry(most: int, *more: str) -> list[int]:
+        """The shards that are made until, after so many, it is interrupted."""
+        nonlocal limit
+        made.clear()
+        limit = most
+        assert (main([*command, "--retry-failed", *more]) == 0) == (most > 3)
+        return list(made)
+
+    monkeypatch.setattr(assembly, "write_shard", written)
+    assert retry(2) == [0, 1]
+    assert retry(0) == []
+    assert retry(9) == [2]
+    assert contents(output) == before
+    # The next one is another one.
+    assert retry(1) == [0]
+    assert retry(9, "--attempts", "4") == [0, 1, 2]
+    assert retry(1) == [0]
+    shutil.rmtree(output)
+    # Of a new corpus it is none.
+    assert retry(2) == [0, 1]
+    assert retry(9) == [2]
+    assert contents(output) == before
+
+
+def test_a_note_of_a_retry_that_its_end_could_not_remove_is_no_other_ones(
+    media: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*image_rows(1), {"id": "gone", "media": "gone.png", "captions": CAPTIONS[:1]}]
+    output = tmp_path / "corpus"
+    command = arguments(write_manifest(media / "gone.jsonl", rows), output, tools)
+    assert main(command) == 0
+    before = (output / "shard-000000.json").stat().st_mtime_ns
+    with monkeypatch.context() as patch:
+        patch.setattr(FarmFolder, "forget_retry", lambda _: None)
+        assert main([*command, "--retry-failed"]) == 0
+    middle = (output / "shard-000000.json").stat().st_mtime_ns
+    assert main([*command, "--retry-failed"]) == 0
+    assert before < middle < (output / "shard-000000.json").stat().st_mtime_ns
 
 
 @pytest.mark.parametrize(("attempts", "good"), [(2, 0), (3, 1)])
@@ -261,8 +328,6 @@ def test_decoders_that_are_killed_cost_no_attempt_and_change_no_reason(
 def test_two_farms_never_work_at_one_corpus(
     media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from preprocessing.state import FarmFolder
-
     manifest = write_manifest(media / "lock.jsonl", image_rows(2))
     output = tmp_path / "corpus"
     with FarmFolder(output).locked():
