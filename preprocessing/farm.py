@@ -205,7 +205,8 @@ def tokenize(options: TokenizeOptions, communicator: Communicator) -> None:
         total = sum(len(settings.rows(shard)) for shard in work.pending)
         watch = None
         if communicator.rank == 0:
-            watch = Watch(total, settings.decode.frames, folder.tensorboard, str(roles))
+            done = settings.manifest_items - total
+            watch = Watch(total, settings.decode.frames, folder.tensorboard, str(roles), done)
             if communicator.size > 1 or settings.encoder.device == "cuda":
                 print(f"tokenize: {roles}", flush=True)
         with watch or nullcontext():

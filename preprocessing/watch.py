@@ -41,12 +41,17 @@ class Watch:
         frames: int,
         tensorboard: Path,
         roles: str = "",
+        done: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`roles` says which ranks encode and which decode; `clock` counts seconds."""
+        """`roles` says which ranks encode and which decode; `clock` counts seconds.
+
+        `done` items of the corpus, beside the `total` ones, are there from earlier runs.
+        """
         self.figures = Figures()
         self.roles = roles
         self._total = total
+        self._done = done
         self._frames = frames
         self._folder = tensorboard
         self._clock = clock
@@ -168,7 +173,8 @@ class Watch:
         try:
             if self._scalars is None:
                 self._scalars = EventFile(self._folder)
-            self._scalars.write(self._values(), self.figures.items)
+            # TensorBoard forgets all that it has seen at steps from which a later file begins.
+            self._scalars.write(self._values(), self._done + self.figures.items)
         except OSError as error:
             # What is half written would end the reading of all that follows in the same file.
             self._close_scalars()

@@ -8,7 +8,9 @@ import pytest
 from farm_media import CAPTIONS, tokenize_command, write_manifest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
+from preprocessing import event_file
 from preprocessing.__main__ import main
 from preprocessing.figures import Figures, History
 from preprocessing.watch import Watch
@@ -183,6 +185,38 @@ def test_scalars_are_those_of_the_time_since_the_last_ones(tmp_path: Path, clock
     assert values("queue_fill") == [0.75, 0, 0]
     assert values("encoders_starved") == pytest.approx([0.25, 0, 1])
     assert values("items") == [100, 110, 110, 115]
+
+
+def test_the_scalars_of_a_farm_that_goes_on_come_after_those_before(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # TensorBoard orders files by the second in their names.
+    monkeypatch.setattr(event_file.time, "time", lambda: 1e9 + clock.now)
+    killed = Watch(1000, 1, tmp_path, clock=clock)
+    work(killed, clock, 60, Figures(items=10))
+    killed._close_scalars()
+    with Watch(530, 1, tmp_path, done=470, clock=clock) as watch:
+        work(watch, clock, 53, Figures(items=10))
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    # TensorBoard forgets what comes again: what the first one had encoded and not written.
+    steps = [event.step for event in events.Scalars("farm/items_per_second")]
+    assert steps == [*range(100, 700, 100), *range(570, 1000, 100), 1000]
+
+
+def test_a_corpus_that_is_gone_on_with_keeps_its_curves(
+    manifest: Path, tools: Path, tmp_path: Path
+) -> None:
+    output, curves = tmp_path / "corpus", tmp_path / "corpus.farm" / "tensorboard"
+    assert main(arguments(manifest, output, tools)) == 0
+    (output / "shard-000001.json").unlink()
+    assert main(arguments(manifest, output, tools)) == 0
+    files = [EventFileLoader(str(path)).Load() for path in curves.iterdir()]
+    steps = [[event.step for event in file if event.HasField("summary")] for file in files]
+    assert len(steps) == 2
+    # The second one has made four of the eight items.
+    assert {found[-1] for found in steps} == {8}
+    assert min(found[0] for found in steps) >= 4
 
 
 def test_figures_of_the_past_are_forgotten() -> None:
