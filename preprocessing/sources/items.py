@@ -145,11 +145,14 @@ class Texts:
 
 
 def media_name(media: Media, folder: Location) -> str:
-    """How a corpus names a medium: relative to the source's folder where it lies in it."""
+    """How a corpus names a medium: relative to the source's folder where it lies in it.
+
+    Also where only one of the two was spelled from the root, or the folder with a slash at its end.
+    """
     if isinstance(media, TarMember):
         return f"tar://{media.name}::{media_name(media.tar, folder)}"
     if isinstance(media, Path):
-        if isinstance(folder, Path) and media.is_relative_to(folder):
-            media = media.relative_to(folder)
+        if isinstance(folder, Path) and media.absolute().is_relative_to(folder.absolute()):
+            media = media.absolute().relative_to(folder.absolute())
         return media.as_posix()
-    return media.removeprefix(f"{folder}/")
+    return media.removeprefix(f"{str(folder).rstrip('/')}/")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from farm_media import CAPTIONS, tokenize_command, write_manifest
+from farm_runs import contents
 
 from megatron_nuwa.data.corpus import Corpus
 from preprocessing.__main__ import main
@@ -32,6 +33,20 @@ def test_captions_keep_their_writers_from_the_manifest_to_the_corpus(
     told = capsys.readouterr().out
     for part in ("blip2: 4 (44.4%)", "original: 1 (11.1%)", "unknown: 4 (44.4%)"):
         assert part in told
+
+
+def test_a_corpus_is_the_same_however_its_source_is_spelled(
+    media: Path, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"id": n, "media": str(media / f"image{n}.png"), "captions": CAPTIONS} for n in range(2)
+    ]
+    manifest = write_manifest(media / "spelled.jsonl", rows)
+    monkeypatch.chdir(media)
+    for number, source in enumerate((manifest, manifest.name)):
+        assert main(tokenize_command(source, tmp_path / str(number), tools)) == 0
+    assert contents(tmp_path / "0") == contents(tmp_path / "1")
+    assert Corpus(tmp_path / "1").item(0)["media"] == "image0.png"
 
 
 def test_limits_of_decoding_can_be_raised_for_what_failed(

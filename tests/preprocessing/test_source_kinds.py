@@ -340,6 +340,28 @@ def test_media_in_archives_are_read_through_their_addresses(tmp_path: Path) -> N
             assert path.read_bytes() == (tmp_path / "a.bmp").read_bytes()
 
 
+def test_media_have_one_name_however_their_source_is_spelled(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack(files, tmp_path / "x.tar")
+    rows = [{"id": "0", "media": str(tmp_path / "x.png"), "captions": "x"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "folder" / "x.png")
+    upload(tmp_path, "memory://spelled")
+    monkeypatch.chdir(tmp_path)
+    for name, alike in (
+        ("x.png", ("m.jsonl", "./m.jsonl", f"{tmp_path}/m.jsonl")),
+        ("x.png", ("folder", "folder/", f"{tmp_path}/folder")),
+        ("x.png", ("memory://spelled/folder", "memory://spelled/folder/")),
+        ("tar://a.mp4::x.tar", ("x.tar", f"{tmp_path}/x.tar", "memory://spelled/x.tar")),
+    ):
+        for spelling in alike:
+            source = read_source(spelling)
+            names = [media_name(item.media, source.folder) for item in source]
+            assert name in names, spelling
+
+
 def test_long_manifest_is_not_held(tmp_path: Path) -> None:
     held = []
     for rows in (1_000, 11_000):
