@@ -149,7 +149,7 @@ def settle(
     items = items_begun(options.output, source) or len(source)
     _check_shards(options, items)
     encoder = EncoderSettings.chosen(options.device, options.precision, options.compiled)
-    frames = options.frames or _default_frames(source)
+    frames = options.frames or _default_frames(source, options.limits)
     decode = _decode_settings(options, frames, vqgan.config.image_size)
     return CorpusSettings(
         manifest_sha256=source.fingerprint,
@@ -214,12 +214,12 @@ def _decode_settings(options: TokenizeOptions, frames: int, image_size: int) -> 
     )
 
 
-def _default_frames(items: Iterable[SourceItem]) -> int:
+def _default_frames(items: Iterable[SourceItem], limits: DecodeLimits) -> int:
     """1 where the first item that can be read is an image, else the paper's 10."""
     complaint = None
     for item in items:
         try:
-            with local_copy(item.media) as path:
+            with local_copy(item.media, limits) as path:
                 return 1 if media_kind(path) == "image" else CLIP_FRAMES
         except DecodeError as error:
             complaint = complaint or error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ def test_limits_of_decoding_can_be_raised_for_what_failed(
     assert not (tmp_path / "corpus").exists()
     assert main(command) == 0
     assert len(Corpus(tmp_path / "corpus")) == 2
+
+
+def test_the_item_that_says_what_a_corpus_is_of_costs_no_more_than_others(
+    media: Path, tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in ("clip0.mp4", "image0.png"):
+            tar.add(media / name, name)
+    command = tokenize_command(tmp_path / "x.tar", tmp_path / "corpus", tools)
+    assert main([*command, "--download-gib", "1e-7"]) == 2
+    told = capsys.readouterr().err
+    assert "not one media file of the manifest can be read; the first: tar://clip0.mp4" in told
+    assert "is larger than the" in told
 
 
 @pytest.mark.parametrize("name", ["--decode-seconds", "--decode-memory-gib", "--download-gib"])
