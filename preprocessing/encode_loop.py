@@ -119,15 +119,19 @@ class EncodeLoop:
 
     def run(self) -> Iterator[None]:
         """Do the work, yielding after every step; the caller may leave at any of them."""
+        looked, fill = time.perf_counter(), 0.0
         while True:
             self._receive()
             moved = self._give_out() | self._take_in()
+            # By time and not by steps: an idle one lasts 2 ms, and one that encodes may last long.
+            now = time.perf_counter()
+            self.figures.queue_seconds += now - looked
+            self.figures.queue_fill += fill * (now - looked)
+            looked, fill = now, self._held / self.capacity
             if self._ready and len(self._encoding) < BATCHES_AT_ONCE:
                 self._encode(*self._ready.popleft())
                 moved = True
             moved |= self._finish_batches()
-            self.figures.queue_samples += 1
-            self.figures.queue_fill += self._held / self.capacity
             yield
             if self._exhausted and not self._held:
                 return

@@ -11,8 +11,8 @@ from typing import NamedTuple
 class Figures:
     """Sums over ranks and time; seconds are those of all threads together.
 
-    `starved_seconds` is how long encode ranks had nothing to encode, `queue_samples` and
-    `queue_fill` how often the queues were looked at and the sum of their fill shares.
+    `starved_seconds` is how long encode ranks had nothing to encode, `queue_seconds` how long there
+    were queues, and `queue_fill` the sum of these seconds, each times the share that was full.
     """
 
     items: int = 0
@@ -25,7 +25,7 @@ class Figures:
     encode_seconds: float = 0.0
     write_seconds: float = 0.0
     starved_seconds: float = 0.0
-    queue_samples: int = 0
+    queue_seconds: float = 0.0
     queue_fill: float = 0.0
 
     @property
@@ -36,7 +36,7 @@ class Figures:
     @property
     def fill(self) -> float:
         """How full the queues were, on average: 0 to 1."""
-        return self.queue_fill / max(1, self.queue_samples)
+        return self.queue_fill / max(1e-9, self.queue_seconds)
 
     @property
     def starved(self) -> float:

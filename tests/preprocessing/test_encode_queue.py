@@ -92,22 +92,45 @@ class VirtualEncoder:
         return SimpleNamespace(is_ready=lambda: self._clock.now >= done, tokens=lambda: tokens)
 
 
+class SlowEncoder:
+    """A CPU, on which the loop waits for a batch."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self._clock, self._seconds = clock, seconds
+
+    def start(self, frames: np.ndarray) -> object:
+        self._clock.sleep(self._seconds)
+        tokens = np.zeros((len(frames), 21, 21), np.uint16)
+        return SimpleNamespace(is_ready=lambda: True, tokens=lambda: tokens)
+
+
+def loop_of(
+    clock: Clock,
+    clips: int,
+    ranks: list[VirtualDecoder],
+    encoder: VirtualEncoder | SlowEncoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> EncodeLoop:
+    """A loop that has so many clips to do."""
+    monkeypatch.setattr(encode_loop, "time", clock)
+    monkeypatch.setattr(encode_loop.ShardAssembly, "write", lambda *_: None)
+    items = [
+        PlannedItem(row, SourceItem(id=str(row), media="clip.mp4", captions=("",)), False)
+        for row in range(clips)
+    ]
+    plan = SimpleNamespace(items=lambda shard: items)
+    work = Work([0], plan, settings(), Path(), Path(), {})  # type: ignore[arg-type]
+    encoders = SimpleNamespace(frames=encoder)
+    return EncodeLoop(work, encoders, ranks, LoneClaims(), lambda: None, len(ranks))  # type: ignore[arg-type]
+
+
 def decoders_at_work(
     decoders: int, seconds: Callable[[random.Random], float], monkeypatch: pytest.MonkeyPatch
 ) -> float:
     """The share of their time that decoders are at work."""
     clock, chance = Clock(), random.Random(0)
-    monkeypatch.setattr(encode_loop, "time", clock)
-    monkeypatch.setattr(encode_loop.ShardAssembly, "write", lambda *_: None)
-    items = [
-        PlannedItem(row, SourceItem(id=str(row), media="clip.mp4", captions=("",)), False)
-        for row in range(CLIPS)
-    ]
-    plan = SimpleNamespace(items=lambda shard: items)
-    work = Work([0], plan, settings(), Path(), Path(), {})  # type: ignore[arg-type]
     ranks = [VirtualDecoder(clock, lambda: seconds(chance)) for _ in range(decoders)]
-    encoders = SimpleNamespace(frames=VirtualEncoder(clock))
-    loop = EncodeLoop(work, encoders, ranks, LoneClaims(), lambda: None, decoders)  # type: ignore[arg-type]
+    loop = loop_of(clock, CLIPS, ranks, VirtualEncoder(clock), monkeypatch)
     assert sum(1 for _ in itertools.islice(loop.run(), 10**6)) < 10**6
     assert loop.figures.items == CLIPS
     assert all(rank.busy for rank in ranks)
@@ -134,6 +157,27 @@ def test_decode_ranks_do_not_wait_for_the_queue(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert decoders_at_work(decoders, seconds, monkeypatch) > least
+
+
+def test_the_queue_is_as_full_as_it_is_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = 0.0
+
+    class Watched(Clock):
+        def sleep(self, seconds: float) -> None:
+            nonlocal held
+            held += loop._held * seconds
+            super().sleep(seconds)
+
+    clock = Watched()
+    # The last item takes as long as all batches: half of the time the queue is nearly empty.
+    times = iter([0.0] * 59 + [20.0])
+    ranks = [VirtualDecoder(clock, lambda: next(times))]
+    loop = loop_of(clock, 60, ranks, SlowEncoder(clock, 1.0), monkeypatch)
+    steps = sum(1 for _ in loop.run())
+    assert steps > 1000
+    assert loop.figures.queue_seconds == pytest.approx(clock.now, rel=0.1)
+    assert 0.4 < held / loop.capacity / clock.now < 0.6
+    assert loop.figures.fill == pytest.approx(held / loop.capacity / clock.now, rel=0.1)
 
 
 def test_queue_holds_four_items_a_decode_thread_within_a_gib() -> None:

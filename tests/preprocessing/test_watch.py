@@ -56,10 +56,10 @@ BUSY = Figures(
     decode_seconds=2.0,
     encode_seconds=0.75,
     starved_seconds=0.25,
-    queue_samples=4,
+    queue_seconds=4,
     queue_fill=3.0,
 )
-STARVED = Figures(starved_seconds=1.0, queue_samples=4)
+STARVED = Figures(starved_seconds=1.0, queue_seconds=4)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_table_shows_speed_stages_queue_failures_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    figures = Figures(items=5, failed=1, frames=40, shards=1, decode_seconds=1, queue_samples=2)
+    figures = Figures(items=5, failed=1, frames=40, shards=1, decode_seconds=1, queue_seconds=2)
     with Watch(10, 8, tmp_path) as watch:
         watch.add(figures)
         watch.add(Figures(queue_fill=1.0))
@@ -169,7 +169,7 @@ def test_a_log_is_told_of_a_stall_each_ten_minutes(
 def test_scalars_are_those_of_the_time_since_the_last_ones(tmp_path: Path, clock: Clock) -> None:
     with Watch(1000, 8, tmp_path, clock=clock) as watch:
         work(watch, clock, 10, BUSY)
-        work(watch, clock, 10, Figures(items=1, frames=8, encode_seconds=0.1, queue_samples=1))
+        work(watch, clock, 10, Figures(items=1, frames=8, encode_seconds=0.1, queue_seconds=1))
         work(watch, clock, 10, STARVED)
         # The end comes too soon for rates of its own.
         clock.now += 0.5
