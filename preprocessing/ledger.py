@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -143,10 +143,9 @@ class Ledger:
             return
         (self.folder / CORPUS_FILE).unlink(missing_ok=True)
         for shard in range(self.settings.shards):
-            with contextlib.suppress(UserError):
-                failures = read_sidecar(self._sidecar_path(shard)).failures
-                if any(failure.filter in (None, NEAR_DUPLICATES) for failure in failures):
-                    self._sidecar_path(shard).unlink()
+            failures = self._failures_of(shard)
+            if any(failure.filter in (None, NEAR_DUPLICATES) for failure in failures):
+                self._sidecar_path(shard).unlink()
         # Whoever notes that this is done must find it done when the power is back.
         sync(self.folder)
 
@@ -225,12 +224,15 @@ class Ledger:
             self.folder.rmdir()
 
     def _failures(self) -> Iterator[Failure]:
-        return (failure for sidecar in self._sidecars() for failure in sidecar.failures)
-
-    def _sidecars(self) -> Iterator[Sidecar]:
         for shard in range(self.settings.shards):
-            if self._sidecar_path(shard).exists():
-                yield read_sidecar(self._sidecar_path(shard))
+            yield from self._failures_of(shard)
+
+    def _failures_of(self, shard: int) -> Sequence[Failure]:
+        """Empty where the sidecar is absent or damaged: such a shard is made anew."""
+        try:
+            return read_sidecar(self._sidecar_path(shard)).failures
+        except UserError:
+            return ()
 
     def _written(self, shard: int) -> Sidecar:
         path = self._sidecar_path(shard)

@@ -270,6 +270,18 @@ def test_a_note_of_a_retry_that_its_end_could_not_remove_is_no_other_ones(
     assert before < middle < (output / "shard-000000.json").stat().st_mtime_ns
 
 
+def test_a_retry_makes_damaged_shards_anew_too(media: Path, tools: Path, tmp_path: Path) -> None:
+    rows = [*image_rows(3), {"id": "gone", "media": "gone.png", "captions": CAPTIONS[:1]}]
+    output = tmp_path / "corpus"
+    command = arguments(write_manifest(media / "damaged.jsonl", rows), output, tools)
+    assert main(command) == 0
+    before = contents(output)
+    for content in (bytes(100), b"{}"):
+        (output / "shard-000000.json").write_bytes(content)
+        assert main([*command, "--retry-failed"]) == 0
+        assert contents(output) == before
+
+
 @pytest.mark.parametrize(("attempts", "good"), [(2, 0), (3, 1)])
 def test_item_is_tried_as_often_as_is_asked_for(
     media: Path,
