@@ -186,6 +186,12 @@ def try_item(trial: Trial, journal: Journal, here: Callable[[], T], alone: Calla
             # A decoder may know of an error that no further attempt can mend.
             if not left or error.permanent:
                 raise
+        except MachineError:
+            raise
+        except UserError:
+            # A filter, or the manifest, has decided: the next item may be long in coming.
+            journal.succeed()
+            raise
         else:
             journal.succeed()
             return result

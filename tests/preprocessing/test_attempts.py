@@ -19,7 +19,16 @@ from megatron_nuwa.decoders.ffmpeg_program import ffmpeg_program
 from megatron_nuwa.errors import UserError
 from preprocessing import assembly
 from preprocessing.__main__ import main
-from preprocessing.attempts import Attempts, Journal, Journals, collect, forget
+from preprocessing.attempts import (
+    Attempts,
+    Journal,
+    Journals,
+    Trial,
+    collect,
+    forget,
+    try_item,
+)
+from preprocessing.filters import FilteredError
 from preprocessing.state import FarmFolder
 
 # In every Python process: an image of this name ends whoever opens it, as a broken library would.
@@ -83,6 +92,18 @@ def test_an_end_that_nobody_foresaw_is_held_against_the_row_under_work(
     with pytest.raises(end):
         work()
     assert collect(tmp_path).get(7, Attempts()) == Attempts(deaths=deaths)
+
+
+@pytest.mark.parametrize("error", [FilteredError("duration", "too short"), UserError("no sketch")])
+def test_an_item_that_is_left_out_is_under_work_no_more(tmp_path: Path, error: UserError) -> None:
+    def decide() -> None:
+        raise error
+
+    idle = Journal(tmp_path)
+    with pytest.raises(type(error)):
+        try_item(Trial(7, "a.png", Attempts(), 3), idle, decide, decide)
+    # As it is when its rank is killed before there is another item.
+    assert collect(tmp_path) == {}
 
 
 def test_journal_that_was_counted_but_not_removed_is_not_counted_again(tmp_path: Path) -> None:
