@@ -28,31 +28,38 @@ def sound_manifest(folder: Path) -> CorpusManifest:
 
 
 def check_output(output: Path, option: str) -> None:
-    """`UserError` naming the option where the folder is there already, with something in it."""
+    """`UserError` naming the option where no corpus can take the place of what is there already."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{option} {output} exists already; name another folder")
+    if output.resolve().is_mount():
+        raise UserError(
+            f"{option} {output} is where a disk is mounted, and a corpus appears there by taking a "
+            "folder's place; name a folder on the disk"
+        )
 
 
 @contextmanager
 def made_whole(outputs: Sequence[Path]) -> Iterator[list[Path]]:
     """Folders to write into, which take the outputs' places together when the block ends.
 
-    Nothing stays behind where it fails. Raises `UserError` where an output cannot be written.
+    A link stays, and what it leads to is written. Nothing stays behind where it fails. Raises
+    `UserError` where an output cannot be written.
     """
     drafts: list[Path] = []
     placed: list[Path] = []
+    places = [output.resolve() for output in outputs]
     try:
-        for output in outputs:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            drafts.append(Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.")))
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            drafts.append(Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.")))
         yield drafts
-        for draft, output in zip(drafts, outputs, strict=True):
+        for draft, place in zip(drafts, places, strict=True):
             # A temporary folder is private; a corpus is as readable as its neighbours.
             draft.chmod(0o755)
             sync(draft)
-            draft.replace(output)
-            placed.append(output)
-            sync(output.parent)
+            draft.replace(place)
+            placed.append(place)
+            sync(place.parent)
     except BaseException as error:
         for folder in (*drafts, *placed):
             shutil.rmtree(folder, ignore_errors=True)
