@@ -22,7 +22,7 @@ from preprocessing.health import MOST_FAILURES
 from preprocessing.isolation import SketchSettings
 from preprocessing.ledger import ENCODE_RULES_VERSION, CorpusSettings, items_begun
 from preprocessing.plan import PlanKey
-from preprocessing.sources import Source, SourceItem, local_copy
+from preprocessing.sources import Source, SourceItem, local_copy, named_as_source
 
 CLIP_FRAMES = 10
 CLIP_FRAMES_PER_SECOND = 2.5
@@ -219,7 +219,7 @@ def _default_frames(items: Iterable[SourceItem], limits: DecodeLimits) -> int:
     complaint = None
     for item in items:
         try:
-            with local_copy(item.media, limits) as path:
+            with local_copy(item.media, limits) as path, named_as_source(item.media, path):
                 return 1 if media_kind(path) == "image" else CLIP_FRAMES
         except DecodeError as error:
             complaint = complaint or error

@@ -78,6 +78,17 @@ def test_the_item_that_says_what_a_corpus_is_of_costs_no_more_than_others(
     assert "is larger than the" in told
 
 
+def test_a_medium_of_no_known_kind_is_named_as_its_source_names_it(
+    tools: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = f"file://{tmp_path / 'x.doc'}"
+    (tmp_path / "x.doc").write_bytes(b"no picture")
+    row = {"id": "a", "media": address, "captions": ["a"]}
+    manifest = write_manifest(tmp_path / "manifest.jsonl", [row])
+    assert main(tokenize_command(manifest, tmp_path / "corpus", tools)) == 2
+    assert f"the first: {address} " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["--decode-seconds", "--decode-memory-gib", "--download-gib"])
 def test_limits_must_be_positive(
     media: Path, tools: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
