@@ -271,7 +271,8 @@ def test_without_gradio_the_command_says_what_to_install(tmp_path: Path) -> None
     )
 
 
-def test_a_page_that_has_ended_leaves_no_file(run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_page_that_has_ended_leaves_no_file(run: Path, tmp_path: Path, end: int) -> None:
     pytest.importorskip("gradio")
     httpx = pytest.importorskip("httpx")
     port = free_port()
@@ -297,11 +298,11 @@ def test_a_page_that_has_ended_leaves_no_file(run: Path, tmp_path: Path) -> None
             asked = {"data": values, "fn_index": number, "session_hash": "one"}
             client.post("/gradio_api/queue/join", json=asked).raise_for_status()
             with client.stream("GET", "/gradio_api/queue/data?session_hash=one") as told:
-                end = next(line for line in told.iter_lines() if "process_completed" in line)
-            assert '"success":true' in end.replace(" ", "")
+                result = next(line for line in told.iter_lines() if "process_completed" in line)
+            assert '"success":true' in result.replace(" ", "")
             names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
             assert names >= {"mine.png", "t2i-0.png"}
         finally:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(end)
             process.wait(SECONDS)
     assert list(tmp_path.iterdir()) == []

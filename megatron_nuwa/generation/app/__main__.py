@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -45,6 +46,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Serve until interrupted."""
     arguments = parse_arguments()
+    # What ends a service or a container ends the page as Ctrl+C does, which tidies up.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="megatron_nuwa.") as name:
         folder = Path(name).resolve()
         # Otherwise gradio keeps what it shows and what visitors upload, for good.
