@@ -107,5 +107,7 @@ def test_a_manifest_that_cannot_be_fetched_is_told_in_a_sentence(
         source = server.address(f"fetched.{kind}")
         assert main(tokenize_command(source, tmp_path / "corpus", tools)) == 2
         (told,) = capsys.readouterr().err.splitlines()
-        assert f"{source} cannot be read: " in told
+        # Of what has come before a server broke off, it may be another one.
+        assert told.startswith("error: ")
+        assert source in told
     assert list(tmp_path.iterdir()) == []
