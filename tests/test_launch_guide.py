@@ -31,8 +31,8 @@ def test_every_corpus_of_the_recipe_is_tokenized_and_split() -> None:
     trained = {corpus for task in recipe.data.tasks.values() for corpus in task.corpora}
     held_out = {corpus for corpora in recipe.evaluation.corpora.values() for corpus in corpora}
     splits = commands("split")
-    assert {split.output_train for split in splits} == trained
-    assert {split.output_heldout for split in splits} == held_out
+    assert {str(split.output_train) for split in splits} == trained
+    assert {str(split.output_heldout) for split in splits} == held_out
     assert {split.corpus for split in splits} == {each.output for each in commands("tokenize")}
 
 

@@ -136,7 +136,8 @@ class Checkpoints:
 def check(checkpoint: Path, files: Collection[str] | None = None) -> None:
     """Hold every file, or the given ones, against the manifest.
 
-    Raises `DamagedCheckpointError` that names the first file that differs.
+    Raises `DamagedCheckpointError` that names the first file that differs, and `PermissionError`
+    for one that this user may not read, which says nothing of the file.
     """
     for name, expected in read_manifest(checkpoint).items():
         if files is not None and name not in files:
@@ -147,6 +148,8 @@ def check(checkpoint: Path, files: Collection[str] | None = None) -> None:
                 raise DamagedCheckpointError(f"{name} is missing")
             if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
                 raise DamagedCheckpointError(f"{name} was changed or cut short")
+        except PermissionError:
+            raise
         except OSError as error:
             raise DamagedCheckpointError(f"{name} cannot be read: {error.strerror}") from error
 

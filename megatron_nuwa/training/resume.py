@@ -33,9 +33,18 @@ Newest = tuple[Path | None, list[str]]
 
 
 def find_newest(recipe: Recipe) -> Newest:
-    """Look for the run's newest whole checkpoint; reads all of its files."""
+    """Look for the run's newest whole checkpoint; reads all of its files.
+
+    Raises `UserError` that names the first file that this user may not read.
+    """
     assert recipe.run is not None
-    return Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints).newest()
+    try:
+        return Checkpoints(recipe.run / "checkpoints", recipe.training.keep_checkpoints).newest()
+    except PermissionError as error:
+        raise UserError(
+            f"checkpoint file {error.filename} cannot be read: {error.strerror}; let this user "
+            "read it, or choose another run folder with run=FOLDER"
+        ) from error
 
 
 def find_start(recipe: Recipe, description: dict[str, Any], found: Newest) -> Start:

@@ -7,12 +7,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from power import Disk
 from safetensors.torch import load_file
 
+from megatron_nuwa.errors import UserError
 from megatron_nuwa.training import checkpoint, snapshot
 from megatron_nuwa.training.checkpoint import (
     MANIFEST_FILE,
@@ -22,6 +25,7 @@ from megatron_nuwa.training.checkpoint import (
     step_of,
     tag_of,
 )
+from megatron_nuwa.training.resume import find_newest
 from megatron_nuwa.training.snapshot import Part, Weights
 
 PARTS = {
@@ -160,6 +164,19 @@ def test_a_file_that_the_disk_does_not_read_is_named_and_the_checkpoint_before_i
     newest, [complaint] = two.newest()
     assert newest == two.folder / tag_of(1)
     assert "is damaged (optimizer.pt cannot be read: Input/output error)" in complaint
+
+
+def test_a_file_that_may_not_be_read_is_no_damage_and_ends_the_start_in_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(path: Path) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    save(Checkpoints(tmp_path / "checkpoints", keep=5), 1)
+    monkeypatch.setattr(checkpoint, "sha256_of", refuses)
+    recipe: Any = SimpleNamespace(run=tmp_path, training=SimpleNamespace(keep_checkpoints=5))
+    with pytest.raises(UserError, match=r"\.json cannot be read: Permission denied; let this user"):
+        find_newest(recipe)
 
 
 def test_every_bit_of_the_manifest_counts(two: Checkpoints) -> None:

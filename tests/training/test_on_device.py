@@ -87,6 +87,12 @@ def _mean_losses() -> None:
     figures.mean_losses(_losses())
 
 
+def _largest() -> None:
+    figures = object.__new__(StepFigures)
+    figures._processes = PROCESSES
+    figures._largest(1.0, 2.0)
+
+
 def _window() -> None:
     window = FigureWindow(8, PROCESSES)
     window.add({"train/loss": torch.zeros(())}, torch.zeros(8, device=GPU), 0)
@@ -156,6 +162,7 @@ def _probe() -> None:
 CASES: dict[str, list[Callable[[], object]]] = {
     "training/processes.py agree": [lambda: PROCESSES.agree([1, 2])],
     "training/figures.py mean_losses": [_mean_losses],
+    "training/figures.py _largest": [_largest],
     "training/own_time.py compare": [lambda: Stragglers(PROCESSES).compare(1.0)],
     "training/evaluation.py _mean": [lambda: evaluation._mean([], GPU)],
     "training/vqgan_figures.py close": [_window],
