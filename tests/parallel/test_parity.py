@@ -16,6 +16,9 @@ from worlds import Scenario, figures, held_out, layout, run_world
 
 from megatron_nuwa.training.checkpoint import read_manifest
 
+# The first test that asks for a run of some size carries out all runs of that size.
+pytestmark = pytest.mark.timeout(1800)
+
 LAYOUTS = [(2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (3, 1, 1), (2, 2, 2)]
 RESUMED = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 2)]
 TEN = ("schedule.steps=10", "optimizer.gradient_clipping=0.5")
